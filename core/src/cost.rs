@@ -1,0 +1,140 @@
+//! Dynamo's cost of sending a request to an owner, in blocks; lower is better.
+//!
+//! ```text
+//! credit = overlap_score_credit x device + host_weight x host + disk_weight x (disk + external)
+//! cost   = prefill_load_scale x max(0, (active_prefill + isl) / block_size - credit)
+//!        + active_blocks + request_blocks
+//!        + decode_active_request_weight x active_requests
+//! ```
+
+use crate::load::Load;
+use crate::overlap::Overlap;
+use crate::policy::Policy;
+
+/// The request's side of the cost.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Demand {
+    /// Prompt tokens; 0 where the prompt is not known.
+    pub tokens: u32,
+    /// Tokens to a block; 0 counts as 1.
+    pub block_size: u32,
+}
+
+impl Demand {
+    /// Complete blocks of the prompt: what the request will hold while it decodes.
+    #[must_use]
+    pub fn blocks(&self) -> u32 {
+        self.tokens / self.block_size.max(1)
+    }
+
+    /// Prompt tokens that an owner with this overlap still has to prefill.
+    #[must_use]
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+    pub fn uncached_tokens(&self, overlap: &Overlap, policy: &Policy) -> u32 {
+        let cached = (overlap.effective(policy) * f64::from(self.block_size)).round();
+        self.tokens.saturating_sub(cached as u32)
+    }
+}
+
+/// The terms of a cost, in blocks.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Cost {
+    /// Prefill work: what is booked there plus this prompt, less the credit, scaled.
+    pub prefill: f64,
+    /// Credit for cached blocks, before scaling.
+    pub credit: f64,
+    /// Blocks in use there plus this request's.
+    pub decode: f64,
+    /// The term for the number of requests.
+    pub requests: f64,
+}
+
+impl Cost {
+    /// The cost of one owner.
+    #[must_use]
+    pub fn new(demand: Demand, overlap: &Overlap, load: &Load, policy: &Policy) -> Self {
+        let [device, host, disk, external] = overlap.by_tier().map(f64::from);
+        let credit = policy.overlap_score_credit * device
+            + policy.host_cache_hit_weight * host
+            + policy.disk_cache_hit_weight * (disk + external);
+        let queued = f64::from(load.prefill_tokens) + f64::from(demand.tokens);
+        let blocks = queued / f64::from(demand.block_size.max(1));
+        Self {
+            prefill: policy.prefill_load_scale * (blocks - credit).max(0.0),
+            credit,
+            decode: f64::from(load.blocks) + f64::from(demand.blocks()),
+            requests: policy.decode_active_request_weight * f64::from(load.requests()),
+        }
+    }
+
+    /// The sum that is compared.
+    #[must_use]
+    pub fn total(&self) -> f64 {
+        self.prefill + self.decode + self.requests
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Cost, Demand};
+    use crate::load::Load;
+    use crate::overlap::Overlap;
+    use crate::policy::Policy;
+
+    const DEMAND: Demand = Demand {
+        tokens: 64,
+        block_size: 16,
+    };
+
+    fn total(device: u32, load: Load) -> f64 {
+        let overlap = Overlap { depth: [device; 4] };
+        Cost::new(DEMAND, &overlap, &load, &Policy::default()).total()
+    }
+
+    #[test]
+    fn worked_numbers_of_the_formula() {
+        let a = total(
+            3,
+            Load {
+                blocks: 10,
+                ..Load::default()
+            },
+        );
+        let b = total(
+            0,
+            Load {
+                blocks: 5,
+                ..Load::default()
+            },
+        );
+        let b_busy = total(
+            0,
+            Load {
+                blocks: 5,
+                prefill_tokens: 64,
+                ..Load::default()
+            },
+        );
+        assert_eq!((a, b, b_busy), (15.0, 13.0, 17.0));
+    }
+
+    #[test]
+    fn a_host_block_saves_three_quarters_of_its_prefill() {
+        let overlap = Overlap {
+            depth: [3, 4, 4, 4],
+        };
+        assert_eq!(DEMAND.uncached_tokens(&overlap, &Policy::default()), 4);
+        assert_eq!(DEMAND.blocks(), 4);
+    }
+
+    #[test]
+    fn credit_never_makes_prefill_negative() {
+        let overlap = Overlap { depth: [4; 4] };
+        let policy = Policy {
+            overlap_score_credit: 3.0,
+            ..Policy::default()
+        };
+        let cost = Cost::new(DEMAND, &overlap, &Load::default(), &policy);
+        assert_eq!((cost.prefill, cost.total()), (0.0, 4.0));
+    }
+}

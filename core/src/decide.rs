@@ -1,0 +1,300 @@
+//! One routing decision: candidates are scored, one is chosen, and the record says why.
+//!
+//! The filter decides with it and the sidecar explains with it.
+
+use serde::Serialize;
+
+use crate::cost::{Cost, Demand};
+use crate::id::{DpRank, Tier, WorkerId};
+use crate::load::Load;
+use crate::overlap::Overlap;
+use crate::pick::pick;
+use crate::policy::{Mode, Policy};
+use crate::rng::Rng;
+use crate::table::Pool;
+
+/// Candidates that a record lists: the best by cost.
+pub const RECORDED: usize = 8;
+
+/// An owner that may be chosen.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Candidate {
+    /// Position in [`Pool::owners`].
+    pub owner: usize,
+    /// What it holds of the prompt.
+    pub overlap: Overlap,
+    /// Its load.
+    pub load: Load,
+}
+
+/// A candidate and its cost.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scored {
+    /// The candidate.
+    pub candidate: Candidate,
+    /// Its cost, in blocks.
+    pub cost: Cost,
+}
+
+/// What a decision rests on besides the candidates.
+#[derive(Clone, Copy, Debug)]
+pub struct Request {
+    /// Size of the prompt.
+    pub demand: Demand,
+    /// Share of the overlap that still counts, 1 for a fresh index, 0 for a lost one.
+    pub trust: f64,
+    /// Cursor of the round-robin mode.
+    pub turn: u64,
+}
+
+/// Scores candidates and chooses one. Owners whose lanes are saturated don't take part unless all
+/// are. Returns the chosen position in the returned list.
+#[must_use]
+pub fn decide(
+    candidates: &[Candidate],
+    request: &Request,
+    policy: &Policy,
+    rng: &mut Rng,
+) -> (Vec<Scored>, Option<usize>) {
+    let policy = policy.trusted(request.trust);
+    let score = |c: &Candidate| Scored {
+        candidate: *c,
+        cost: Cost::new(request.demand, &c.overlap, &c.load, &policy),
+    };
+    let fit = |c: &&Candidate| !c.load.is_saturated();
+    let mut scored: Vec<Scored> = candidates.iter().filter(fit).map(score).collect();
+    if scored.is_empty() {
+        scored = candidates.iter().map(score).collect();
+    }
+    let chosen = match policy.mode {
+        Mode::Kv => {
+            let costs: Vec<f64> = scored.iter().map(|s| s.cost.total()).collect();
+            pick(&costs, policy.temperature, rng)
+        }
+        Mode::RoundRobin => request
+            .turn
+            .checked_rem(scored.len() as u64)
+            .and_then(|i| usize::try_from(i).ok()),
+        Mode::Random => (!scored.is_empty()).then(|| rng.below(scored.len())),
+    };
+    (scored, chosen)
+}
+
+impl Policy {
+    /// The policy with its overlap credits scaled by `trust`.
+    #[must_use]
+    pub fn trusted(&self, trust: f64) -> Self {
+        Self {
+            overlap_score_credit: self.overlap_score_credit * trust,
+            host_cache_hit_weight: self.host_cache_hit_weight * trust,
+            disk_cache_hit_weight: self.disk_cache_hit_weight * trust,
+            ..*self
+        }
+    }
+}
+
+/// How much the overlap counts when the head has not changed for `age_ms`: all of it for 30 s,
+/// nothing after 60 s.
+#[must_use]
+#[allow(clippy::cast_precision_loss)]
+pub fn trust(age_ms: u64) -> f64 {
+    (2.0 - age_ms as f64 / 30_000.0).clamp(0.0, 1.0)
+}
+
+/// A decision as told to people and programs: `x-kv-router-decision`, `/v1/explain`.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Record<'a> {
+    /// Pool name.
+    pub pool: &'a str,
+    /// Why the request was routed this way.
+    pub reason: &'a str,
+    /// The chosen worker.
+    pub worker: Option<WorkerId>,
+    /// Its data-parallel rank.
+    pub rank: Option<DpRank>,
+    /// Its endpoint.
+    pub endpoint: Option<&'a str>,
+    /// Prompt tokens.
+    pub tokens: u32,
+    /// Complete prompt blocks.
+    pub blocks: u32,
+    /// The best candidates by cost, at most [`RECORDED`], and the chosen one among them.
+    pub candidates: Vec<Considered<'a>>,
+}
+
+/// A candidate in a [`Record`].
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Considered<'a> {
+    /// The worker.
+    pub worker: WorkerId,
+    /// Its data-parallel rank.
+    pub rank: DpRank,
+    /// Its endpoint.
+    pub endpoint: &'a str,
+    /// Blocks held, by tier: device, host, disk, external.
+    pub overlap: [u32; Tier::COUNT],
+    /// Prefill tokens booked there.
+    pub prefill_tokens: u32,
+    /// Blocks in use there.
+    pub active_blocks: u32,
+    /// Requests there.
+    pub requests: u32,
+    /// Prefill term of the cost, in blocks.
+    pub prefill_cost: f64,
+    /// Decode term of the cost, in blocks.
+    pub decode_cost: f64,
+    /// Request term of the cost, in blocks.
+    pub request_cost: f64,
+    /// The cost that was compared, in blocks.
+    pub cost: f64,
+}
+
+impl<'a> Record<'a> {
+    /// The record of a decision in `pool`.
+    #[must_use]
+    pub fn new(
+        pool: &'a Pool,
+        reason: &'a str,
+        demand: Demand,
+        scored: &[Scored],
+        chosen: Option<usize>,
+    ) -> Self {
+        let owner = |s: &Scored| pool.owners.get(s.candidate.owner);
+        let picked = chosen.and_then(|i| owner(scored.get(i)?));
+        let mut order: Vec<usize> = (0..scored.len()).collect();
+        let total = |i: &usize| scored.get(*i).map_or(f64::MAX, |s| s.cost.total());
+        // The chosen one first, so that cutting the list never drops it.
+        order.sort_by(|a, b| {
+            (Some(*b) == chosen)
+                .cmp(&(Some(*a) == chosen))
+                .then(total(a).total_cmp(&total(b)))
+        });
+        order.truncate(RECORDED);
+        let candidates = order.iter().filter_map(|i| {
+            let s = scored.get(*i)?;
+            let o = owner(s)?;
+            Some(Considered {
+                worker: o.id.worker,
+                rank: o.id.rank,
+                endpoint: &o.endpoint,
+                overlap: s.candidate.overlap.by_tier(),
+                prefill_tokens: s.candidate.load.prefill_tokens,
+                active_blocks: s.candidate.load.blocks,
+                requests: s.candidate.load.requests(),
+                prefill_cost: s.cost.prefill,
+                decode_cost: s.cost.decode,
+                request_cost: s.cost.requests,
+                cost: s.cost.total(),
+            })
+        });
+        Self {
+            pool: &pool.name,
+            reason,
+            worker: picked.map(|o| o.id.worker),
+            rank: picked.map(|o| o.id.rank),
+            endpoint: picked.map(|o| o.endpoint.as_str()),
+            tokens: demand.tokens,
+            blocks: demand.blocks(),
+            candidates: candidates.collect(),
+        }
+    }
+
+    /// The record as one line of JSON.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        serde_json::to_string(self).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::{OwnerId, Role, Slot};
+    use crate::table::Owner;
+
+    fn candidates(overlaps: &[u32]) -> Vec<Candidate> {
+        let make = |(owner, depth): (usize, &u32)| Candidate {
+            owner,
+            overlap: Overlap { depth: [*depth; 4] },
+            load: Load::default(),
+        };
+        overlaps.iter().enumerate().map(make).collect()
+    }
+
+    const REQUEST: Request = Request {
+        demand: Demand {
+            tokens: 160,
+            block_size: 16,
+        },
+        trust: 1.0,
+        turn: 5,
+    };
+
+    fn choose(list: &[Candidate], request: &Request, mode: Mode) -> usize {
+        let policy = Policy {
+            mode,
+            ..Policy::default()
+        };
+        let (scored, chosen) = decide(list, request, &policy, &mut Rng::new(3));
+        scored[chosen.unwrap()].candidate.owner
+    }
+
+    #[test]
+    fn kv_takes_the_longest_overlap_when_load_is_equal() {
+        let list = candidates(&[2, 9, 4]);
+        assert_eq!(choose(&list, &REQUEST, Mode::Kv), 1);
+        assert_eq!(choose(&list, &REQUEST, Mode::RoundRobin), 2);
+    }
+
+    #[test]
+    fn saturated_owners_are_left_out_unless_all_are() {
+        let mut list = candidates(&[9, 2]);
+        list[0].load.waiting = u16::MAX;
+        assert_eq!(choose(&list, &REQUEST, Mode::Kv), 1);
+        list[1].load.waiting = u16::MAX;
+        assert_eq!(choose(&list, &REQUEST, Mode::Kv), 0);
+    }
+
+    #[test]
+    fn a_stale_index_fades_to_load_alone() {
+        assert_eq!(
+            [0, 30_000, 45_000, 60_000, 99_000].map(trust),
+            [1.0, 1.0, 0.5, 0.0, 0.0]
+        );
+        let mut list = candidates(&[10, 0]);
+        list[0].load.blocks = 5;
+        assert_eq!(choose(&list, &REQUEST, Mode::Kv), 0);
+        let lost = Request {
+            trust: 0.0,
+            ..REQUEST
+        };
+        assert_eq!(choose(&list, &lost, Mode::Kv), 1);
+    }
+
+    #[test]
+    fn the_record_lists_the_chosen_first_and_is_cut() {
+        let owners = (0..20).map(|i| Owner {
+            slot: Slot(i),
+            id: OwnerId {
+                worker: u64::from(i) + 100,
+                rank: 0,
+            },
+            role: Role::Aggregated,
+            endpoint: format!("10.0.0.{i}:8000"),
+            accepting: true,
+        });
+        let pool = Pool {
+            name: "p".into(),
+            owners: owners.collect(),
+            ..Pool::default()
+        };
+        let list = candidates(&(0..20).collect::<Vec<_>>());
+        let (scored, _) = decide(&list, &REQUEST, &Policy::default(), &mut Rng::new(0));
+        let record = Record::new(&pool, "random", REQUEST.demand, &scored, Some(0));
+        assert_eq!(record.worker, Some(100));
+        assert_eq!(record.candidates.len(), RECORDED);
+        assert_eq!(record.candidates[0].worker, 100);
+        assert_eq!(record.candidates[1].worker, 110);
+        assert!(record.to_json().contains("\"endpoint\":\"10.0.0.0:8000\""));
+    }
+}

@@ -1,0 +1,97 @@
+//! Who is who: workers, data-parallel ranks, owners, slots, roles, tiers and hash families.
+
+use serde::{Deserialize, Serialize};
+
+/// Identity of an engine instance, as the engine or the discovery system names it.
+pub type WorkerId = u64;
+
+/// Data-parallel rank within a worker; 0 where the engine has only one.
+pub type DpRank = u32;
+
+/// One cache: a (worker, dp rank) of a pool. Every rank owns its blocks independently.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct OwnerId {
+    /// The worker.
+    pub worker: WorkerId,
+    /// Its data-parallel rank.
+    pub rank: DpRank,
+}
+
+/// An owner's number within its pool while it is in the worker table. Pages name owners by slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Slot(pub u16);
+
+impl Slot {
+    /// Slots of one pool, which bounds the owners of a pool.
+    pub const MAX: u16 = 1024;
+
+    /// The slot as an index.
+    #[must_use]
+    pub fn index(self) -> usize {
+        usize::from(self.0)
+    }
+}
+
+/// Where a block lies, best first. `Ord` follows speed: `Device < Host < Disk < External`.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
+)]
+#[repr(u8)]
+pub enum Tier {
+    /// Accelerator memory.
+    #[default]
+    Device = 0,
+    /// Pinned host memory.
+    Host = 1,
+    /// Local disk.
+    Disk = 2,
+    /// A store outside the worker.
+    External = 3,
+}
+
+impl Tier {
+    /// Number of tiers.
+    pub const COUNT: usize = 4;
+    /// All tiers, best first.
+    pub const ALL: [Self; Self::COUNT] = [Self::Device, Self::Host, Self::Disk, Self::External];
+
+    /// The tier as an index, 0 for device.
+    #[must_use]
+    pub fn index(self) -> usize {
+        self as usize
+    }
+
+    /// The tier of an index; anything above 3 is external.
+    #[must_use]
+    pub fn from_index(index: usize) -> Self {
+        match index {
+            0 => Self::Device,
+            1 => Self::Host,
+            2 => Self::Disk,
+            _ => Self::External,
+        }
+    }
+}
+
+/// What a worker does for a request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// Prefill and decode on the same worker.
+    #[default]
+    Aggregated,
+    /// Prefill only.
+    Prefill,
+    /// Decode only.
+    Decode,
+}
+
+/// How block hashes are computed. Blocks of different families never match each other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[repr(u8)]
+pub enum Family {
+    /// Dynamo's public hashes (`XXH3-64`, seed 1337).
+    #[default]
+    Dynamo = 0,
+}

@@ -1,0 +1,190 @@
+//! From the tree to page images.
+
+use super::tree::{NodeId, Tree};
+use super::unit::UnitId;
+use crate::index::PageWrite;
+use crate::page::encode::{Run, SPLIT_BYTES, Unit, encode, set_bytes};
+use crate::page::{WHOLE, fingerprint};
+
+use super::sets::EMPTY;
+
+/// Pages of one flush, which bounds the time it takes.
+const FLUSH_PAGES: usize = 512;
+/// Growth steps of one flush.
+const FLUSH_GROWTH: usize = 64;
+
+/// The next pages to write.
+pub(super) fn flush(tree: &mut Tree, epoch: u32) -> Vec<PageWrite> {
+    tree.units.clock = tree.units.clock.wrapping_add(1);
+    while let Some((unit, is_loss)) = tree.units.next_change() {
+        refresh(tree, unit, is_loss);
+    }
+    for _ in 0..FLUSH_GROWTH {
+        if !tree.units.directory.wants_growth() {
+            break;
+        }
+        tree.units.grow();
+    }
+    let pages = tree.units.directory.take_dirty(FLUSH_PAGES);
+    let write = |id| PageWrite {
+        id,
+        bytes: page(tree, id, epoch),
+    };
+    pages.into_iter().map(write).collect()
+}
+
+/// The image of one page.
+pub(super) fn page(tree: &mut Tree, id: u32, epoch: u32) -> Vec<u8> {
+    let level = tree.units.directory.level_of(id);
+    let mut ids = tree.units.directory.units(id).to_vec();
+    let image = |ids: &[UnitId]| {
+        let units: Vec<Unit> = ids.iter().map(|id| unit_image(tree, *id)).collect();
+        encode(&units, level, epoch, |set| tree.eff.members(set))
+    };
+    let (mut bytes, mut left_out) = image(&ids);
+    if left_out > 0 {
+        ids.sort_by_key(|id| std::cmp::Reverse(tree.units.at(*id).touched));
+        (bytes, left_out) = image(&ids);
+    }
+    tree.units.directory.sized(id, bytes.len(), left_out);
+    bytes
+}
+
+/// Brings one changed unit's listing, split and page up to date.
+fn refresh(tree: &mut Tree, id: UnitId, is_loss: bool) {
+    let unit = *tree.units.at(id);
+    if tree.node(unit.root).eff == EMPTY {
+        tree.units.unlist(id);
+        return;
+    }
+    tree.units.list(id);
+    tree.units.directory.soil(unit.key, unit.depth, is_loss);
+    let image = unit_image(tree, id);
+    if let Some(position) = split_position(tree, unit.depth, &image) {
+        split(tree, id, position);
+    }
+}
+
+fn unit_image(tree: &Tree, id: UnitId) -> Unit {
+    let unit = tree.units.at(id);
+    let mut runs = Vec::new();
+    let mut starts = vec![unit.root];
+    while let Some(start) = starts.pop() {
+        let node = tree.node(start);
+        let mut run = Run {
+            position: tree.units.position(node.depth),
+            set: node.eff,
+            blocks: vec![node.sequence],
+        };
+        let mut at = start;
+        loop {
+            let first = starts.len();
+            let visible = |c: &NodeId| tree.node(*c).unit == id && tree.node(*c).eff != EMPTY;
+            starts.extend(tree.children(at).filter(visible));
+            match starts.get(first..) {
+                Some(&[only]) if tree.node(only).eff == run.set => {
+                    starts.truncate(first);
+                    run.blocks.push(tree.node(only).sequence);
+                    at = only;
+                }
+                _ => break,
+            }
+        }
+        runs.push(run);
+    }
+    Unit {
+        fingerprint: fingerprint(unit.key),
+        split: unit.split,
+        runs,
+    }
+}
+
+/// Where a unit that has grown too large splits: the last position whose blocks before it take at
+/// most half of what a unit may.
+fn split_position(tree: &Tree, depth: u32, image: &Unit) -> Option<u8> {
+    let mut sets: Vec<u32> = image.runs.iter().map(|r| r.set).collect();
+    sets.sort_unstable();
+    sets.dedup();
+    let set_size = |set: &u32| set_bytes(tree.eff.members(*set));
+    let total = image.bytes() + sets.iter().map(set_size).sum::<usize>();
+    if total <= SPLIT_BYTES {
+        return None;
+    }
+    let first = tree.units.position(depth);
+    let end = |r: &Run| usize::from(r.position) + r.blocks.len();
+    let last = image.runs.iter().map(end).max()?;
+    let mut by_position = vec![0_usize; last];
+    let mut seen: Vec<u32> = Vec::new();
+    let mut runs: Vec<&Run> = image.runs.iter().collect();
+    runs.sort_by_key(|r| r.position);
+    for run in runs {
+        let start = usize::from(run.position);
+        let set = if seen.contains(&run.set) {
+            0
+        } else {
+            set_size(&run.set)
+        };
+        seen.push(run.set);
+        for (i, bytes) in by_position
+            .iter_mut()
+            .enumerate()
+            .take(end(run))
+            .skip(start)
+        {
+            *bytes += if i == start { 8 + set } else { 2 };
+        }
+    }
+    let mut sum = 0;
+    let fits = |bytes: &&usize| {
+        sum += **bytes;
+        sum <= SPLIT_BYTES / 2
+    };
+    let position = by_position.iter().take_while(fits).count();
+    let position = u8::try_from(position).ok()?.max(first + 1);
+    (usize::from(position) < last).then_some(position)
+}
+
+/// Makes every block at `position` of the unit, published or not, a unit of its own.
+fn split(tree: &mut Tree, id: UnitId, position: u8) {
+    let unit = *tree.units.at(id);
+    let inner = |tree: &Tree, node: NodeId| -> Vec<NodeId> { tree.children(node).collect() };
+    let mut roots = Vec::new();
+    let mut stack = vec![unit.root];
+    while let Some(node) = stack.pop() {
+        for child in inner(tree, node) {
+            if tree.node(child).unit != id {
+                continue;
+            }
+            if tree.units.position(tree.node(child).depth) == position {
+                roots.push(child);
+            } else {
+                stack.push(child);
+            }
+        }
+    }
+    let parent = tree.units.at_mut(id);
+    parent.split = position;
+    parent.below = u32::try_from(roots.len()).unwrap_or(u32::MAX);
+    for root in roots {
+        let node = tree.node(root);
+        let (key, depth) = (tree.key(node.pool, node.sequence), node.depth);
+        let new = tree.units.begin(root, key, depth);
+        let mut below = 0;
+        let mut stack = vec![root];
+        while let Some(node) = stack.pop() {
+            tree.assign(node, new);
+            for child in inner(tree, node) {
+                let child_unit = tree.node(child).unit;
+                if child_unit == id {
+                    stack.push(child);
+                } else if tree.units.position(tree.node(child).depth) != 0 {
+                    below += 1;
+                }
+            }
+        }
+        let sub = tree.units.at_mut(new);
+        sub.below = below;
+        sub.split = if below > 0 { unit.split } else { WHOLE };
+        tree.units.touch(new, false);
+    }
+}

@@ -1,0 +1,37 @@
+//! The decision core of Envoy KV Router.
+//!
+//! Everything here is pure: no I/O, no clock, no environment, no threads. Time, randomness and ids
+//! come in as arguments. The crate is compiled twice, to wasm32 for the Envoy filter and natively
+//! for the sidecar, and both must agree bit for bit.
+
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic,
+        clippy::unwrap_used
+    )
+)]
+#![forbid(unsafe_code)]
+
+pub mod cost;
+pub mod decide;
+pub mod event;
+pub mod hash;
+pub mod head;
+pub mod id;
+pub mod index;
+pub mod key;
+pub mod lease;
+pub mod load;
+pub mod naive;
+pub mod overlap;
+pub mod page;
+pub mod pick;
+pub mod policy;
+pub mod reader;
+pub mod rng;
+pub mod scan;
+pub mod table;
+pub mod wire;

@@ -1,0 +1,64 @@
+//! How a pool chooses workers: mode and weights. The sidecar's configuration is made of these
+//! types, and the worker table carries them to the filter.
+
+use serde::{Deserialize, Serialize};
+
+/// How a worker is chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// By cost: prefill still to do plus blocks being decoded.
+    #[default]
+    Kv,
+    /// Each worker in turn.
+    RoundRobin,
+    /// Any worker with equal chance.
+    Random,
+}
+
+impl Mode {
+    /// The mode's name in configuration, metrics and decision records.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kv => "kv",
+            Self::RoundRobin => "round-robin",
+            Self::Random => "random",
+        }
+    }
+}
+
+/// Mode and weights of one pool. Weights are finite and not negative.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Policy {
+    /// How a worker is chosen.
+    pub mode: Mode,
+    /// Softmax temperature over normalised costs; 0 takes the minimum.
+    pub temperature: f64,
+    /// Weight of prefill blocks against blocks being decoded.
+    pub prefill_load_scale: f64,
+    /// Credit for a block on the device tier, in blocks.
+    pub overlap_score_credit: f64,
+    /// Credit for a block on the host tier, in blocks.
+    pub host_cache_hit_weight: f64,
+    /// Credit for a block on the disk or external tier, in blocks.
+    pub disk_cache_hit_weight: f64,
+    /// Cost of one active request, in blocks.
+    pub decode_active_request_weight: f64,
+}
+
+impl Default for Policy {
+    /// Dynamo's defaults.
+    fn default() -> Self {
+        Self {
+            mode: Mode::Kv,
+            temperature: 0.0,
+            prefill_load_scale: 1.0,
+            overlap_score_credit: 1.0,
+            host_cache_hit_weight: 0.75,
+            disk_cache_hit_weight: 0.25,
+            decode_active_request_weight: 0.0,
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! The worker table: pools, their owners and policies, as the filter sees them.
+
+use serde::{Deserialize, Serialize};
+
+use crate::id::{OwnerId, Role, Slot};
+use crate::key::FORMAT;
+use crate::policy::Policy;
+
+/// Everything a decision needs besides pages, load and the request.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Table {
+    /// Publisher's epoch, the same as in head and pages.
+    pub epoch: u32,
+    /// Grows with every change.
+    pub version: u64,
+    /// What holds for all pools.
+    pub settings: Settings,
+    /// The pools; the first serves requests that name no known model.
+    pub pools: Vec<Pool>,
+}
+
+/// Filter settings that hold for all pools.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Settings {
+    /// Requests with a longer body, in bytes, are routed by load and not buffered.
+    pub body_limit: u64,
+    /// Prompts with more token ids than this are routed by load.
+    pub token_limit: u32,
+    /// Whether the answer carries `x-kv-router-decision`.
+    pub decision_header: bool,
+}
+
+/// Workers that serve the same models.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Pool {
+    /// Name in metrics and records: `[A-Za-z0-9._-]`, at most 64 bytes.
+    pub name: String,
+    /// Secret that mixes unit keys, so that clients can't aim prompts at one page.
+    pub key: u64,
+    /// Model names served; empty takes any name.
+    pub models: Vec<String>,
+    /// LoRA adapters, which requests name as their model.
+    pub lora_adapters: Vec<String>,
+    /// Tokens to a block.
+    pub block_size: u32,
+    /// How to choose.
+    pub policy: Policy,
+    /// The owners, by slot.
+    pub owners: Vec<Owner>,
+}
+
+/// A (worker, dp rank) of a pool.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Owner {
+    /// Its number in the pages.
+    pub slot: Slot,
+    /// Its identity.
+    pub id: OwnerId,
+    /// What it does.
+    pub role: Role,
+    /// `ip:port` of the worker.
+    pub endpoint: String,
+    /// Whether requests may be sent to it.
+    pub accepting: bool,
+}
+
+/// Which pool serves a model, and as what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Served<'a> {
+    /// Position of the pool in the table.
+    pub pool: usize,
+    /// The adapter, where the model is one.
+    pub lora: Option<&'a str>,
+    /// Whether some pool names this model; otherwise the first pool serves it.
+    pub known: bool,
+}
+
+impl Table {
+    /// Version byte and the table.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        // Serialising to a growing vector cannot fail for these types.
+        postcard::to_extend(self, vec![FORMAT]).unwrap_or_default()
+    }
+
+    /// The inverse of [`Table::encode`]; `None` for another version or broken bytes.
+    #[must_use]
+    pub fn decode(bytes: &[u8]) -> Option<Self> {
+        let (&FORMAT, rest) = bytes.split_first()? else {
+            return None;
+        };
+        postcard::from_bytes(rest).ok()
+    }
+
+    /// The pool for a request's model name; `None` only for an empty table.
+    #[must_use]
+    pub fn serve(&self, model: Option<&str>) -> Option<Served<'_>> {
+        let named = self.pools.iter().enumerate().find_map(|(pool, p)| {
+            let model = model?;
+            let lora = p.lora_adapters.iter().find(|l| *l == model);
+            let known = lora.is_some() || p.models.iter().any(|m| m == model);
+            known.then_some(Served {
+                pool,
+                lora: lora.map(String::as_str),
+                known,
+            })
+        });
+        named.or_else(|| {
+            let first = self.pools.first()?;
+            Some(Served {
+                pool: 0,
+                lora: None,
+                known: first.models.is_empty(),
+            })
+        })
+    }
+}
+
+impl Pool {
+    /// The owner in a slot.
+    #[must_use]
+    pub fn owner(&self, slot: Slot) -> Option<&Owner> {
+        let i = self.owners.binary_search_by_key(&slot, |o| o.slot).ok()?;
+        self.owners.get(i)
+    }
+
+    /// Slots in use are below this.
+    #[must_use]
+    pub fn slots(&self) -> usize {
+        self.owners.last().map_or(0, |o| o.slot.index() + 1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Owner, Pool, Served, Table};
+    use crate::id::{OwnerId, Role, Slot};
+
+    fn table() -> Table {
+        Table {
+            epoch: 3,
+            version: 9,
+            pools: vec![
+                Pool {
+                    name: "small".into(),
+                    models: vec!["llama-8b".into()],
+                    ..Pool::default()
+                },
+                Pool {
+                    name: "large".into(),
+                    models: vec!["llama-70b".into()],
+                    lora_adapters: vec!["sql".into()],
+                    owners: vec![Owner {
+                        slot: Slot(5),
+                        id: OwnerId {
+                            worker: 1 << 60,
+                            rank: 1,
+                        },
+                        role: Role::Aggregated,
+                        endpoint: "[::1]:8000".into(),
+                        accepting: true,
+                    }],
+                    ..Pool::default()
+                },
+            ],
+            ..Table::default()
+        }
+    }
+
+    #[test]
+    fn a_table_survives_encoding_and_refuses_other_versions() {
+        let table = table();
+        let mut bytes = table.encode();
+        assert_eq!(Table::decode(&bytes), Some(table));
+        bytes[0] += 1;
+        assert_eq!(Table::decode(&bytes), None);
+        assert_eq!(Table::decode(&[]), None);
+    }
+
+    #[test]
+    fn a_model_selects_its_pool_and_an_adapter_is_named() {
+        let table = table();
+        let served = |m| table.serve(m).unwrap();
+        assert_eq!(served(Some("llama-70b")).pool, 1);
+        assert_eq!(
+            served(Some("sql")),
+            Served {
+                pool: 1,
+                lora: Some("sql"),
+                known: true
+            }
+        );
+        assert_eq!(
+            served(Some("?")),
+            Served {
+                pool: 0,
+                lora: None,
+                known: false
+            }
+        );
+        assert_eq!(served(None).pool, 0);
+        assert_eq!(Table::default().serve(None), None);
+    }
+
+    #[test]
+    fn an_owner_is_found_by_slot() {
+        let table = table();
+        assert_eq!(table.pools[1].owner(Slot(5)).unwrap().id.rank, 1);
+        assert!(table.pools[1].owner(Slot(4)).is_none());
+        assert_eq!(table.pools[1].slots(), 6);
+    }
+}

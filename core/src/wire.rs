@@ -1,0 +1,163 @@
+//! Messages between the bridge in Envoy and the sidecar, one to a gRPC message.
+//!
+//! The stream is `kv.router.v1.Bridge/Stream`. The bridge opens it and subscribes; the sidecar
+//! answers with batches of shared-data writes, which the bridge copies in order and acknowledges.
+//! Each message is the protocol's version byte and the postcard form of its struct.
+
+use serde::{Deserialize, Serialize};
+
+/// Version of these messages.
+pub const PROTOCOL: u8 = 1;
+/// gRPC service of the stream.
+pub const SERVICE: &str = "kv.router.v1.Bridge";
+/// gRPC method of the stream.
+pub const METHOD: &str = "Stream";
+/// Batches under way that no acknowledgement has come for.
+pub const WINDOW: usize = 4;
+/// Aim for the bytes of one batch: a longer one would hold up the bridge's thread.
+pub const BATCH_BYTES: usize = 48 << 10;
+
+/// From the bridge to the sidecar.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Up {
+    /// First message of a stream.
+    Subscribe(Subscribe),
+    /// A batch has been written.
+    Ack(Ack),
+}
+
+/// Who is talking, and what Envoy holds.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Subscribe {
+    /// [`crate::key::FORMAT`] of the filter.
+    pub format: u8,
+    /// Nonce of the Envoy process.
+    pub process: u64,
+    /// The filter's `vm_id`: shared data is common to the VMs of one id.
+    pub vm_id: String,
+    /// Term of the lease; of two streams of one (process, vm id) the higher term is true.
+    pub term: u64,
+    /// Epoch of the pages Envoy holds, if any.
+    pub epoch: Option<u32>,
+    /// Level of those pages.
+    pub level: u8,
+}
+
+/// Acknowledges a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ack {
+    /// The batch's number.
+    pub seq: u64,
+    /// Envoy's clock when the writes were done, Unix nanoseconds.
+    pub written_at_ns: u64,
+    /// Writes that were refused: keys the publisher may not write.
+    pub refused: u32,
+}
+
+/// From the sidecar to the bridge: writes to shared data, in order.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Batch<'a> {
+    /// Number of the batch in its stream, from 1.
+    pub seq: u64,
+    /// The writes.
+    #[serde(borrow)]
+    pub writes: Vec<Write<'a>>,
+}
+
+/// One write to shared data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Write<'a> {
+    /// A key for which [`crate::key::is_published`] holds.
+    #[serde(borrow)]
+    pub key: &'a [u8],
+    /// Its value.
+    #[serde(borrow)]
+    pub value: &'a [u8],
+}
+
+/// A message that can't be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum WireError {
+    /// No bytes.
+    #[error("empty message")]
+    Empty,
+    /// Another protocol version.
+    #[error("protocol version {0}, expected {PROTOCOL}")]
+    Version(u8),
+    /// Bytes that don't decode.
+    #[error("malformed message of {0} bytes")]
+    Malformed(usize),
+}
+
+impl WireError {
+    /// Label for metrics.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Empty => "empty",
+            Self::Version(_) => "version",
+            Self::Malformed(_) => "malformed",
+        }
+    }
+}
+
+/// Version byte and message.
+#[must_use]
+pub fn encode<T: Serialize>(message: &T) -> Vec<u8> {
+    // Serialising to a growing vector cannot fail for the types of this module.
+    postcard::to_extend(message, vec![PROTOCOL]).unwrap_or_default()
+}
+
+/// The inverse of [`encode`].
+///
+/// # Errors
+/// When the bytes are empty, of another version or malformed.
+pub fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, WireError> {
+    match bytes.split_first() {
+        None => Err(WireError::Empty),
+        Some((&PROTOCOL, rest)) => {
+            postcard::from_bytes(rest).map_err(|_| WireError::Malformed(bytes.len()))
+        }
+        Some((&version, _)) => Err(WireError::Version(version)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::key;
+
+    #[test]
+    fn a_batch_is_read_without_copying() {
+        let page = key::page(7);
+        let batch = Batch {
+            seq: 1,
+            writes: vec![
+                Write {
+                    key: &page,
+                    value: b"page",
+                },
+                Write {
+                    key: &key::HEAD,
+                    value: b"head",
+                },
+            ],
+        };
+        let bytes = encode(&batch);
+        assert_eq!(decode::<Batch<'_>>(&bytes), Ok(batch));
+    }
+
+    #[test]
+    fn other_versions_and_broken_bytes_are_refused() {
+        let ack = Up::Ack(Ack {
+            seq: 4,
+            written_at_ns: 5,
+            refused: 0,
+        });
+        let mut bytes = encode(&ack);
+        assert_eq!(decode::<Up>(&bytes[..2]), Err(WireError::Malformed(2)));
+        bytes[0] = 9;
+        assert_eq!(decode::<Up>(&bytes), Err(WireError::Version(9)));
+        assert_eq!(decode::<Up>(&[]), Err(WireError::Empty));
+    }
+}
