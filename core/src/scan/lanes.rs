@@ -60,10 +60,10 @@ fn find(
 ) -> Option<(usize, u8)> {
     let mut at = from;
     while let Some(group) = chunk.get(at..)?.first_chunk() {
-        if has(group) {
-            if let Some(found) = first(group, at, &wanted) {
-                return Some(found);
-            }
+        if has(group)
+            && let Some(found) = first(group, at, &wanted)
+        {
+            return Some(found);
         }
         at += group.len();
     }

@@ -128,7 +128,8 @@ impl Borders {
             self.extract(ends, place);
             place += BLOCK as u32;
         }
-        true
+        // Where no number ends in a whole span, one has too many digits.
+        self.count > 0
     }
 
     /// Ends of numbers in a block, if it is regular.

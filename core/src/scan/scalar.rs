@@ -65,7 +65,6 @@ impl Number {
                 (Place::Exponent | Place::ExponentSign | Place::ExponentDigits, b'0'..=b'9') => {
                     Place::ExponentDigits
                 }
-                (Place::Zero, b'0'..=b'9') => return Err(Fault::Syntax(at)),
                 (Place::Zero | Place::Integer | Place::Fraction | Place::ExponentDigits, _) => {
                     return Ok(Step::Done(at));
                 }

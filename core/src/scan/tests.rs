@@ -141,7 +141,7 @@ fn check(body: &[u8], chunks: &[&[u8]]) -> Result<(), TestCaseError> {
 fn cut<'a>(body: &'a [u8], cuts: &[u16]) -> Vec<&'a [u8]> {
     let mut places: Vec<usize> = cuts
         .iter()
-        .map(|cut| usize::from(*cut) * body.len() >> 16)
+        .map(|cut| (usize::from(*cut) * body.len()) >> 16)
         .collect();
     places.sort_unstable();
     places.push(body.len());
@@ -423,6 +423,17 @@ fn irregular_ids_are_told_wherever_they_come() {
                     .collect();
                 assert_ids(&body, &ids);
             }
+        }
+    }
+}
+
+#[test]
+fn endless_numbers_are_no_ids() {
+    for before in 215..230 {
+        for digits in (10..30).chain(430..480).chain(890..910) {
+            let (before, after) = ("1,".repeat(before), "1,".repeat(700));
+            let body = format!("{{\"prompt\":[{before}{},{after}1]}}", "7".repeat(digits));
+            assert_eq!(prompt(&body), Prompt::Unsupported, "{digits}");
         }
     }
 }

@@ -18,7 +18,7 @@ fn space() -> impl Strategy<Value = &'static str> {
 }
 
 /// A string literal for `text`, some of its characters escaped.
-fn quoted(text: String) -> impl Strategy<Value = String> {
+fn quoted(text: &str) -> impl Strategy<Value = String> + use<> {
     let units: Vec<char> = text.chars().collect();
     vec(0u8..8, units.len()).prop_map(move |choices| {
         let mut literal = String::from('"');
@@ -49,7 +49,7 @@ fn text() -> impl Strategy<Value = String> {
     ];
     let text = vec(characters, 0..40).prop_map(String::from_iter);
     prop_oneof![20 => text, 1 => (1000usize..1100).prop_map(|n| "x".repeat(n))]
-        .prop_flat_map(quoted)
+        .prop_flat_map(|text| quoted(&text))
 }
 
 fn number() -> impl Strategy<Value = String> {
@@ -130,7 +130,7 @@ fn value() -> impl Strategy<Value = String> {
 
 fn member() -> impl Strategy<Value = (String, String)> {
     let keys = prop_oneof![
-        10 => select(&KEYS[..]).prop_map(str::to_owned).prop_flat_map(quoted),
+        10 => select(&KEYS[..]).prop_flat_map(quoted),
         1 => text(),
     ];
     let prompts = Just("\"prompt\"".to_owned());

@@ -1,0 +1,95 @@
+# Envoy KV Router. `make` lists the targets.
+
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+TOOLS := $(CURDIR)/.tools/bin
+export PATH := $(TOOLS):$(PATH):$(HOME)/.cargo/bin
+# Naming the toolchain keeps rustup from looking for a newer one because a target is missing.
+export RUSTUP_TOOLCHAIN ?= $(shell sed -n 's/^channel = "\(.*\)"/\1/p' rust-toolchain.toml)
+# What the end-to-end tests, the benches and the demo start.
+export ENVOY := $(TOOLS)/envoy
+export NATS_SERVER := $(TOOLS)/nats-server
+export KV_FILTER_WASM := $(CURDIR)/target/wasm32-unknown-unknown/wasm/kv_filter.wasm
+
+CLIPPY := -D warnings
+
+.PHONY: help
+help: ## list the targets
+	@echo 'Envoy KV Router: routing of LLM requests by KV cache, inside Envoy'
+	@echo
+	@sed -n 's/^\([a-zA-Z%-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | sed 's/%/NAME/' | \
+		awk -F '|' '{ printf "%-20s %s\n", $$1, $$2 }'
+
+.PHONY: envoy-up
+envoy-up: preflight ## build all, start a fleet on this machine, compare three policies
+	@python3 -B envoy/demo/main.py up
+
+.PHONY: envoy-down
+envoy-down: ## stop what envoy-up started and leave nothing behind
+	@python3 -B envoy/demo/main.py down
+
+.PHONY: build
+build: preflight filter ## the two programs (target/release) and the filter
+	@echo '==> building kv-router and kv-sim (two to four minutes the first time)'
+	@cargo build --release -p kv-router -p kv-sim
+
+.PHONY: filter
+filter: preflight ## the filter that Envoy loads (target/wasm32-unknown-unknown/wasm)
+	@echo '==> building the filter for wasm32 (half a minute the first time)'
+	@envoy/tools/wasm-cargo build -p kv-filter --profile wasm
+
+.PHONY: tools
+tools: preflight ## fetch Envoy, NATS and Node into .tools
+	@python3 -B envoy/tools/fetch.py
+
+.PHONY: check
+check: components ## format, lints and unit tests, seconds when warm
+	@echo '==> format'
+	@cargo fmt --all --check
+	@echo '==> lints (a few minutes the first time)'
+	@cargo clippy --quiet --workspace --all-targets -- $(CLIPPY)
+	@envoy/tools/wasm-cargo clippy --quiet -p kv-core -p kv-filter -- $(CLIPPY)
+	@echo '==> unit tests'
+	@cargo test --quiet --workspace --lib --bins
+
+.PHONY: test
+test: tools filter ## every test: unit, property, wasm32 under Node, end to end with real Envoy and NATS
+	@envoy/tools/wasm-test-runner
+	@echo '==> building the tests (three to five minutes the first time)'
+	@cargo test --quiet --workspace --no-run
+	@echo '==> unit, property and end-to-end tests, with real Envoy and NATS (a few minutes)'
+	@cargo test --workspace
+	@echo '==> core on wasm32 under Node (a minute the first time)'
+	@envoy/tools/wasm-cargo test -p kv-core
+
+.PHONY: bench
+bench: ## every bench, one after the other: tables here, JSON in target/bench
+	@for name in $(patsubst benches/src/bin/%.rs,%,$(wildcard benches/src/bin/*.rs)); do \
+		$(MAKE) bench-$$name || exit 1; \
+	done
+
+bench-%: tools filter ## one bench by name (a file of benches/src/bin)
+	@mkdir -p target/bench
+	@echo '==> bench $* (some minutes), into target/bench/$*.json'
+	@cargo run --quiet --release -p kv-benches --bin $*
+
+.PHONY: fmt
+fmt: components ## format the Rust sources
+	@cargo fmt --all
+
+.PHONY: clean
+clean: envoy-down ## remove what was built and fetched
+	@rm -rf target .tools
+
+.PHONY: preflight
+preflight:
+	@envoy/tools/preflight
+
+# rustup's minimal profile leaves these out.
+.PHONY: components
+components: preflight
+	@cargo fmt --version >/dev/null 2>&1 && cargo clippy --version >/dev/null 2>&1 || \
+		rustup component add rustfmt clippy

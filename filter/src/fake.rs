@@ -1,0 +1,354 @@
+//! Envoy for tests: VMs of one process around shared data and metrics, recording what they do.
+
+use std::cell::{Cell, RefCell};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::rc::Rc;
+
+use crate::host::{Expect, Headers, Host, Level, MetricId, MetricKind, Shared, Token};
+
+/// One VM's Envoy. Clones are the same VM.
+#[derive(Clone, Default)]
+pub(crate) struct Fake {
+    process: Rc<Process>,
+    vm: Rc<Local>,
+}
+
+/// What the VMs of a process share.
+struct Process {
+    now_ns: Cell<u64>,
+    random: Cell<u64>,
+    shared: RefCell<HashMap<Vec<u8>, Shared>>,
+    writes: Cell<u32>,
+    metrics: RefCell<BTreeMap<String, u64>>,
+}
+
+#[derive(Default)]
+struct Local {
+    configuration: RefCell<Vec<u8>>,
+    metrics: RefCell<Vec<(MetricKind, String)>>,
+    contexts: RefCell<HashMap<u32, Context>>,
+    gone: RefCell<HashSet<u32>>,
+    current: Cell<u32>,
+    streams: RefCell<Vec<Stream>>,
+    no_streams: Cell<bool>,
+    message: RefCell<Vec<u8>>,
+    log: RefCell<Vec<(Level, String)>>,
+}
+
+#[derive(Default)]
+struct Context {
+    request: BTreeMap<String, Vec<u8>>,
+    response: BTreeMap<String, Vec<u8>>,
+    body: Vec<u8>,
+    received: u64,
+    resumed: u32,
+}
+
+/// A stream that a VM opened.
+#[derive(Clone, Default)]
+pub(crate) struct Stream {
+    /// Messages sent on it.
+    pub(crate) sent: Vec<Vec<u8>>,
+    /// Whether it is still open.
+    pub(crate) open: bool,
+}
+
+impl Default for Process {
+    fn default() -> Self {
+        Self {
+            now_ns: Cell::new(1_000_000_000),
+            random: Cell::new(7),
+            shared: RefCell::default(),
+            writes: Cell::new(0),
+            metrics: RefCell::default(),
+        }
+    }
+}
+
+impl Fake {
+    /// Another VM of the same process.
+    pub(crate) fn beside(&self) -> Self {
+        Self {
+            process: Rc::clone(&self.process),
+            vm: Rc::default(),
+        }
+    }
+
+    pub(crate) fn advance_ms(&self, ms: u64) {
+        let now = &self.process.now_ns;
+        now.set(now.get() + ms * 1_000_000);
+    }
+
+    pub(crate) fn configure(&self, json: &[u8]) {
+        *self.vm.configuration.borrow_mut() = json.to_vec();
+    }
+
+    /// Sets a request header of the current context as the client would; empty removes it.
+    pub(crate) fn client_header(&self, name: &str, value: &[u8]) {
+        self.context(|context| {
+            if value.is_empty() {
+                context.request.remove(name);
+            } else {
+                context.request.insert(name.to_owned(), value.to_vec());
+            }
+        });
+    }
+
+    /// Receives bytes of the current request's body.
+    pub(crate) fn receive(&self, part: &[u8]) -> usize {
+        self.context(|context| {
+            context.body.extend(part);
+            context.received += part.len() as u64;
+            context.body.len()
+        })
+    }
+
+    /// The value of a header as text.
+    pub(crate) fn text(&self, map: Headers, name: &str) -> Option<String> {
+        let value = self.header(map, name)?;
+        Some(String::from_utf8(value).unwrap())
+    }
+
+    pub(crate) fn resumed(&self, context: u32) -> u32 {
+        let contexts = self.vm.contexts.borrow();
+        contexts.get(&context).map_or(0, |context| context.resumed)
+    }
+
+    /// A context that can't be entered any more.
+    pub(crate) fn end(&self, context: u32) {
+        self.vm.gone.borrow_mut().insert(context);
+    }
+
+    /// Lets `open_stream` fail or succeed.
+    pub(crate) fn refuse_streams(&self, refuse: bool) {
+        self.vm.no_streams.set(refuse);
+    }
+
+    pub(crate) fn streams(&self) -> Vec<Stream> {
+        self.vm.streams.borrow().clone()
+    }
+
+    /// Puts a message where the next `on_stream_message` finds it.
+    pub(crate) fn deliver(&self, message: &[u8]) -> usize {
+        *self.vm.message.borrow_mut() = message.to_vec();
+        message.len()
+    }
+
+    /// Value of a metric by name, 0 if there is none. Of a histogram the number of values.
+    pub(crate) fn named(&self, name: &str) -> u64 {
+        self.process
+            .metrics
+            .borrow()
+            .get(name)
+            .copied()
+            .unwrap_or(0)
+    }
+
+    pub(crate) fn has_metric(&self, name: &str) -> bool {
+        self.process.metrics.borrow().contains_key(name)
+    }
+
+    /// Metrics of the process whose name contains `part`, with their values.
+    pub(crate) fn metrics_with(&self, part: &str) -> Vec<(String, u64)> {
+        let metrics = self.process.metrics.borrow();
+        let matching = metrics.iter().filter(|(name, _)| name.contains(part));
+        matching
+            .map(|(name, value)| (name.clone(), *value))
+            .collect()
+    }
+
+    /// How often this VM has defined a metric.
+    pub(crate) fn defined(&self) -> usize {
+        self.vm.metrics.borrow().len()
+    }
+
+    pub(crate) fn logged(&self, level: Level) -> Vec<String> {
+        let log = self.vm.log.borrow();
+        let at = log.iter().filter(|(l, _)| *l == level);
+        at.map(|(_, message)| message.clone()).collect()
+    }
+
+    fn context<R>(&self, with: impl FnOnce(&mut Context) -> R) -> R {
+        let mut contexts = self.vm.contexts.borrow_mut();
+        with(contexts.entry(self.vm.current.get()).or_default())
+    }
+
+    fn value<R>(
+        &self,
+        metric: MetricId,
+        with: impl FnOnce(MetricKind, &mut u64) -> R,
+    ) -> Option<R> {
+        let metrics = self.vm.metrics.borrow();
+        let (kind, name) = metrics.get(metric.0 as usize)?;
+        let mut values = self.process.metrics.borrow_mut();
+        Some(with(*kind, values.get_mut(name)?))
+    }
+}
+
+impl Host for Fake {
+    fn log(&self, level: Level, message: &str) {
+        self.vm.log.borrow_mut().push((level, message.to_owned()));
+    }
+
+    fn now_ns(&self) -> u64 {
+        self.process.now_ns.get()
+    }
+
+    fn unix_ns(&self) -> u64 {
+        1_700_000_000_000_000_000 + self.now_ns()
+    }
+
+    fn random(&self) -> u64 {
+        let random = self
+            .process
+            .random
+            .get()
+            .wrapping_mul(0x9E37_79B9_7F4A_7C15)
+            + 1;
+        self.process.random.set(random);
+        random
+    }
+
+    fn set_tick_ms(&self, _period: u32) {}
+
+    fn configuration(&self) -> Vec<u8> {
+        self.vm.configuration.borrow().clone()
+    }
+
+    fn property(&self, path: &[u8]) -> Option<Vec<u8>> {
+        match path {
+            b"plugin_vm_id" => Some(b"kv-router".to_vec()),
+            b"request\0total_size" => {
+                let received = self.context(|context| context.received);
+                Some((200 + received).to_le_bytes().to_vec())
+            }
+            _ => None,
+        }
+    }
+
+    fn enter(&self, context: u32) -> bool {
+        let there = !self.vm.gone.borrow().contains(&context);
+        if there {
+            self.vm.current.set(context);
+        }
+        there
+    }
+
+    fn shared(&self, key: &[u8]) -> Option<Shared> {
+        self.process.shared.borrow().get(key).cloned()
+    }
+
+    fn set_shared(&self, key: &[u8], value: &[u8], expect: Expect) -> bool {
+        let mut shared = self.process.shared.borrow_mut();
+        let fits = match (expect, shared.get(key)) {
+            (Expect::Version(wanted), Some(there)) => wanted == there.version,
+            (Expect::Nothing, there) => there.is_none(),
+            (Expect::Anything | Expect::Version(_), _) => true,
+        };
+        if fits {
+            self.process.writes.set(self.process.writes.get() + 1);
+            let value = Shared {
+                bytes: value.to_vec(),
+                version: self.process.writes.get(),
+            };
+            shared.insert(key.to_vec(), value);
+        }
+        fits
+    }
+
+    fn header(&self, map: Headers, name: &str) -> Option<Vec<u8>> {
+        self.context(|context| match map {
+            Headers::Request => context.request.get(name).cloned(),
+            Headers::Response => context.response.get(name).cloned(),
+        })
+    }
+
+    fn set_header(&self, map: Headers, name: &str, value: &[u8]) -> bool {
+        self.context(|context| match map {
+            Headers::Request => context.request.insert(name.to_owned(), value.to_vec()),
+            Headers::Response => context.response.insert(name.to_owned(), value.to_vec()),
+        });
+        true
+    }
+
+    fn remove_header(&self, map: Headers, name: &str) -> bool {
+        self.context(|context| match map {
+            Headers::Request => context.request.remove(name),
+            Headers::Response => context.response.remove(name),
+        });
+        true
+    }
+
+    fn body(&self, start: usize, size: usize) -> Vec<u8> {
+        self.context(|context| {
+            let rest = context.body.get(start..).unwrap_or_default();
+            rest[..size.min(rest.len())].to_vec()
+        })
+    }
+
+    fn resume_request(&self) -> bool {
+        self.context(|context| context.resumed += 1);
+        true
+    }
+
+    fn define(&self, kind: MetricKind, name: &str) -> Option<MetricId> {
+        let mut metrics = self.vm.metrics.borrow_mut();
+        metrics.push((kind, name.to_owned()));
+        let mut values = self.process.metrics.borrow_mut();
+        values.entry(name.to_owned()).or_default();
+        Some(MetricId(u32::try_from(metrics.len() - 1).unwrap()))
+    }
+
+    fn add(&self, metric: MetricId, delta: i64) -> bool {
+        let added = self.value(metric, |kind, value| {
+            assert!(kind == MetricKind::Gauge || delta > 0, "counters only grow");
+            *value = value.wrapping_add_signed(delta);
+        });
+        added.is_some()
+    }
+
+    fn record(&self, metric: MetricId, value: u64) -> bool {
+        let recorded = self.value(metric, |kind, now| match kind {
+            MetricKind::Gauge => *now = value,
+            MetricKind::Counter => *now += value,
+            MetricKind::Histogram => *now += 1,
+        });
+        recorded.is_some()
+    }
+
+    fn metric(&self, metric: MetricId) -> Option<u64> {
+        self.value(metric, |_, value| *value)
+    }
+
+    fn open_stream(&self, cluster: &str, _service: &str, _method: &str) -> Option<Token> {
+        assert_eq!(cluster, "kv_router_sidecar");
+        if self.vm.no_streams.get() {
+            return None;
+        }
+        let mut streams = self.vm.streams.borrow_mut();
+        streams.push(Stream {
+            open: true,
+            ..Stream::default()
+        });
+        Some(Token(u32::try_from(streams.len() - 1).unwrap()))
+    }
+
+    fn send(&self, stream: Token, message: &[u8]) -> bool {
+        let mut streams = self.vm.streams.borrow_mut();
+        let stream = &mut streams[stream.0 as usize];
+        stream.sent.push(message.to_vec());
+        stream.open
+    }
+
+    fn message(&self, _size: usize) -> Vec<u8> {
+        self.vm.message.borrow().clone()
+    }
+
+    fn close_stream(&self, stream: Token) {
+        self.vm.streams.borrow_mut()[stream.0 as usize].open = false;
+    }
+
+    fn reset_stream(&self, stream: Token) {
+        self.close_stream(stream);
+    }
+}

@@ -1,0 +1,141 @@
+//! Which requests are held until their body has been read.
+//!
+//! Only what surely is a generation request with a bounded JSON body: anything held that never
+//! ends (an upgrade, a bidirectional stream) would hang.
+
+use crate::host::{Headers, Host};
+use crate::reason::Reason;
+
+/// Paths whose bodies carry a prompt.
+pub const GENERATION_PATHS: [&str; 2] = ["/v1/completions", CHAT_PATH];
+
+/// The path whose prompt is always text.
+pub const CHAT_PATH: &str = "/v1/chat/completions";
+
+/// A request to hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Hold {
+    /// Whether it is a chat request.
+    pub chat: bool,
+}
+
+/// Whether to hold a request whose body is still to come.
+///
+/// # Errors
+/// The reason for not holding it.
+pub fn judge(host: &impl Host, body_limit: u64) -> Result<Hold, Reason> {
+    let header = |name| host.header(Headers::Request, name);
+    let path = header(":path").unwrap_or_default();
+    let path = path.split(|b| matches!(b, b'?' | b'#')).next();
+    let path = path.unwrap_or_default();
+    let generation = GENERATION_PATHS.iter().any(|p| p.as_bytes() == path);
+    if !generation
+        || header(":method").as_deref() != Some(b"POST")
+        || !header("content-type").is_some_and(|value| is_json(&value))
+        || header("upgrade").is_some()
+        || header("connection").is_some_and(|value| asks_for_upgrade(&value))
+        || header("content-encoding").is_some()
+    {
+        return Err(Reason::Passed);
+    }
+    if let Some(length) = header("content-length") {
+        let length = std::str::from_utf8(&length).ok();
+        match length.and_then(|length| length.parse::<u64>().ok()) {
+            None => return Err(Reason::Passed),
+            Some(length) if length > body_limit => return Err(Reason::TooLong),
+            Some(_) => {}
+        }
+    }
+    Ok(Hold {
+        chat: path == CHAT_PATH.as_bytes(),
+    })
+}
+
+/// `application/json`, possibly with parameters.
+fn is_json(content_type: &[u8]) -> bool {
+    let essence = content_type.split(|b| *b == b';').next();
+    let essence = essence.unwrap_or_default().trim_ascii();
+    essence.eq_ignore_ascii_case(b"application/json")
+}
+
+fn asks_for_upgrade(connection: &[u8]) -> bool {
+    let mut options = connection.split(|b| *b == b',');
+    options.any(|option| option.trim_ascii().eq_ignore_ascii_case(b"upgrade"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Hold, judge};
+    use crate::fake::Fake;
+    use crate::reason::Reason;
+
+    const LIMIT: u64 = 1000;
+
+    /// The verdict on a well-formed generation request, changed by these headers; an empty value
+    /// removes one.
+    fn verdict(changes: &[(&str, &[u8])]) -> Result<Hold, Reason> {
+        let host = Fake::default();
+        for (name, value) in [
+            (":method", &b"POST"[..]),
+            (":path", b"/v1/completions"),
+            ("content-type", b"application/json"),
+            ("content-length", b"1000"),
+        ]
+        .iter()
+        .chain(changes)
+        {
+            host.client_header(name, value);
+        }
+        judge(&host, LIMIT)
+    }
+
+    #[test]
+    fn generation_requests_are_held() {
+        let plain = Ok(Hold { chat: false });
+        let cases: [(&str, &[u8]); 6] = [
+            ("content-type", b"application/json; charset=utf-8"),
+            ("content-type", b"Application/JSON ;charset=utf-8"),
+            (":path", b"/v1/completions?api-version=1"),
+            ("content-length", b""),
+            ("connection", b"keep-alive"),
+            ("expect", b"100-continue"),
+        ];
+        for case in cases {
+            assert_eq!(verdict(&[case]), plain, "{case:?}");
+        }
+        let chat = verdict(&[(":path", b"/v1/chat/completions")]);
+        assert_eq!(chat, Ok(Hold { chat: true }));
+    }
+
+    #[test]
+    fn everything_else_passes() {
+        let cases: [(&str, &[u8]); 17] = [
+            (":method", b"GET"),
+            (":method", b"CONNECT"),
+            (":method", b"\xff"),
+            (":path", b"/v1/models"),
+            (":path", b"/v1/completions/"),
+            (":path", b"\xff\xfe"),
+            (":path", b""),
+            ("content-type", b""),
+            ("content-type", b"application/grpc"),
+            ("content-type", b"multipart/form-data; boundary=x"),
+            ("content-type", b"application/json\xff"),
+            ("upgrade", b"websocket"),
+            ("connection", b"keep-alive, Upgrade"),
+            ("content-encoding", b"gzip"),
+            ("content-encoding", b"\xff"),
+            ("content-length", b"\xff"),
+            ("content-length", b"-1"),
+        ];
+        for case in cases {
+            assert_eq!(verdict(&[case]), Err(Reason::Passed), "{case:?}");
+        }
+        assert_eq!(
+            verdict(&[("content-length", b"1001")]),
+            Err(Reason::TooLong)
+        );
+        let huge = b"99999999999999999999999";
+        assert_eq!(verdict(&[("content-length", huge)]), Err(Reason::Passed));
+    }
+}

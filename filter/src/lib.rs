@@ -1,0 +1,47 @@
+//! The Envoy filter of Envoy KV Router.
+//!
+//! A Proxy-Wasm module that holds a generation request until its prompt is read, looks up which
+//! workers have how much of it cached, and names the cheapest one in
+//! `x-gateway-destination-endpoint`. One VM per Envoy thread runs it; what they share stands in
+//! Envoy's shared data (pages, worker table) and in its gauges (load).
+//!
+//! The decisions are made in `kv_core`. This crate is what connects them to Envoy:
+//!
+//! - [`host`]: everything that is asked of Envoy, behind one trait; `abi` implements it.
+//! - [`vm`]: what one VM is made of, and the callbacks that Envoy calls.
+//! - [`request`], [`hold`], [`choose`]: the life of a request.
+//! - [`world`], [`fleet`], [`lanes`]: pages, worker table and load as this VM sees them.
+//! - [`bridge`]: the one VM of a process that copies the sidecar's writes into shared data.
+//!
+//! A panic would take a whole Envoy thread out of routing, so nothing here can panic.
+
+#![cfg_attr(
+    not(test),
+    deny(
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::panic,
+        clippy::unwrap_used
+    )
+)]
+
+#[cfg(target_arch = "wasm32")]
+mod abi;
+pub mod bridge;
+pub mod choose;
+pub mod config;
+pub mod fleet;
+pub mod hold;
+pub mod host;
+pub mod lanes;
+pub mod metrics;
+pub mod reason;
+pub mod request;
+pub mod vm;
+pub mod watchdog;
+pub mod world;
+
+#[cfg(test)]
+mod fake;
+#[cfg(test)]
+mod tests;

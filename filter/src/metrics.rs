@@ -1,0 +1,276 @@
+//! The filter's metrics. The doc comments are the catalogue.
+//!
+//! Envoy keeps them under `wasmcustom.`, which it drops when it exports them. A label is part of the
+//! name, as `_label=.=value;.;`; Envoy's `stats_tags` take it out again with the regular expression
+//! `(_?LABEL=\.=(.+?);\.;)` for each of [`LABELS`].
+//!
+//! The load gauges are in [`crate::lanes`]; `kv_router_turns_total` is in [`crate::fleet`].
+
+use hashbrown::HashMap;
+use kv_core::wire::WireError;
+
+use crate::host::{Host, MetricId, MetricKind};
+use crate::reason::Reason;
+
+/// Labels that names below carry.
+pub const LABELS: [&str; 3] = ["pool", "reason", "kind"];
+
+/// Counter of routed requests by `pool` and `reason` ([`Reason::name`]); pool `none` where no
+/// worker table is known. *Use*: share of requests routed by cache. *Action*: a growing share of
+/// any reason but `kv` and `passed` says what keeps requests from being routed by cache.
+pub const REQUESTS: &str = "kv_router_requests_total";
+
+/// Counter of things that went wrong, by `kind` ([`Fault::kind`]). *Action*: each kind says what;
+/// all should stand still.
+pub const FAULTS: &str = "kv_router_faults_total";
+
+/// Gauge: 1 while the sidecar has not been heard of for 5 seconds. *Action*: look after the
+/// sidecar; 30 seconds later cache hits begin to count less.
+pub const STALE: &str = "kv_router_stale";
+
+/// Pools counted apart in [`REQUESTS`]; requests of further ones count as pool `other`.
+const MAX_POOLS: usize = 1024;
+
+/// Counters without labels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// `kv_router_bridge_batches_total`: batches from the sidecar written to shared data.
+    Batch,
+    /// `kv_router_bridge_writes_total`: writes in them.
+    Write,
+    /// `kv_router_bridge_refused_total`: writes refused because the sidecar may not write their
+    /// key. *Action*: filter and sidecar are of different versions.
+    Refused,
+    /// `kv_router_bridge_leases_total`: times a VM became the bridge. *Action*: growth without
+    /// reconfiguration means that threads stall or trap.
+    Lease,
+    /// `kv_router_unknown_model_total`: requests for a model that no pool names, served by the
+    /// first pool.
+    UnknownModel,
+}
+
+impl Event {
+    const COUNT: usize = 5;
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Batch => "kv_router_bridge_batches_total",
+            Self::Write => "kv_router_bridge_writes_total",
+            Self::Refused => "kv_router_bridge_refused_total",
+            Self::Lease => "kv_router_bridge_leases_total",
+            Self::UnknownModel => "kv_router_unknown_model_total",
+        }
+    }
+}
+
+/// Histograms, in microseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Timing {
+    /// `kv_router_decision_us`: from a request's headers to its decision, the client's upload
+    /// included.
+    Decision,
+    /// `kv_router_decision_after_body_us`: from the last part of a request to its decision: what
+    /// routing adds to the time to the first token.
+    AfterBody,
+    /// `kv_router_lookup_us`: finding the overlaps in the pages.
+    Lookup,
+}
+
+impl Timing {
+    const COUNT: usize = 3;
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Decision => "kv_router_decision_us",
+            Self::AfterBody => "kv_router_decision_after_body_us",
+            Self::Lookup => "kv_router_lookup_us",
+        }
+    }
+}
+
+/// Something that went wrong and was worked around.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// The head record is broken; the last good one counts.
+    Head,
+    /// The worker table is broken; the last good one counts.
+    Table,
+    /// A worker's endpoint can't stand in a header; the worker gets no requests.
+    Endpoint,
+    /// Envoy did not define a load gauge; that owner's load is unknown.
+    Lane,
+    /// Envoy did not set a header; its own policy chose the worker.
+    Header,
+    /// Envoy did not hand out all of a body it had announced.
+    Body,
+    /// `allow_on_headers_stop_iteration` is missing; this VM routes all requests by load.
+    Unheld,
+    /// The stream to the sidecar could not be opened.
+    Connect,
+    /// The stream to the sidecar ended.
+    Closed,
+    /// A batch came to a bridge that has been replaced; it was dropped.
+    Fenced,
+    /// A message on the stream could not be read.
+    Wire(WireError),
+}
+
+impl Fault {
+    /// Metric label.
+    #[must_use]
+    pub fn kind(self) -> &'static str {
+        match self {
+            Self::Head => "head",
+            Self::Table => "table",
+            Self::Endpoint => "endpoint",
+            Self::Lane => "lane",
+            Self::Header => "header",
+            Self::Body => "body",
+            Self::Unheld => "unheld",
+            Self::Connect => "connect",
+            Self::Closed => "closed",
+            Self::Fenced => "fenced",
+            Self::Wire(error) => error.kind(),
+        }
+    }
+}
+
+/// Ids of the metrics this VM has used. Envoy makes a new id each time a name is defined.
+#[derive(Debug, Default)]
+pub struct Metrics {
+    events: [Option<MetricId>; Event::COUNT],
+    timings: [Option<MetricId>; Timing::COUNT],
+    /// By kind, of which there are few.
+    faults: Vec<(&'static str, Option<MetricId>)>,
+    requests: HashMap<String, [Option<MetricId>; Reason::COUNT]>,
+    stale: Option<MetricId>,
+}
+
+impl Metrics {
+    /// Adds to a counter.
+    pub fn count(&mut self, host: &impl Host, event: Event, by: u32) {
+        let define = || host.define(MetricKind::Counter, event.name());
+        if let Some(slot) = self.events.get_mut(event as usize)
+            && by > 0
+        {
+            add(host, slot, by.into(), define);
+        }
+    }
+
+    /// Records a time span that began at `since_ns`.
+    pub fn time(&mut self, host: &impl Host, timing: Timing, since_ns: u64, now_ns: u64) {
+        let Some(slot) = self.timings.get_mut(timing as usize) else {
+            return;
+        };
+        if slot.is_none() {
+            *slot = host.define(MetricKind::Histogram, timing.name());
+        }
+        if let Some(id) = *slot {
+            host.record(id, now_ns.saturating_sub(since_ns) / 1_000);
+        }
+    }
+
+    /// Counts a fault.
+    pub fn fault(&mut self, host: &impl Host, fault: Fault) {
+        let kind = fault.kind();
+        let define = || host.define(MetricKind::Counter, &labelled(FAULTS, &[("kind", kind)]));
+        if let Some((_, slot)) = self.faults.iter_mut().find(|(known, _)| *known == kind) {
+            add(host, slot, 1, define);
+            return;
+        }
+        let mut slot = None;
+        add(host, &mut slot, 1, define);
+        self.faults.push((kind, slot));
+    }
+
+    /// Counts a routed request.
+    pub fn request(&mut self, host: &impl Host, pool: &str, reason: Reason) {
+        let pool = if self.requests.len() < MAX_POOLS || self.requests.contains_key(pool) {
+            pool
+        } else {
+            "other"
+        };
+        let slots = self.requests.entry_ref(pool).or_default();
+        if let Some(slot) = slots.get_mut(reason.index()) {
+            let labels = [("pool", pool), ("reason", reason.name())];
+            let define = || host.define(MetricKind::Counter, &labelled(REQUESTS, &labels));
+            add(host, slot, 1, define);
+        }
+    }
+
+    /// Sets the gauge of staleness.
+    pub fn stale(&mut self, host: &impl Host, stale: bool) {
+        if self.stale.is_none() {
+            self.stale = host.define(MetricKind::Gauge, STALE);
+        }
+        if let Some(id) = self.stale {
+            host.record(id, stale.into());
+        }
+    }
+}
+
+fn add(
+    host: &impl Host,
+    slot: &mut Option<MetricId>,
+    by: i64,
+    define: impl FnOnce() -> Option<MetricId>,
+) {
+    if slot.is_none() {
+        *slot = define();
+    }
+    if let Some(id) = *slot {
+        host.add(id, by);
+    }
+}
+
+/// A name with its labels, as Envoy's `stats_tags` are to find them.
+#[must_use]
+pub fn labelled(name: &str, labels: &[(&str, &str)]) -> String {
+    let mut labelled = name.to_owned();
+    for (label, value) in labels {
+        labelled.extend(["_", label, "=.=", value, ";.;"]);
+    }
+    labelled
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{FAULTS, Fault, Metrics, labelled};
+    use crate::fake::Fake;
+    use crate::reason::Reason;
+    use kv_core::wire::WireError;
+
+    #[test]
+    fn labels_stand_in_the_name() {
+        let name = labelled(
+            "kv_router_requests_total",
+            &[("pool", "a.b"), ("reason", "kv")],
+        );
+        assert_eq!(
+            name,
+            "kv_router_requests_total_pool=.=a.b;.;_reason=.=kv;.;"
+        );
+    }
+
+    #[test]
+    fn a_metric_is_defined_once_and_counts() {
+        let host = Fake::default();
+        let mut metrics = Metrics::default();
+        for _ in 0..3 {
+            metrics.fault(&host, Fault::Wire(WireError::Version(9)));
+            metrics.request(&host, "p", Reason::Text);
+        }
+        assert_eq!(host.named(&labelled(FAULTS, &[("kind", "version")])), 3);
+        assert_eq!(host.defined(), 2);
+    }
+
+    #[test]
+    fn pools_beyond_the_bound_share_a_label() {
+        let host = Fake::default();
+        let mut metrics = Metrics::default();
+        for i in 0..2000 {
+            metrics.request(&host, &format!("p{i}"), Reason::Kv);
+        }
+        assert_eq!(host.defined(), super::MAX_POOLS + 1);
+    }
+}

@@ -1,0 +1,92 @@
+//! Why a request was routed the way it was: a label of metrics and decision records.
+
+use kv_core::policy::Mode;
+
+/// The closed set of reasons.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Reason {
+    /// By cost, with the overlaps looked up.
+    Kv,
+    /// In turn, as the pool's mode asks.
+    RoundRobin,
+    /// At random, as the pool's mode asks.
+    Random,
+    /// By load: no complete set of pages of the table's epoch is there.
+    NoIndex,
+    /// By load: the sidecar has been silent for so long that the pages count for nothing.
+    Stale,
+    /// By load: the prompt is text.
+    Text,
+    /// By load: the body holds no prompt that can be read as one list of token ids.
+    NoPrompt,
+    /// By load: the body is not JSON.
+    BadJson,
+    /// By load: more token ids than the table's limit.
+    TooManyTokens,
+    /// By load: a body longer than the table's limit.
+    TooLong,
+    /// By load, without waiting for a body: not a generation request.
+    Passed,
+    /// By load: this VM can't hold requests.
+    Unheld,
+    /// Not at all, Envoy chose: no worker takes requests.
+    NoOwner,
+    /// Not at all, Envoy chose: no worker table is there.
+    NoTable,
+}
+
+impl Reason {
+    /// Number of reasons.
+    pub const COUNT: usize = 14;
+
+    /// The reason as an index below [`Reason::COUNT`].
+    #[must_use]
+    pub fn index(self) -> usize {
+        self as usize
+    }
+
+    /// Label in metrics and decision records.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kv => "kv",
+            Self::RoundRobin => "round-robin",
+            Self::Random => "random",
+            Self::NoIndex => "no_index",
+            Self::Stale => "stale",
+            Self::Text => "text",
+            Self::NoPrompt => "no_prompt",
+            Self::BadJson => "bad_json",
+            Self::TooManyTokens => "too_many_tokens",
+            Self::TooLong => "too_long",
+            Self::Passed => "passed",
+            Self::Unheld => "unheld",
+            Self::NoOwner => "no_owner",
+            Self::NoTable => "no_table",
+        }
+    }
+
+    /// The reason in a pool of this mode. Modes other than kv look at no prompt, so nothing about
+    /// it is the reason there.
+    #[must_use]
+    pub fn under(self, mode: Mode) -> Self {
+        match (self, mode) {
+            (Self::Passed | Self::Unheld | Self::NoOwner | Self::NoTable, _) | (_, Mode::Kv) => {
+                self
+            }
+            (_, Mode::RoundRobin) => Self::RoundRobin,
+            (_, Mode::Random) => Self::Random,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Reason;
+
+    #[test]
+    fn indices_are_dense_and_end_with_the_last_reason() {
+        assert_eq!(Reason::Kv.index(), 0);
+        assert_eq!(Reason::NoTable.index() + 1, Reason::COUNT);
+    }
+}

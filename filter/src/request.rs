@@ -1,0 +1,366 @@
+//! The life of one request.
+//!
+//! ```text
+//! Fresh -- held at headers --> Held -- end of body, trailers, too long --> Routed --> Over
+//!      \------------------- decided at headers -------------------------->/
+//! ```
+//!
+//! Whatever happens, what a request booked is released when it is over, once.
+
+use kv_core::scan::{Prompt, Scan, Scanner};
+
+use crate::choose::Ask;
+use crate::hold;
+use crate::host::{Headers, Host};
+use crate::lanes::Booking;
+use crate::metrics::{Event, Fault, Timing};
+use crate::reason::Reason;
+use crate::vm::{Action, Router};
+
+/// Names the worker; read by Envoy's `override_host` policy.
+pub const DESTINATION: &str = "x-gateway-destination-endpoint";
+/// Names the pool; routes may match it.
+pub const POOL: &str = "x-kv-pool";
+/// The decision record, on responses.
+pub const DECISION: &str = "x-kv-router-decision";
+
+/// Headers that only this filter may set on a request.
+const OURS: [&str; 3] = [DESTINATION, POOL, DECISION];
+
+/// Pool label of requests for which no pool is known.
+const NO_POOL: &str = "none";
+
+/// One request.
+#[derive(Debug)]
+pub struct Request {
+    context: u32,
+    state: State,
+}
+
+#[derive(Debug)]
+enum State {
+    /// Before its headers.
+    Fresh,
+    /// Its body is being read.
+    Held(Box<Held>),
+    /// On its way to a worker.
+    Routed(Routed),
+    /// Done with; further callbacks do nothing.
+    Over,
+}
+
+#[derive(Debug)]
+struct Held {
+    since_ns: u64,
+    /// When the body part at hand came.
+    part_ns: u64,
+    chat: bool,
+    body_limit: usize,
+    token_limit: u32,
+    scanner: Scanner,
+    /// Body bytes taken.
+    taken: usize,
+    /// Whether Envoy handed out all bytes it announced.
+    whole: bool,
+}
+
+#[derive(Debug, Default)]
+struct Routed {
+    booking: Option<Booking>,
+    record: Option<String>,
+}
+
+/// What a body said about where to go.
+#[derive(Debug)]
+struct Read {
+    reason: Reason,
+    tokens: u32,
+    scan: Scan,
+}
+
+impl Read {
+    /// Nothing.
+    fn nothing(reason: Reason) -> Self {
+        Self {
+            reason,
+            tokens: 0,
+            scan: Scan::default(),
+        }
+    }
+}
+
+impl Request {
+    /// A request of this HTTP context.
+    #[must_use]
+    pub fn new(context: u32) -> Self {
+        Self {
+            context,
+            state: State::Fresh,
+        }
+    }
+
+    /// Its headers have come; `end` without a body.
+    pub fn on_headers<H: Host>(&mut self, router: &mut Router<H>, end: bool) -> Action {
+        for name in OURS {
+            router.host.remove_header(Headers::Request, name);
+        }
+        match self.state {
+            State::Fresh => {}
+            State::Held(_) => return Action::Pause,
+            State::Routed(_) | State::Over => return Action::Continue,
+        }
+        let now_ns = router.host.now_ns();
+        router.refresh(now_ns);
+        match self.hold(router, end, now_ns) {
+            Ok(held) => {
+                self.state = State::Held(Box::new(held));
+                Action::Pause
+            }
+            Err(reason) => {
+                self.route(router, Read::nothing(reason), now_ns, now_ns);
+                Action::Continue
+            }
+        }
+    }
+
+    /// The body has grown to `size` bytes.
+    pub fn on_body<H: Host>(&mut self, router: &mut Router<H>, size: usize, end: bool) -> Action {
+        let State::Held(held) = &mut self.state else {
+            return Action::Continue;
+        };
+        router.watchdog.body_seen();
+        held.part_ns = router.host.now_ns();
+        if size > held.body_limit {
+            self.finish(router, Some(Reason::TooLong));
+            return Action::Continue;
+        }
+        held.take(router, size);
+        if end {
+            self.finish(router, None);
+            Action::Continue
+        } else {
+            Action::Pause
+        }
+    }
+
+    /// The body is complete and trailers have come.
+    pub fn on_trailers<H: Host>(&mut self, router: &mut Router<H>) -> Action {
+        if let State::Held(held) = &mut self.state {
+            router.watchdog.body_seen();
+            held.part_ns = router.host.now_ns();
+            self.finish(router, None);
+        }
+        Action::Continue
+    }
+
+    /// The body callbacks that a held request waits for don't come in this VM.
+    pub fn let_go<H: Host>(&mut self, router: &mut Router<H>) {
+        if let State::Held(held) = &mut self.state {
+            held.part_ns = router.host.now_ns();
+            self.finish(router, Some(Reason::Unheld));
+            router.host.resume_request();
+        }
+    }
+
+    /// Response headers have come.
+    pub fn on_response_headers<H: Host>(&mut self, router: &mut Router<H>) {
+        if let State::Routed(Routed {
+            record: Some(record),
+            ..
+        }) = &self.state
+            && !router
+                .host
+                .set_header(Headers::Response, DECISION, record.as_bytes())
+        {
+            router.metrics.fault(&router.host, Fault::Header);
+        }
+    }
+
+    /// A part of the response body has come.
+    pub fn on_response_body<H: Host>(&mut self, router: &mut Router<H>, size: usize) {
+        if let State::Routed(Routed {
+            booking: Some(booking),
+            ..
+        }) = &mut self.state
+            && size > 0
+        {
+            booking.first_token(&router.host);
+        }
+    }
+
+    /// The request is over, whatever happened.
+    pub fn on_over<H: Host>(&mut self, router: &mut Router<H>) {
+        match std::mem::replace(&mut self.state, State::Over) {
+            State::Routed(Routed {
+                booking: Some(mut booking),
+                ..
+            }) => booking.release(&router.host),
+            State::Held(_) => router.watchdog.over(self.context),
+            State::Routed(_) | State::Fresh | State::Over => {}
+        }
+    }
+
+    /// Decides at the headers whether to hold the request.
+    fn hold<H: Host>(
+        &self,
+        router: &mut Router<H>,
+        end: bool,
+        now_ns: u64,
+    ) -> Result<Held, Reason> {
+        let fleet = router.world.fleet().ok_or(Reason::NoTable)?;
+        if end {
+            return Err(Reason::Passed);
+        }
+        let settings = fleet.table.settings;
+        let hold = hold::judge(&router.host, settings.body_limit)?;
+        if !router.watchdog.hold(&router.host, self.context, now_ns) {
+            return Err(Reason::Unheld);
+        }
+        let tokens = usize::try_from(settings.token_limit).unwrap_or(usize::MAX);
+        Ok(Held {
+            since_ns: now_ns,
+            part_ns: now_ns,
+            chat: hold.chat,
+            body_limit: usize::try_from(settings.body_limit).unwrap_or(usize::MAX),
+            token_limit: settings.token_limit,
+            scanner: Scanner::new(tokens),
+            taken: 0,
+            whole: true,
+        })
+    }
+
+    /// Ends the holding of a request, by `cut` if its body was not read to the end.
+    fn finish<H: Host>(&mut self, router: &mut Router<H>, cut: Option<Reason>) {
+        let State::Held(held) = std::mem::replace(&mut self.state, State::Over) else {
+            return;
+        };
+        router.watchdog.over(self.context);
+        let Held {
+            since_ns, part_ns, ..
+        } = *held;
+        let read = match cut {
+            Some(reason) => Read::nothing(reason),
+            None => held.read(),
+        };
+        router.refresh(part_ns);
+        self.route(router, read, since_ns, part_ns);
+    }
+
+    /// Sends the request on its way.
+    fn route<H: Host>(
+        &mut self,
+        router: &mut Router<H>,
+        mut read: Read,
+        since_ns: u64,
+        part_ns: u64,
+    ) {
+        let mut routed = Routed::default();
+        let fleet = router.world.fleet();
+        let model = read.scan.model.value().map(String::as_str);
+        let served = fleet.as_ref().and_then(|fleet| fleet.serve(model));
+        let (pool, reason) = match &served {
+            None => (NO_POOL, Reason::NoTable),
+            Some(served) => {
+                if model.is_some() && !served.known {
+                    router.metrics.count(&router.host, Event::UnknownModel, 1);
+                }
+                let salt = read.scan.cache_salt.value().map_or("", String::as_str);
+                let hashing = served.hashing(salt);
+                let hashes = match &mut read.scan.prompt {
+                    Prompt::Tokens(tokens) if read.reason == Reason::Kv => tokens.hashes(hashing),
+                    _ => &[],
+                };
+                let ask = Ask {
+                    reason: read.reason,
+                    tokens: read.tokens,
+                    hashes,
+                };
+                let index = router.world.index(part_ns);
+                let want = fleet
+                    .as_ref()
+                    .is_some_and(|fleet| fleet.table.settings.decision_header);
+                let choice = router.chooser.choose(
+                    &router.host,
+                    &mut router.metrics,
+                    served,
+                    index,
+                    &ask,
+                    want,
+                );
+                routed = Routed {
+                    booking: choice.booking,
+                    record: choice.record,
+                };
+                router.send_to(&served.pool.name, choice.endpoint);
+                (served.pool.name.as_str(), choice.reason)
+            }
+        };
+        self.state = State::Routed(routed);
+        let metrics = &mut router.metrics;
+        metrics.request(&router.host, pool, reason);
+        let now_ns = router.host.now_ns();
+        metrics.time(&router.host, Timing::Decision, since_ns, now_ns);
+        metrics.time(&router.host, Timing::AfterBody, part_ns, now_ns);
+    }
+}
+
+impl<H: Host> Router<H> {
+    /// Tells Envoy where to send the request.
+    fn send_to(&mut self, pool: &str, endpoint: Option<&str>) {
+        let set = |name, value: &str| {
+            self.host
+                .set_header(Headers::Request, name, value.as_bytes())
+        };
+        let named = endpoint.is_none_or(|endpoint| set(DESTINATION, endpoint));
+        if !(set(POOL, pool) && named) {
+            self.metrics.fault(&self.host, Fault::Header);
+        }
+    }
+}
+
+impl Held {
+    /// Takes the bytes of the body that are not taken yet.
+    fn take<H: Host>(&mut self, router: &mut Router<H>, size: usize) {
+        let wanted = size.saturating_sub(self.taken);
+        if wanted == 0 || !self.whole {
+            return;
+        }
+        let part = router.host.body(self.taken, wanted);
+        if part.len() != wanted {
+            self.whole = false;
+            router.metrics.fault(&router.host, Fault::Body);
+            return;
+        }
+        self.taken = size;
+        self.scanner.feed(&part);
+        let fleet = router.world.fleet();
+        let hashing = fleet.and_then(|fleet| fleet.hashing(self.scanner.so_far()));
+        if let Some(hashing) = hashing {
+            self.scanner.hash(hashing);
+        }
+    }
+
+    /// What the complete body said.
+    fn read(self) -> Read {
+        let scan = self.scanner.finish();
+        let (true, Ok(scan)) = (self.whole, scan) else {
+            return Read::nothing(Reason::BadJson);
+        };
+        let (reason, tokens) = match &scan.prompt {
+            Prompt::Tokens(tokens) => {
+                let count = u32::try_from(tokens.ids().len()).unwrap_or(u32::MAX);
+                (Reason::Kv, count)
+            }
+            // At least that many, and an owner that gets them is busy.
+            Prompt::TooManyTokens => (Reason::TooManyTokens, self.token_limit),
+            Prompt::Text => (Reason::Text, 0),
+            Prompt::Absent if self.chat => (Reason::Text, 0),
+            Prompt::Absent | Prompt::Unsupported => (Reason::NoPrompt, 0),
+        };
+        Read {
+            reason,
+            tokens,
+            scan,
+        }
+    }
+}

@@ -1,0 +1,247 @@
+//! One VM and the callbacks that Envoy makes into it.
+
+use std::collections::BTreeMap;
+
+use hashbrown::HashMap;
+
+use crate::bridge::{Bridge, Identity, stamp_idle};
+use crate::choose::Chooser;
+use crate::config::Config;
+use crate::host::{Host, Level, Token};
+use crate::lanes::Lanes;
+use crate::metrics::{Fault, Metrics};
+use crate::request::Request;
+use crate::watchdog::Watchdog;
+use crate::world::World;
+
+/// What a callback tells Envoy to do with a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Action {
+    /// Send on.
+    Continue = 0,
+    /// Keep.
+    Pause = 1,
+}
+
+/// What the requests of a VM share.
+pub struct Router<H> {
+    /// Envoy.
+    pub host: H,
+    /// Its metrics.
+    pub metrics: Metrics,
+    /// The published state.
+    pub world: World,
+    /// Load gauges.
+    pub lanes: Lanes,
+    /// Chooses workers.
+    pub chooser: Chooser,
+    /// Whether requests may be held.
+    pub watchdog: Watchdog,
+}
+
+impl<H: Host> Router<H> {
+    /// Brings the published state up to date.
+    pub fn refresh(&mut self, now_ns: u64) {
+        self.world
+            .refresh(&self.host, &mut self.metrics, &mut self.lanes, now_ns);
+    }
+}
+
+/// One VM: of an Envoy worker thread, of the main thread, or the canary that only checks the
+/// configuration.
+pub struct Vm<H> {
+    router: Router<H>,
+    identity: Option<Identity>,
+    /// By context id, which grows: the last configured one is in charge, older ones are draining.
+    roots: BTreeMap<u32, Option<Bridge>>,
+    requests: HashMap<u32, Request>,
+    /// Whether this VM has ever carried traffic.
+    busy: bool,
+}
+
+impl<H: Host> Vm<H> {
+    /// A VM before its first callback.
+    #[must_use]
+    pub fn new(host: H) -> Self {
+        let seed = host.random();
+        Self {
+            router: Router {
+                host,
+                metrics: Metrics::default(),
+                world: World::default(),
+                lanes: Lanes::default(),
+                chooser: Chooser::new(seed),
+                watchdog: Watchdog::default(),
+            },
+            identity: None,
+            roots: BTreeMap::new(),
+            requests: HashMap::new(),
+            busy: false,
+        }
+    }
+
+    /// A context comes to be: a root context where `root` is 0, else a request of that root.
+    pub fn on_create(&mut self, context: u32, root: u32) {
+        if root == 0 {
+            self.roots.insert(context, None);
+        } else {
+            self.busy = true;
+            self.requests.insert(context, Request::new(context));
+        }
+    }
+
+    /// The VM starts. Called for each root context.
+    pub fn on_start(&mut self) -> bool {
+        let host = &self.router.host;
+        self.identity.get_or_insert_with(|| Identity::seed(host));
+        true
+    }
+
+    /// A root context gets its configuration; `false` refuses it. Also called in a canary, so
+    /// nothing outside this VM changes here.
+    pub fn on_configure(&mut self, root: u32) -> bool {
+        let host = &self.router.host;
+        let config = match Config::parse(&host.configuration()) {
+            Ok(config) => config,
+            Err(fault) => {
+                host.log(Level::Error, &format!("plugin configuration: {fault}"));
+                return false;
+            }
+        };
+        let Some(identity) = self.identity else {
+            return false;
+        };
+        host.set_tick_ms(config.tick_ms);
+        let bridge = Bridge::new(identity, root, &config);
+        self.roots.insert(root, Some(bridge));
+        true
+    }
+
+    /// Time has passed.
+    pub fn on_tick(&mut self, root: u32) {
+        let router = &mut self.router;
+        let mut configured = self
+            .roots
+            .iter()
+            .rev()
+            .filter(|(_, bridge)| bridge.is_some());
+        let newest = configured.next().map(|(id, _)| *id);
+        let Some(Some(bridge)) = self.roots.get_mut(&root) else {
+            return;
+        };
+        if newest != Some(root) {
+            bridge.step_aside(&router.host);
+            return;
+        }
+        let now_ns = router.host.now_ns();
+        if !self.busy {
+            stamp_idle(&router.host, now_ns);
+        }
+        bridge.on_tick(&router.host, &mut router.metrics, self.busy);
+        router.refresh(now_ns);
+        self.check_held(root, now_ns);
+    }
+
+    /// A message has come on a stream of a root context.
+    pub fn on_stream_message(&mut self, root: u32, token: Token, size: usize) {
+        let Router { host, metrics, .. } = &mut self.router;
+        if let Some(Some(bridge)) = self.roots.get_mut(&root) {
+            bridge.on_message(host, metrics, token, size);
+        }
+    }
+
+    /// A stream has ended. Tokens are unique within a VM.
+    pub fn on_stream_close(&mut self, token: Token) {
+        let Router { host, metrics, .. } = &mut self.router;
+        for bridge in self.roots.values_mut().flatten() {
+            bridge.on_close(host, metrics, token);
+        }
+    }
+
+    /// See [`Request::on_headers`].
+    pub fn on_request_headers(&mut self, context: u32, end: bool) -> Action {
+        self.with(context, Action::Continue, |request, router| {
+            request.on_headers(router, end)
+        })
+    }
+
+    /// See [`Request::on_body`].
+    pub fn on_request_body(&mut self, context: u32, size: usize, end: bool) -> Action {
+        self.with(context, Action::Continue, |request, router| {
+            request.on_body(router, size, end)
+        })
+    }
+
+    /// See [`Request::on_trailers`].
+    pub fn on_request_trailers(&mut self, context: u32) -> Action {
+        self.with(context, Action::Continue, Request::on_trailers)
+    }
+
+    /// See [`Request::on_response_headers`].
+    pub fn on_response_headers(&mut self, context: u32) {
+        self.with(context, (), Request::on_response_headers);
+    }
+
+    /// See [`Request::on_response_body`].
+    pub fn on_response_body(&mut self, context: u32, size: usize) {
+        self.with(context, (), |request, router| {
+            request.on_response_body(router, size);
+        });
+    }
+
+    /// A context is about to end.
+    pub fn on_done(&mut self, context: u32) {
+        if let Some(bridge) = self.roots.get_mut(&context)
+            && let Some(mut bridge) = bridge.take()
+        {
+            bridge.step_aside(&self.router.host);
+        }
+    }
+
+    /// A request is over.
+    pub fn on_log(&mut self, context: u32) {
+        self.with(context, (), Request::on_over);
+    }
+
+    /// A context is gone.
+    pub fn on_delete(&mut self, context: u32) {
+        self.on_log(context);
+        self.requests.remove(&context);
+        self.roots.remove(&context);
+    }
+
+    /// Lets held requests go if their bodies can't be seen.
+    fn check_held(&mut self, root: u32, now_ns: u64) {
+        let router = &mut self.router;
+        let held = router.watchdog.check(&router.host, now_ns);
+        if !held.is_empty() {
+            router.metrics.fault(&router.host, Fault::Unheld);
+            router.host.log(
+                Level::Error,
+                "held requests get no body: allow_on_headers_stop_iteration is missing; \
+                 this VM routes by load alone",
+            );
+        }
+        for context in held {
+            if let Some(request) = self.requests.get_mut(&context)
+                && self.router.host.enter(context)
+            {
+                request.let_go(&mut self.router);
+            }
+        }
+        self.router.host.enter(root);
+    }
+
+    fn with<R>(
+        &mut self,
+        context: u32,
+        otherwise: R,
+        callback: impl FnOnce(&mut Request, &mut Router<H>) -> R,
+    ) -> R {
+        match self.requests.get_mut(&context) {
+            Some(request) => callback(request, &mut self.router),
+            None => otherwise,
+        }
+    }
+}

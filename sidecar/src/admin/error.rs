@@ -1,0 +1,56 @@
+//! Errors of the HTTP API.
+
+use axum::Json;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+
+/// Why a request isn't answered.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum AdminError {
+    #[error("no such path")]
+    NoSuchPath,
+    #[error("the path does not take this method")]
+    WrongMethod,
+    #[error("the sidecar is shutting down")]
+    ShuttingDown,
+    #[error("the body is not valid: {0}")]
+    Body(String),
+    #[error("no pool {0:?}")]
+    NoSuchPool(String),
+    #[error("the prompt is not token ids: {0}")]
+    NoTokens(&'static str),
+}
+
+impl AdminError {
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::NoSuchPath => "no_such_path",
+            Self::WrongMethod => "wrong_method",
+            Self::ShuttingDown => "shutting_down",
+            Self::Body(_) => "invalid_body",
+            Self::NoSuchPool(_) => "no_such_pool",
+            Self::NoTokens(_) => "no_tokens",
+        }
+    }
+
+    fn status(&self) -> StatusCode {
+        match self {
+            Self::NoSuchPath => StatusCode::NOT_FOUND,
+            Self::WrongMethod => StatusCode::METHOD_NOT_ALLOWED,
+            Self::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
+            Self::NoSuchPool(_) => StatusCode::NOT_FOUND,
+            Self::Body(_) => StatusCode::BAD_REQUEST,
+            Self::NoTokens(_) => StatusCode::UNPROCESSABLE_ENTITY,
+        }
+    }
+}
+
+impl IntoResponse for AdminError {
+    /// `{"error": {"kind": ..., "message": ...}}`.
+    fn into_response(self) -> Response {
+        let body = serde_json::json!({
+            "error": { "kind": self.kind(), "message": self.to_string() }
+        });
+        (self.status(), Json(body)).into_response()
+    }
+}

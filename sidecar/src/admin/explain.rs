@@ -1,0 +1,224 @@
+//! `POST /v1/explain`: what would be chosen for a prompt, and why.
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::State;
+use kv_core::cost::Demand;
+use kv_core::decide::{Candidate, Record, Request, Scored, decide};
+use kv_core::hash::{Hashing, Seed, sequence_hashes};
+use kv_core::id::{DpRank, Tier, WorkerId};
+use kv_core::policy::{Mode, Policy};
+use kv_core::rng::Rng;
+use kv_core::scan::{Prompt, Scanner};
+use kv_core::table::{Pool, Table};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::Admin;
+use super::error::AdminError;
+use super::load::{Available, LoadError, LoadReport, Loads};
+use crate::index::{Control, Overlaps, random_u64};
+
+/// A question in our own form. Anything without `tokens` is taken for an OpenAI request.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Question {
+    pool: Option<String>,
+    model: Option<String>,
+    tokens: Vec<u32>,
+    lora: Option<String>,
+    cache_salt: Option<String>,
+}
+
+/// The answer.
+#[derive(Debug, Serialize)]
+struct Answer<'a> {
+    /// The pool that serves the model.
+    pool: &'a str,
+    /// Whether some pool names the model; otherwise the first pool serves it.
+    known_model: bool,
+    /// The adapter, where the model is one.
+    lora: Option<&'a str>,
+    /// Tokens to a block.
+    block_size: u32,
+    /// The pool's policy.
+    policy: &'a Policy,
+    /// Whether load could be had from Envoy; without it all owners count as idle.
+    load: Available,
+    /// Owners that share the least cost: one of them is chosen at random.
+    ties: usize,
+    /// The choice. In other modes than `kv`, and with a temperature, it is left open.
+    decision: Record<'a>,
+    /// All owners, cheapest first.
+    owners: Vec<Explained<'a>>,
+}
+
+/// An owner with each term of its cost, in blocks.
+#[derive(Debug, Serialize)]
+struct Explained<'a> {
+    worker: WorkerId,
+    rank: DpRank,
+    slot: u16,
+    endpoint: &'a str,
+    /// Blocks of the prompt by tier: device, host, disk, external.
+    overlap: [u32; Tier::COUNT],
+    load: LoadReport,
+    credit: f64,
+    prefill_cost: f64,
+    decode_cost: f64,
+    request_cost: f64,
+    cost: f64,
+    chosen: bool,
+}
+
+pub(super) async fn explain(
+    State(admin): State<Admin>,
+    body: Bytes,
+) -> Result<Json<Value>, AdminError> {
+    let question = Question::read(&body)?;
+    let table: Table = admin.ask(Control::Table).await?;
+    let served = match &question.pool {
+        Some(name) => {
+            let number = table.pools.iter().position(|p| p.name == *name);
+            let pool = number.ok_or_else(|| AdminError::NoSuchPool(name.clone()))?;
+            (pool, None, true)
+        }
+        None => {
+            let served = table
+                .serve(question.model.as_deref())
+                .ok_or(AdminError::ShuttingDown)?;
+            (served.pool, served.lora, served.known)
+        }
+    };
+    let (number, adapter, known_model) = served;
+    let lora = question.lora.as_deref().or(adapter);
+    let block_size = table.pools.get(number).map_or(1, |p| p.block_size);
+    let seed = Seed::new(
+        lora.unwrap_or_default(),
+        question.cache_salt.as_deref().unwrap_or_default(),
+    );
+    let hashing = Hashing::new(block_size as usize, seed);
+    let prompt = sequence_hashes(&question.tokens, hashing);
+    let overlaps = admin
+        .ask(|reply| Control::Overlaps {
+            pool: number,
+            prompt,
+            reply,
+        })
+        .await?
+        .ok_or(AdminError::ShuttingDown)?;
+    let loads = admin.envoy.loads().await;
+    let demand = Demand {
+        tokens: u32::try_from(question.tokens.len()).unwrap_or(u32::MAX),
+        block_size,
+    };
+    let answer = answer(&overlaps, demand, lora, known_model, &loads);
+    serde_json::to_value(answer)
+        .map(Json)
+        .map_err(|e| AdminError::Body(e.to_string()))
+}
+
+fn answer<'a>(
+    found: &'a Overlaps,
+    demand: Demand,
+    lora: Option<&'a str>,
+    known_model: bool,
+    loads: &Result<Loads, LoadError>,
+) -> Answer<'a> {
+    let pool = &found.pool;
+    let candidates = candidates(found, loads.as_ref().ok());
+    let request = Request {
+        demand,
+        trust: 1.0,
+        turn: 0,
+    };
+    let mut rng = Rng::new(random_u64());
+    let (scored, chosen) = decide(&candidates, &request, &pool.policy, &mut rng);
+    let is_open = pool.policy.mode != Mode::Kv || pool.policy.temperature > 0.0;
+    let chosen = chosen.filter(|_| !is_open);
+    let least = scored
+        .iter()
+        .map(|s| s.cost.total())
+        .fold(f64::INFINITY, f64::min);
+    let ties = scored.iter().filter(|s| s.cost.total() == least).count();
+    let mut owners: Vec<Explained<'a>> = scored
+        .iter()
+        .enumerate()
+        .filter_map(|(i, s)| explained(pool, s, chosen == Some(i)))
+        .collect();
+    owners.sort_by(|a, b| a.cost.total_cmp(&b.cost));
+    Answer {
+        pool: &pool.name,
+        known_model,
+        lora,
+        block_size: pool.block_size,
+        policy: &pool.policy,
+        load: Available::of(loads),
+        ties,
+        decision: Record::new(pool, pool.policy.mode.name(), demand, &scored, chosen),
+        owners,
+    }
+}
+
+/// Owners that take requests.
+fn candidates(found: &Overlaps, loads: Option<&Loads>) -> Vec<Candidate> {
+    let pool = &found.pool;
+    let owners = pool.owners.iter().enumerate().filter(|(_, o)| o.accepting);
+    let candidate = |(position, owner): (usize, &kv_core::table::Owner)| {
+        let held = found.overlaps.iter().find(|(slot, _)| *slot == owner.slot);
+        Candidate {
+            owner: position,
+            overlap: held.map_or_else(Default::default, |(_, overlap)| *overlap),
+            load: loads.map_or_else(Default::default, |l| l.of(&pool.name, owner.id)),
+        }
+    };
+    owners.map(candidate).collect()
+}
+
+fn explained<'a>(pool: &'a Pool, scored: &Scored, chosen: bool) -> Option<Explained<'a>> {
+    let owner = pool.owners.get(scored.candidate.owner)?;
+    Some(Explained {
+        worker: owner.id.worker,
+        rank: owner.id.rank,
+        slot: owner.slot.0,
+        endpoint: &owner.endpoint,
+        overlap: scored.candidate.overlap.by_tier(),
+        load: scored.candidate.load.into(),
+        credit: scored.cost.credit,
+        prefill_cost: scored.cost.prefill,
+        decode_cost: scored.cost.decode,
+        request_cost: scored.cost.requests,
+        cost: scored.cost.total(),
+        chosen,
+    })
+}
+
+impl Question {
+    fn read(body: &[u8]) -> Result<Self, AdminError> {
+        let invalid = |e: &dyn std::fmt::Display| AdminError::Body(e.to_string());
+        let value: Value = serde_json::from_slice(body).map_err(|e| invalid(&e))?;
+        if value.get("tokens").is_some() {
+            return serde_json::from_value(value).map_err(|e| invalid(&e));
+        }
+        // As the filter reads it.
+        let mut scanner = Scanner::new(body.len());
+        scanner.feed(body);
+        let scan = scanner.finish().map_err(|e| invalid(&e))?;
+        let tokens = match scan.prompt {
+            Prompt::Tokens(tokens) => tokens.into_ids(),
+            Prompt::Absent => return Err(AdminError::NoTokens("there is no `prompt`")),
+            Prompt::Text => return Err(AdminError::NoTokens("it is text")),
+            // The scanner keeps as many ids as the body has bytes.
+            Prompt::TooManyTokens | Prompt::Unsupported => {
+                return Err(AdminError::NoTokens("it is not one array of ids"));
+            }
+        };
+        Ok(Self {
+            pool: None,
+            model: scan.model.value().cloned(),
+            tokens,
+            lora: None,
+            cache_salt: scan.cache_salt.value().cloned(),
+        })
+    }
+}

@@ -1,0 +1,63 @@
+//! The server of the stream that Envoy's bridge opens: raw messages of [`kv_core::wire`] over gRPC
+//! on a Unix socket. No protobuf: a message's bytes are the message.
+
+mod codec;
+mod service;
+mod socket;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use tokio::net::UnixListener;
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::UnixListenerStream;
+use tokio_util::sync::CancellationToken;
+use tonic::transport::Server;
+
+use crate::index::Control;
+use crate::metrics::Metrics;
+pub use codec::Raw;
+pub use socket::SocketError;
+
+/// A bound socket; its file is removed with it.
+#[derive(Debug)]
+pub struct Bridge {
+    listener: UnixListener,
+    path: PathBuf,
+}
+
+impl Bridge {
+    /// Binds the socket, for its owner alone.
+    ///
+    /// # Errors
+    /// When another process answers on it, or the system refuses.
+    pub async fn bind(path: &Path) -> Result<Self, SocketError> {
+        Ok(Self {
+            listener: socket::bind(path).await?,
+            path: path.into(),
+        })
+    }
+
+    /// Serves streams until cancelled.
+    ///
+    /// # Errors
+    /// When the socket fails.
+    pub async fn run(
+        self,
+        control: mpsc::Sender<Control>,
+        metrics: Arc<Metrics>,
+        cancel: CancellationToken,
+    ) -> Result<(), tonic::transport::Error> {
+        let service = service::Bridge::new(control, metrics, cancel.clone());
+        let served = Server::builder()
+            .add_service(service)
+            .serve_with_incoming_shutdown(
+                UnixListenerStream::new(self.listener),
+                cancel.cancelled_owned(),
+            )
+            .await;
+        // Nobody else can have bound it meanwhile: binding refuses a socket that answers.
+        let _ = std::fs::remove_file(&self.path);
+        served
+    }
+}

@@ -1,0 +1,184 @@
+//! The gRPC service, by hand.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::{Stream, StreamExt};
+use kv_core::wire::{self, METHOD, SERVICE, Subscribe, Up, WINDOW};
+use tokio::sync::{mpsc, oneshot};
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tonic::body::Body;
+use tonic::server::{Grpc, NamedService, StreamingService};
+use tonic::{Request, Response, Status, Streaming};
+
+use super::Raw;
+use crate::index::{Control, Refusal};
+use crate::metrics::{Kind, Metrics};
+
+/// How long a stream may take to say who it is.
+const SUBSCRIBE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Longest message from a bridge, in bytes.
+const LONGEST_MESSAGE: usize = 64 << 10;
+
+type BatchStream = Pin<Box<dyn Stream<Item = Result<Bytes, Status>> + Send>>;
+type Answer<T, E> = Pin<Box<dyn Future<Output = Result<T, E>> + Send>>;
+
+/// The service: one method, a stream both ways.
+#[derive(Clone, Debug)]
+pub(super) struct Bridge {
+    control: mpsc::Sender<Control>,
+    metrics: Arc<Metrics>,
+    cancel: CancellationToken,
+}
+
+impl NamedService for Bridge {
+    const NAME: &'static str = SERVICE;
+}
+
+impl Bridge {
+    pub(super) fn new(
+        control: mpsc::Sender<Control>,
+        metrics: Arc<Metrics>,
+        cancel: CancellationToken,
+    ) -> Self {
+        Self {
+            control,
+            metrics,
+            cancel,
+        }
+    }
+
+    async fn open(self, mut up: Streaming<Bytes>) -> Result<Response<BatchStream>, Status> {
+        let who = match self.first(&mut up).await {
+            Ok(who) => who,
+            Err((kind, status)) => {
+                self.count(kind);
+                tracing::error!(kind, message = status.message(), "bridge refused");
+                return Err(status);
+            }
+        };
+        let (process, term, vm_id) = (who.process, who.term, who.vm_id.clone());
+        let (out, batches) = mpsc::channel(WINDOW);
+        let (reply, taken) = oneshot::channel();
+        let gone = || Status::unavailable("shutting down");
+        self.control
+            .send(Control::Subscribe { who, out, reply })
+            .await
+            .map_err(|_| gone())?;
+        let id = match taken.await.map_err(|_| gone())? {
+            Ok(id) => id,
+            Err(refusal) => {
+                self.count(refusal.kind());
+                tracing::error!(%refusal, process, vm_id, "bridge refused");
+                return Err(refused(&refusal));
+            }
+        };
+        self.count("accepted");
+        tracing::info!(subscriber = id, process, vm_id, term, "bridge subscribed");
+        tokio::spawn(self.listen(id, up));
+        Ok(Response::new(Box::pin(
+            ReceiverStream::new(batches).map(Ok),
+        )))
+    }
+
+    /// The first message says who is there.
+    async fn first(&self, up: &mut Streaming<Bytes>) -> Result<Subscribe, (&'static str, Status)> {
+        let silent = |why: &str| ("silent", Status::deadline_exceeded(why));
+        let message = tokio::time::timeout(SUBSCRIBE_TIMEOUT, up.message())
+            .await
+            .map_err(|_| silent("no subscription in time"))?
+            .map_err(|status| ("silent", status))?
+            .ok_or_else(|| silent("the stream ended before a subscription"))?;
+        match wire::decode(&message) {
+            Ok(Up::Subscribe(who)) => Ok(who),
+            Ok(Up::Ack(_)) => {
+                let why = "the first message must be a subscription";
+                Err(("malformed", Status::invalid_argument(why)))
+            }
+            Err(error) => Err((error.kind(), Status::failed_precondition(error.to_string()))),
+        }
+    }
+
+    /// Passes acknowledgements on until the stream ends.
+    async fn listen(self, id: u64, mut up: Streaming<Bytes>) {
+        loop {
+            let message = tokio::select! {
+                () = self.cancel.cancelled() => break,
+                message = up.message() => message,
+            };
+            let Ok(Some(message)) = message else { break };
+            match wire::decode(&message) {
+                Ok(Up::Ack(ack)) => {
+                    if self.control.send(Control::Ack(id, ack)).await.is_err() {
+                        break;
+                    }
+                }
+                Ok(Up::Subscribe(_)) => {
+                    tracing::error!(subscriber = id, "a second subscription on one stream");
+                    break;
+                }
+                Err(error) => {
+                    tracing::error!(subscriber = id, %error, "unreadable message from the bridge");
+                    break;
+                }
+            }
+        }
+        tracing::info!(subscriber = id, "bridge stream ended");
+        // The service is gone too when nobody takes this.
+        let _ = self.control.send(Control::Gone(id)).await;
+    }
+
+    fn count(&self, kind: &'static str) {
+        self.metrics
+            .subscriptions
+            .get_or_create(&Kind { kind })
+            .inc();
+    }
+}
+
+/// A refusal as a gRPC status.
+fn refused(refusal: &Refusal) -> Status {
+    match refusal {
+        Refusal::Format(_) => Status::failed_precondition(refusal.to_string()),
+        Refusal::Term(..) => Status::aborted(refusal.to_string()),
+        Refusal::TooMany => Status::resource_exhausted(refusal.to_string()),
+    }
+}
+
+impl StreamingService<Bytes> for Bridge {
+    type Response = Bytes;
+    type ResponseStream = BatchStream;
+    type Future = Answer<Response<BatchStream>, Status>;
+
+    fn call(&mut self, request: Request<Streaming<Bytes>>) -> Self::Future {
+        Box::pin(self.clone().open(request.into_inner()))
+    }
+}
+
+impl tonic::codegen::Service<http::Request<Body>> for Bridge {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = Answer<http::Response<Body>, Infallible>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let service = self.clone();
+        Box::pin(async move {
+            let method = request.uri().path().rsplit('/').next();
+            if method != Some(METHOD) {
+                return Ok(Status::unimplemented("no such method").into_http());
+            }
+            let mut grpc = Grpc::new(Raw).max_decoding_message_size(LONGEST_MESSAGE);
+            Ok(grpc.streaming(service, request).await)
+        })
+    }
+}

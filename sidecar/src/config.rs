@@ -1,0 +1,198 @@
+//! Configuration: one YAML file, over it `DYN_*` variables, over them flags.
+//!
+//! The file's structs give serde its fields and the JSON Schema its rules. A file is held against
+//! the schema first, then its offending nodes are cut away and the rest is checked for sense, so
+//! that everything wrong is reported at once.
+
+mod check;
+mod error;
+mod file;
+mod layer;
+mod schema;
+mod setting;
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use kv_core::id::{OwnerId, Role, WorkerId};
+use kv_core::policy::Policy;
+use kv_core::table::Settings;
+
+use crate::ingest::subject::Template;
+
+pub use error::{ConfigErrors, Problem};
+pub use file::{File, Tls};
+pub use layer::{Layer, Origin};
+pub use schema::schema;
+pub use setting::{Flags, from_environment};
+
+/// Name of the one pool of the short form.
+pub const DEFAULT_POOL: &str = "default";
+
+/// A configuration that makes sense.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// Where Envoy listens.
+    pub listen: SocketAddr,
+    /// Where the sidecar's HTTP API listens.
+    pub admin: SocketAddr,
+    /// Envoy's admin interface.
+    pub envoy_admin: SocketAddr,
+    /// Unix socket of the bridge.
+    pub socket: PathBuf,
+    /// Folder for snapshot and Envoy's files.
+    pub state_dir: Option<PathBuf>,
+    /// The filter's module.
+    pub filter_wasm: PathBuf,
+    /// Where events come from.
+    pub nats: Option<Nats>,
+    /// What holds for all pools.
+    pub settings: Settings,
+    /// The pools, at least one; the first serves requests that name no known model.
+    pub pools: Vec<Pool>,
+}
+
+/// A NATS server and the planes to read there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Nats {
+    /// Its URLs.
+    pub urls: Vec<String>,
+    /// Dynamo's event plane.
+    pub dynamo: Option<DynamoPlane>,
+    /// Subject of plain JSON events.
+    pub json: Option<Template>,
+    /// Credentials file.
+    pub credentials_file: Option<PathBuf>,
+    /// File with an nkey seed.
+    pub nkey_seed_file: Option<PathBuf>,
+    /// TLS settings.
+    pub tls: Option<Tls>,
+}
+
+/// A component of Dynamo.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DynamoPlane {
+    /// Dynamo namespace.
+    pub namespace: String,
+    /// Dynamo component.
+    pub component: String,
+}
+
+/// Workers that serve the same models.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pool {
+    /// Name, unique.
+    pub name: String,
+    /// Model names served.
+    pub models: Vec<String>,
+    /// LoRA adapters.
+    pub lora_adapters: Vec<String>,
+    /// Tokens to a block.
+    pub block_size: u32,
+    /// How a worker is chosen.
+    pub policy: Policy,
+    /// Whether KV events of its workers are indexed.
+    pub kv_events: bool,
+    /// The workers.
+    pub workers: Vec<Worker>,
+}
+
+/// One engine instance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Worker {
+    /// Its id, unique over all pools.
+    pub id: WorkerId,
+    /// Where it takes requests, unique over all pools.
+    pub endpoint: SocketAddr,
+    /// What it does.
+    pub role: Role,
+    /// Its data-parallel ranks.
+    pub ranks: u32,
+}
+
+impl Worker {
+    /// One owner to a rank.
+    pub fn owners(&self) -> impl Iterator<Item = OwnerId> + use<> {
+        let worker = self.id;
+        (0..self.ranks).map(move |rank| OwnerId { worker, rank })
+    }
+}
+
+impl Config {
+    /// Reads a file and puts the layers over it, the last one on top.
+    ///
+    /// # Errors
+    /// Everything that is wrong, each with its key path and the offending value.
+    pub fn load(file: &Path, layers: &[Layer]) -> Result<Self, ConfigErrors> {
+        let text = std::fs::read_to_string(file).map_err(|e| {
+            ConfigErrors::from(Problem::Unreadable {
+                file: file.into(),
+                why: e.to_string(),
+            })
+        })?;
+        Self::parse(&text, layers)
+    }
+
+    /// Reads YAML text and puts the layers over it, the last one on top.
+    ///
+    /// # Errors
+    /// As [`Config::load`].
+    pub fn parse(text: &str, layers: &[Layer]) -> Result<Self, ConfigErrors> {
+        let mut root = layer::parse(text)?;
+        for layer in layers {
+            layer.put(&mut root);
+        }
+        let mut problems = schema::prune(&mut root);
+        problems.extend(layer::to_long_form(&mut root));
+        match serde_json::from_value::<File>(root) {
+            Ok(file) => check::check(&file, problems, layers),
+            Err(e) => {
+                // The schema and serde are generated from the same structs; what one refuses and
+                // the other lets pass still has to be told.
+                problems.push(Problem::Syntax { why: e.to_string() });
+                Err(ConfigErrors::new(problems, layers))
+            }
+        }
+    }
+
+    /// What a running sidecar would need a restart for, by key, if `next` replaced this.
+    #[must_use]
+    pub fn restart_needed(&self, next: &Self) -> Vec<&'static str> {
+        let mut keys = Vec::new();
+        let mut differs = |key, differs: bool| {
+            if differs {
+                keys.push(key);
+            }
+        };
+        differs("http_host, http_port", self.listen != next.listen);
+        differs("admin", self.admin != next.admin);
+        differs("envoy_admin", self.envoy_admin != next.envoy_admin);
+        differs("socket", self.socket != next.socket);
+        differs("state_dir", self.state_dir != next.state_dir);
+        differs("filter_wasm", self.filter_wasm != next.filter_wasm);
+        differs("nats", self.nats != next.nats);
+        let pools = "pools: their names, order and kv_cache_block_size";
+        differs(pools, self.shape() != next.shape());
+        keys
+    }
+
+    /// `next`, as far as a running sidecar can take it over.
+    #[must_use]
+    pub fn reloaded(&self, next: Self) -> Self {
+        let is_same_shape = self.shape() == next.shape();
+        Self {
+            settings: next.settings,
+            pools: if is_same_shape {
+                next.pools
+            } else {
+                self.pools.clone()
+            },
+            ..self.clone()
+        }
+    }
+
+    fn shape(&self) -> Vec<(&str, u32)> {
+        let pools = self.pools.iter();
+        pools.map(|p| (p.name.as_str(), p.block_size)).collect()
+    }
+}

@@ -1,0 +1,271 @@
+//! Rules that a schema can't say: addresses, uniqueness, keys that exclude each other.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::path::Path;
+
+use kv_core::id::Slot;
+use kv_core::policy::Policy;
+use kv_core::table::Settings;
+
+use super::error::{ConfigErrors, Problem};
+use super::file;
+use super::file::File;
+use super::layer::Layer;
+use super::{Config, DEFAULT_POOL, DynamoPlane, Nats, Pool, Worker};
+use crate::ingest::subject::{Template, TemplateError};
+
+/// Longest path of a Unix socket that every system takes.
+const SOCKET_PATH_BYTES: usize = 100;
+/// Placeholder for an address that has been reported. What the schema has found missing is empty
+/// here; no configuration comes of it.
+const UNKNOWN: SocketAddr =
+    SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED), 0);
+
+/// The configuration of a file, unless the file or `problems` found before say otherwise.
+pub(super) fn check(
+    file: &File,
+    problems: Vec<Problem>,
+    layers: &[Layer],
+) -> Result<Config, ConfigErrors> {
+    let mut check = Check {
+        problems,
+        names: HashMap::new(),
+        workers: HashMap::new(),
+        endpoints: HashMap::new(),
+        served: HashMap::new(),
+    };
+    let config = check.file(file);
+    if check.problems.is_empty() {
+        Ok(config)
+    } else {
+        Err(ConfigErrors::new(check.problems, layers))
+    }
+}
+
+/// Problems so far, and at which path each unique value was first seen.
+struct Check {
+    problems: Vec<Problem>,
+    names: HashMap<String, String>,
+    workers: HashMap<u64, String>,
+    endpoints: HashMap<SocketAddr, String>,
+    served: HashMap<String, String>,
+}
+
+impl Check {
+    fn file(&mut self, file: &File) -> Config {
+        let listen = format!("{}:{}", bracketed(&file.http_host), file.http_port);
+        let listen = self.address("http_host", &listen, "must be an IP address");
+        let socket = file.socket.as_os_str().len();
+        if !(1..=SOCKET_PATH_BYTES).contains(&socket) {
+            let why = format!("must be a path of 1 to {SOCKET_PATH_BYTES} bytes");
+            self.refuse("socket", file.socket.display(), &why);
+        }
+        // The short form has its pool's keys at the top level.
+        let is_short = matches!(file.pools.as_slice(), [only] if only.name == DEFAULT_POOL);
+        let pools = file.pools.iter().enumerate().map(|(i, pool)| {
+            let prefix = if is_short {
+                String::new()
+            } else {
+                format!("pools[{i}].")
+            };
+            self.pool(pool, &prefix, i == 0)
+        });
+        Config {
+            pools: pools.collect(),
+            listen,
+            admin: self.address("admin", &file.admin, "must be ip:port"),
+            envoy_admin: self.address("envoy_admin", &file.envoy_admin, "must be ip:port"),
+            socket: file.socket.clone(),
+            state_dir: file.state_dir.clone(),
+            filter_wasm: file.filter_wasm.clone(),
+            nats: file.nats.as_ref().map(|nats| self.nats(nats)),
+            settings: Settings {
+                body_limit: file.body_limit_bytes,
+                token_limit: file.token_limit,
+                decision_header: file.decision_header,
+            },
+        }
+    }
+
+    fn nats(&mut self, nats: &file::Nats) -> Nats {
+        let url = nats.url.as_deref().unwrap_or_default();
+        let urls: Vec<&str> = url.split(',').map(str::trim).collect();
+        for one in &urls {
+            if !url.is_empty() && one.parse::<async_nats::ServerAddr>().is_err() {
+                self.refuse(
+                    "nats.url",
+                    one,
+                    "must be a NATS URL such as nats://host:4222",
+                );
+            }
+        }
+        if nats.dynamo.is_none() && nats.json_subject.is_none() {
+            let why = "needs `dynamo` or `json_subject`, or nothing is read from it";
+            self.refuse("nats", url, why);
+        }
+        let json = nats.json_subject.as_deref().and_then(|subject| {
+            let template = Template::new(subject);
+            let refuse = |why: TemplateError| {
+                self.refuse("nats.json_subject", subject, &why.to_string());
+            };
+            template.map_err(refuse).ok()
+        });
+        if let (Some(credentials), Some(_)) = (&nats.credentials_file, &nats.nkey_seed_file) {
+            let why = "excludes nkey_seed_file";
+            self.refuse("nats.credentials_file", credentials.display(), why);
+        }
+        let tls = nats.tls.clone().unwrap_or_default();
+        if tls.cert_file.is_some() != tls.key_file.is_some() {
+            let one = tls.cert_file.as_ref().or(tls.key_file.as_ref());
+            let one = one.map_or(String::new(), |p| p.display().to_string());
+            self.refuse("nats.tls", one, "cert_file and key_file go together");
+        }
+        let files = [
+            ("nats.credentials_file", nats.credentials_file.as_deref()),
+            ("nats.nkey_seed_file", nats.nkey_seed_file.as_deref()),
+            ("nats.tls.ca_file", tls.ca_file.as_deref()),
+            ("nats.tls.cert_file", tls.cert_file.as_deref()),
+            ("nats.tls.key_file", tls.key_file.as_deref()),
+        ];
+        for (path, file) in files {
+            self.readable(path, file);
+        }
+        Nats {
+            urls: urls.into_iter().map(str::to_owned).collect(),
+            dynamo: nats.dynamo.as_ref().map(|plane| DynamoPlane {
+                namespace: plane.namespace.clone().unwrap_or_default(),
+                component: plane.component.clone().unwrap_or_default(),
+            }),
+            json,
+            credentials_file: nats.credentials_file.clone(),
+            nkey_seed_file: nats.nkey_seed_file.clone(),
+            tls: nats.tls.clone(),
+        }
+    }
+
+    fn pool(&mut self, pool: &file::Pool, prefix: &str, is_first: bool) -> Pool {
+        let path = |key: &str| format!("{prefix}{key}");
+        if let Some(other) = self.names.insert(pool.name.clone(), path("name")) {
+            self.refuse(path("name"), &pool.name, &format!("is taken by {other}"));
+        }
+        if pool.models.is_empty() && pool.lora_adapters.is_empty() && !is_first {
+            let why = "must not be empty: only the first pool takes any model";
+            self.refuse(path("models"), "[]", why);
+        }
+        let lists = [
+            ("models", &pool.models),
+            ("lora_adapters", &pool.lora_adapters),
+        ];
+        for (key, list) in lists {
+            for (i, model) in list.iter().enumerate() {
+                let at = path(&format!("{key}[{i}]"));
+                if model.is_empty() {
+                    self.refuse(at, "\"\"", "must not be empty");
+                } else if let Some(other) = self.served.insert(model.clone(), at.clone()) {
+                    self.refuse(at, model, &format!("is served by {other}"));
+                }
+            }
+        }
+        let owners: u64 = pool
+            .workers
+            .iter()
+            .map(|w| u64::from(w.data_parallel_size))
+            .sum();
+        if owners > u64::from(Slot::MAX) {
+            let why = format!("must make at most {} owners (workers x ranks)", Slot::MAX);
+            self.refuse(path("workers"), owners, &why);
+        }
+        let workers = pool.workers.iter().enumerate().map(|(i, worker)| {
+            let path = |key: &str| format!("{prefix}workers[{i}].{key}");
+            if let Some(id) = worker.id
+                && let Some(other) = self.workers.insert(id, path("id"))
+            {
+                self.refuse(path("id"), id, &format!("is taken by {other}"));
+            }
+            let why = "must be ip:port or [v6]:port";
+            let endpoint = worker.endpoint.as_deref();
+            let endpoint = endpoint.map_or(UNKNOWN, |e| self.address(&path("endpoint"), e, why));
+            if endpoint != UNKNOWN
+                && let Some(other) = self.endpoints.insert(endpoint, path("endpoint"))
+            {
+                self.refuse(path("endpoint"), endpoint, &format!("is taken by {other}"));
+            }
+            Worker {
+                id: worker.id.unwrap_or_default(),
+                endpoint,
+                role: worker.role,
+                ranks: worker.data_parallel_size,
+            }
+        });
+        let workers = workers.collect();
+        Pool {
+            workers,
+            name: pool.name.clone(),
+            models: pool.models.clone(),
+            lora_adapters: pool.lora_adapters.clone(),
+            block_size: pool.kv_cache_block_size,
+            policy: self.policy(pool, prefix),
+            kv_events: pool.kv_events,
+        }
+    }
+
+    fn policy(&mut self, pool: &file::Pool, prefix: &str) -> Policy {
+        if let Some(weight) = pool.kv_overlap_score_weight
+            && (pool.prefill_load_scale.is_some() || pool.overlap_score_credit.is_some())
+        {
+            let why = "excludes prefill_load_scale and overlap_score_credit";
+            self.refuse(format!("{prefix}kv_overlap_score_weight"), weight, why);
+        }
+        let defaults = Policy::default();
+        let (scale, credit) = match pool.kv_overlap_score_weight {
+            Some(0.0) => (0.0, 0.0),
+            Some(weight) => (weight, defaults.overlap_score_credit),
+            None => (
+                pool.prefill_load_scale
+                    .unwrap_or(defaults.prefill_load_scale),
+                pool.overlap_score_credit
+                    .unwrap_or(defaults.overlap_score_credit),
+            ),
+        };
+        Policy {
+            mode: pool.router_mode,
+            temperature: pool.router_temperature,
+            prefill_load_scale: scale,
+            overlap_score_credit: credit,
+            host_cache_hit_weight: pool.host_cache_hit_weight,
+            disk_cache_hit_weight: pool.disk_cache_hit_weight,
+            decode_active_request_weight: pool.decode_active_request_weight,
+        }
+    }
+
+    fn address(&mut self, path: &str, text: &str, why: &str) -> SocketAddr {
+        match text.parse::<SocketAddr>() {
+            Ok(address) if address.port() != 0 => address,
+            _ => {
+                self.refuse(path, format!("{text:?}"), why);
+                UNKNOWN
+            }
+        }
+    }
+
+    fn readable(&mut self, path: &str, file: Option<&Path>) {
+        let Some(file) = file else { return };
+        if let Err(e) = std::fs::File::open(file) {
+            self.refuse(path, file.display(), &format!("can't be read ({e})"));
+        }
+    }
+
+    fn refuse(&mut self, path: impl Into<String>, value: impl std::fmt::Display, why: &str) {
+        self.problems.push(Problem::value(path, value, why));
+    }
+}
+
+/// An IPv6 address as it stands before a port.
+fn bracketed(host: &str) -> String {
+    if host.contains(':') && !host.starts_with('[') {
+        format!("[{host}]")
+    } else {
+        host.to_owned()
+    }
+}

@@ -1,0 +1,230 @@
+//! The configuration file as it is written. Each key's documentation is also its description in
+//! the JSON Schema.
+
+use std::path::PathBuf;
+
+use kv_core::id::Role;
+use kv_core::policy::Mode;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Configuration of the sidecar, and of the Envoy it prints a bootstrap for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+#[schemars(title = "kv-router configuration")]
+pub struct File {
+    /// Address Envoy listens on for requests. Mirrors Dynamo's `--http-host`.
+    pub http_host: String,
+    /// Port Envoy listens on for requests. Mirrors Dynamo's `--http-port`. Needs a restart of Envoy.
+    #[schemars(range(min = 1))]
+    pub http_port: u16,
+    /// `ip:port` of the sidecar's own HTTP API: health, metrics, `/v1`.
+    pub admin: String,
+    /// `ip:port` of Envoy's admin interface, where the sidecar reads load for `/v1/explain`.
+    pub envoy_admin: String,
+    /// Unix socket that the filter connects to. At most 100 bytes, a limit of the kernel.
+    pub socket: PathBuf,
+    /// Folder for the sidecar's snapshot and for the files Envoy watches. Without it a restarted
+    /// sidecar starts with an empty index.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "PathBuf")]
+    pub state_dir: Option<PathBuf>,
+    /// The filter's WebAssembly module, as Envoy finds it.
+    pub filter_wasm: PathBuf,
+    /// Where KV events come from. Without it routing goes by load alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Nats")]
+    pub nats: Option<Nats>,
+    /// Requests with a longer body are routed by load and not buffered.
+    #[schemars(range(min = 1, max = 67_108_864))]
+    pub body_limit_bytes: u64,
+    /// Prompts with more token ids are routed by load.
+    #[schemars(range(min = 1))]
+    pub token_limit: u32,
+    /// Whether the answer carries `x-kv-router-decision`, which tells why a worker was chosen.
+    pub decision_header: bool,
+    /// The pools. In the short form their keys stand at the top level instead: one pool `default`.
+    #[schemars(length(min = 1, max = 64))]
+    pub pools: Vec<Pool>,
+}
+
+impl Default for File {
+    fn default() -> Self {
+        Self {
+            http_host: "0.0.0.0".into(),
+            http_port: 8000,
+            admin: "127.0.0.1:9100".into(),
+            envoy_admin: "127.0.0.1:9901".into(),
+            socket: "/run/kv-router/bridge.sock".into(),
+            state_dir: None,
+            filter_wasm: "kv_filter.wasm".into(),
+            nats: None,
+            body_limit_bytes: 16 << 20,
+            token_limit: 1_500_000,
+            decision_header: false,
+            pools: Vec::new(),
+        }
+    }
+}
+
+/// Workers that serve the same models, and how one of them is chosen.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Pool {
+    /// Name in metrics, records and the `x-kv-pool` header.
+    #[schemars(regex(pattern = r"^[A-Za-z0-9._-]{1,64}$"))]
+    pub name: String,
+    /// Model names served. Empty takes any name, for the first pool only.
+    pub models: Vec<String>,
+    /// LoRA adapters, which requests name as their model.
+    pub lora_adapters: Vec<String>,
+    /// How a worker is chosen. Mirrors Dynamo's `--router-mode`.
+    pub router_mode: Mode,
+    /// Tokens to a block, as the engines have it. Mirrors Dynamo's `--kv-cache-block-size`.
+    #[schemars(range(min = 1, max = 4096))]
+    pub kv_cache_block_size: u32,
+    /// Softmax temperature over normalised costs; 0 takes the least cost. Mirrors Dynamo's
+    /// `--router-temperature`.
+    #[schemars(range(min = 0.0, max = 1000.0))]
+    pub router_temperature: f64,
+    /// Whether KV events of the pool's workers are indexed. Without them the pool is routed by load
+    /// alone: nothing is assumed about caches. Mirrors Dynamo's `--kv-events`.
+    pub kv_events: bool,
+    /// Older name of one knob: sets `prefill_load_scale`, and at 0 also `overlap_score_credit` to
+    /// 0. Not together with either. Mirrors Dynamo's `--kv-overlap-score-weight`.
+    #[schemars(range(min = 0.0, max = 1_000_000.0))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "f64")]
+    pub kv_overlap_score_weight: Option<f64>,
+    /// Weight of prefill blocks against blocks being decoded; 1 unless given. Mirrors Dynamo's
+    /// `--router-prefill-load-scale`.
+    #[schemars(range(min = 0.0, max = 1_000_000.0))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "f64")]
+    pub prefill_load_scale: Option<f64>,
+    /// Credit for a block in accelerator memory, in blocks; 1 unless given. Mirrors Dynamo's
+    /// `--router-kv-overlap-score-credit`.
+    #[schemars(range(min = 0.0, max = 1_000_000.0))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "f64")]
+    pub overlap_score_credit: Option<f64>,
+    /// Credit for a block in host memory, in blocks. Mirrors Dynamo's
+    /// `--router-host-cache-hit-weight`.
+    #[schemars(range(min = 0.0, max = 1_000_000.0))]
+    pub host_cache_hit_weight: f64,
+    /// Credit for a block on disk or in a store, in blocks. Mirrors Dynamo's
+    /// `--router-disk-cache-hit-weight`.
+    #[schemars(range(min = 0.0, max = 1_000_000.0))]
+    pub disk_cache_hit_weight: f64,
+    /// Cost of one active request, in blocks. Mirrors Dynamo's
+    /// `--router-decode-active-request-weight`.
+    #[schemars(range(min = 0.0, max = 1_000_000.0))]
+    pub decode_active_request_weight: f64,
+    /// The workers.
+    pub workers: Vec<Worker>,
+}
+
+impl Default for Pool {
+    fn default() -> Self {
+        let policy = kv_core::policy::Policy::default();
+        Self {
+            name: super::DEFAULT_POOL.into(),
+            models: Vec::new(),
+            lora_adapters: Vec::new(),
+            router_mode: policy.mode,
+            kv_cache_block_size: 16,
+            router_temperature: policy.temperature,
+            kv_events: true,
+            kv_overlap_score_weight: None,
+            prefill_load_scale: None,
+            overlap_score_credit: None,
+            host_cache_hit_weight: policy.host_cache_hit_weight,
+            disk_cache_hit_weight: policy.disk_cache_hit_weight,
+            decode_active_request_weight: policy.decode_active_request_weight,
+            workers: Vec::new(),
+        }
+    }
+}
+
+/// One engine instance.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Worker {
+    /// The id its KV events carry; unique over all pools.
+    // Optional to serde alone: what the schema has reported as missing must not end the checks.
+    #[schemars(required)]
+    pub id: Option<u64>,
+    /// `ip:port` or `[v6]:port`, where it takes requests; unique over all pools.
+    #[schemars(required)]
+    pub endpoint: Option<String>,
+    /// What it does for a request.
+    #[serde(default)]
+    pub role: Role,
+    /// Data-parallel ranks, each with a cache of its own.
+    #[serde(default = "one")]
+    #[schemars(range(min = 1, max = 1024))]
+    pub data_parallel_size: u32,
+}
+
+fn one() -> u32 {
+    1
+}
+
+/// The NATS server and the planes to read there.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Nats {
+    /// `nats://host:port` or `tls://host:port`; several are separated by commas. Needs a restart,
+    /// as everything under `nats` does.
+    #[schemars(required, length(min = 1))]
+    pub url: Option<String>,
+    /// Dynamo 1.6.1's event plane.
+    pub dynamo: Option<DynamoPlane>,
+    /// Subject of plain JSON events, with `{worker_id}` as one of its tokens. Engines answer a
+    /// request on this subject followed by `.snapshot`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "String")]
+    pub json_subject: Option<String>,
+    /// Credentials file (JWT and seed).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "PathBuf")]
+    pub credentials_file: Option<PathBuf>,
+    /// File with an nkey seed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "PathBuf")]
+    pub nkey_seed_file: Option<PathBuf>,
+    /// TLS settings.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Tls")]
+    pub tls: Option<Tls>,
+}
+
+/// A component of Dynamo whose workers publish KV events.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DynamoPlane {
+    /// Dynamo namespace.
+    #[schemars(required, length(min = 1))]
+    pub namespace: Option<String>,
+    /// Dynamo component.
+    #[schemars(required, length(min = 1))]
+    pub component: Option<String>,
+}
+
+/// Certificates, as PEM files.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Tls {
+    /// Authorities to trust instead of the system's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "PathBuf")]
+    pub ca_file: Option<PathBuf>,
+    /// Client certificate; with `key_file`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "PathBuf")]
+    pub cert_file: Option<PathBuf>,
+    /// Key of the client certificate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "PathBuf")]
+    pub key_file: Option<PathBuf>,
+}

@@ -1,0 +1,399 @@
+//! The index service: one task that owns the index, the roster of workers and the publisher.
+//!
+//! Events come through one bounded channel, everything else through another, so that a flood of
+//! events delays neither acknowledgements nor queries.
+
+mod apply;
+mod cursor;
+mod publisher;
+mod repair;
+mod report;
+mod roster;
+mod saving;
+mod slots;
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use kv_core::head::Head;
+use kv_core::id::{Slot, WorkerId};
+use kv_core::index::{Index, IndexConfig};
+use kv_core::overlap::Overlap;
+use kv_core::table::{self, Settings, Table};
+use kv_core::wire::{Ack, Subscribe};
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Instant, MissedTickBehavior};
+use tokio_util::sync::CancellationToken;
+
+use crate::config::{self, Config};
+use crate::ingest::{Arrival, Plane};
+use crate::metrics::{Kind, Metrics};
+use crate::state::{self, Restored};
+
+pub use cursor::Cursor;
+pub use publisher::{Refusal, SubscriberReport};
+pub use report::{IndexReport, OwnerReport, PoolReport, Readiness};
+pub use slots::Slots;
+
+/// Blocks to a group of a page.
+const GROUP: u8 = 32;
+/// Level of a fresh index: it grows by itself.
+const LEVEL: u8 = 6;
+/// Blocks of stores that wait for their parent.
+const MAX_ORPHANS: usize = 1 << 18;
+/// How long changes are collected before their pages are written.
+const COALESCE: Duration = Duration::from_millis(1);
+/// Ticks look after deadlines, beats and saving.
+const TICK: Duration = Duration::from_millis(100);
+/// Ticks between two signs of life.
+const BEAT_TICKS: u32 = 5;
+/// Ticks between two snapshots to disk.
+const SAVE_TICKS: u32 = 100;
+/// How long a fresh index waits for the engines' snapshots before it counts as complete.
+const RECOVERY: Duration = Duration::from_secs(15);
+/// Most times of reception of one flush.
+const MAX_RECEIVED: usize = 1024;
+
+/// Anything but events.
+#[derive(Debug)]
+pub enum Control {
+    /// A bridge subscribes.
+    Subscribe {
+        /// Its first message.
+        who: Subscribe,
+        /// Takes batches; its capacity is a window.
+        out: mpsc::Sender<Bytes>,
+        /// The number of the subscription, or why it is refused.
+        reply: oneshot::Sender<Result<u64, Refusal>>,
+    },
+    /// A batch was written.
+    Ack(u64, Ack),
+    /// A subscription's stream is over.
+    Gone(u64),
+    /// Pools, workers, policies or settings have changed.
+    Configure {
+        /// The configuration; its pools are the same by name and order.
+        config: Arc<Config>,
+        /// Told once every Envoy has the table.
+        written: oneshot::Sender<()>,
+    },
+    /// Workers with what is known of them.
+    Workers(oneshot::Sender<Vec<PoolReport>>),
+    /// The index and its publication.
+    Index(oneshot::Sender<IndexReport>),
+    /// What is missing for service.
+    Readiness(oneshot::Sender<Readiness>),
+    /// Exact overlaps of a prompt.
+    Overlaps {
+        /// Pool number.
+        pool: usize,
+        /// Sequence hashes of the prompt's blocks.
+        prompt: Vec<u64>,
+        /// The pool and every owner's overlap, if there is such a pool.
+        reply: oneshot::Sender<Option<Overlaps>>,
+    },
+    /// The worker table.
+    Table(oneshot::Sender<Table>),
+}
+
+/// What owners hold of a prompt.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Overlaps {
+    /// The pool.
+    pub pool: table::Pool,
+    /// Owners that hold something.
+    pub overlaps: Vec<(Slot, Overlap)>,
+}
+
+/// The service.
+pub struct Service {
+    index: Index,
+    roster: roster::Roster,
+    publisher: publisher::Publisher,
+    settings: Settings,
+    epoch: u32,
+    table_version: u64,
+    is_restored: bool,
+    ready: bool,
+    started: Instant,
+    connected: BTreeSet<Plane>,
+    planes: Vec<Plane>,
+    counts: report::Counts,
+    requests: mpsc::Sender<WorkerId>,
+    flush_at: Option<Instant>,
+    received_ns: Vec<u64>,
+    saving: saving::Saving,
+    metrics: Arc<Metrics>,
+}
+
+impl Service {
+    /// A service for a configuration, with what was restored of its last run.
+    ///
+    /// `requests` takes workers whose snapshot is wanted.
+    #[must_use]
+    pub fn new(
+        config: &Config,
+        restored: Restored,
+        requests: mpsc::Sender<WorkerId>,
+        metrics: Arc<Metrics>,
+    ) -> Self {
+        let kind = restored.kind();
+        metrics.restores.get_or_create(&Kind { kind }).inc();
+        let state = restored.into_state();
+        let is_restored = state.is_some();
+        let (epoch, level, states) = match state {
+            Some(state) => (state.epoch, state.level, state.pools),
+            None => (random_u32(), LEVEL, Vec::new()),
+        };
+        let index = Index::new(IndexConfig {
+            epoch,
+            level,
+            group: GROUP,
+            max_orphans: MAX_ORPHANS,
+        });
+        let head = Head {
+            epoch,
+            level,
+            group: GROUP,
+            ready: false,
+            table_version: 0,
+            beat: unix_ms(),
+        };
+        let planes = config.nats.iter().flat_map(planes).collect();
+        let mut service = Self {
+            index,
+            roster: roster::Roster::default(),
+            publisher: publisher::Publisher::new(head, Arc::clone(&metrics)),
+            settings: config.settings,
+            epoch,
+            table_version: 0,
+            is_restored,
+            ready: false,
+            started: Instant::now(),
+            connected: BTreeSet::new(),
+            planes,
+            counts: report::Counts::default(),
+            requests,
+            flush_at: None,
+            received_ns: Vec::new(),
+            saving: saving::Saving::new(config.state_dir.as_deref().map(state::file)),
+            metrics,
+        };
+        service.restore(&config.pools, states);
+        service.publish_table(None);
+        service.check_ready();
+        service
+    }
+
+    /// Serves until cancelled, then saves.
+    pub async fn run(
+        mut self,
+        mut control: mpsc::Receiver<Control>,
+        mut arrivals: mpsc::Receiver<Arrival>,
+        cancel: CancellationToken,
+    ) {
+        let mut ticks = tokio::time::interval(TICK);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut tick = 0_u32;
+        loop {
+            let flush_at = self.flush_at.filter(|_| self.publisher.wants_pages());
+            tokio::select! {
+                biased;
+                () = cancel.cancelled() => break,
+                Some(control) = control.recv() => self.control(control),
+                _ = ticks.tick() => {
+                    tick = tick.wrapping_add(1);
+                    self.tick(tick);
+                }
+                () = at(flush_at) => self.flush(),
+                Some(arrival) = arrivals.recv() => self.arrived(arrival),
+                () = std::future::ready(()), if self.saving.is_under_way() => self.save_step(),
+            }
+            let is_due = self.flush_at.is_none() && self.index.is_dirty();
+            if is_due {
+                self.flush_at = Some(Instant::now() + COALESCE);
+            }
+        }
+        self.save_all().await;
+    }
+
+    fn control(&mut self, control: Control) {
+        // Whoever asked may have gone away.
+        match control {
+            Control::Subscribe { who, out, reply } => {
+                let taken = self.publisher.subscribe(who, out, &mut self.index);
+                let _ = reply.send(taken);
+            }
+            Control::Ack(id, ack) => self.publisher.acked(id, ack, &mut self.index),
+            Control::Gone(id) => self.publisher.gone(id),
+            Control::Configure { config, written } => self.configure(&config, written),
+            Control::Workers(reply) => {
+                let _ = reply.send(self.report_workers());
+            }
+            Control::Index(reply) => {
+                let _ = reply.send(self.report_index());
+            }
+            Control::Readiness(reply) => {
+                let _ = reply.send(self.report_readiness());
+            }
+            Control::Overlaps {
+                pool,
+                prompt,
+                reply,
+            } => {
+                let found = self.roster.pools.get(pool).map(|p| Overlaps {
+                    pool: p.table(),
+                    overlaps: self.index.overlaps(pool, &prompt),
+                });
+                let _ = reply.send(found);
+            }
+            Control::Table(reply) => {
+                let _ = reply.send(self.table());
+            }
+        }
+    }
+
+    /// Removed workers' pages go out before the table that drops them or gives their slots away.
+    fn configure(&mut self, config: &Config, written: oneshot::Sender<()>) {
+        self.settings = config.settings;
+        let change = self.roster.update(&config.pools);
+        for (pool, slot) in &change.removed {
+            self.index.remove_owner(*pool, *slot);
+        }
+        if !change.removed.is_empty() {
+            while self.index.is_dirty() {
+                self.flush_once();
+            }
+        }
+        self.report_change(&change);
+        if self.connected.contains(&Plane::Json) {
+            for worker in change.joined {
+                self.begin_repair(worker, false);
+            }
+        }
+        self.publish_table(Some(written));
+        self.saving.touch();
+    }
+
+    fn report_change(&self, change: &roster::Change) {
+        for owner in &change.without_slot {
+            tracing::error!(
+                worker = owner.worker,
+                rank = owner.rank,
+                "no slot left for owner"
+            );
+        }
+        tracing::info!(
+            joined = change.joined.len(),
+            removed = change.removed.len(),
+            "workers are in line with the configuration"
+        );
+    }
+
+    fn table(&self) -> Table {
+        Table {
+            epoch: self.epoch,
+            version: self.table_version,
+            settings: self.settings,
+            pools: self.roster.table_pools(),
+        }
+    }
+
+    fn publish_table(&mut self, written: Option<oneshot::Sender<()>>) {
+        // The clock keeps versions of a restarted sidecar apart from those Envoy may hold.
+        self.table_version = unix_ms().max(self.table_version + 1);
+        let table = self.table();
+        self.publisher.table(&table, written, &mut self.index);
+    }
+
+    fn flush(&mut self) {
+        self.flush_once();
+        self.flush_at = self.index.is_dirty().then(Instant::now);
+    }
+
+    fn flush_once(&mut self) {
+        let writes = self.index.flush();
+        let received_ns = if self.index.is_dirty() {
+            Vec::new()
+        } else {
+            std::mem::take(&mut self.received_ns)
+        };
+        self.publisher.pages(&writes, &received_ns, &mut self.index);
+    }
+
+    fn tick(&mut self, tick: u32) {
+        self.end_overdue_repairs();
+        self.check_ready();
+        self.save_step();
+        if tick.is_multiple_of(BEAT_TICKS) {
+            self.publisher.beat(self.ready, &mut self.index);
+            self.measure();
+        }
+        if tick.is_multiple_of(SAVE_TICKS) {
+            self.begin_saving();
+        }
+    }
+
+    /// A restored index is complete enough; a fresh one once every engine that answers has
+    /// answered, or after [`RECOVERY`].
+    fn check_ready(&mut self) {
+        if self.ready {
+            return;
+        }
+        let expects_snapshots = self.planes.contains(&Plane::Json);
+        let is_answered = self.connected.contains(&Plane::Json)
+            && self.roster.workers().all(|w| w.repair.is_none());
+        let is_late = self.started.elapsed() >= RECOVERY;
+        if self.is_restored || !expects_snapshots || is_answered || is_late {
+            self.ready = true;
+            self.publisher.beat(true, &mut self.index);
+            tracing::info!(
+                epoch = self.epoch,
+                restored = self.is_restored,
+                "index is ready"
+            );
+        }
+    }
+}
+
+/// Planes of a configuration.
+fn planes(nats: &config::Nats) -> impl Iterator<Item = Plane> + use<> {
+    let dynamo = nats.dynamo.is_some().then_some(Plane::Dynamo);
+    let json = nats.json.is_some().then_some(Plane::Json);
+    dynamo.into_iter().chain(json)
+}
+
+/// Waits for an instant; for ever without one.
+async fn at(instant: Option<Instant>) {
+    match instant {
+        Some(instant) => tokio::time::sleep_until(instant).await,
+        None => std::future::pending().await,
+    }
+}
+
+fn unix_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// Random bits of the system; the sidecar can't do without.
+pub(crate) fn random_u64() -> u64 {
+    getrandom::u64().unwrap_or_else(|e| {
+        tracing::error!(error = %e, "the system gives no randomness");
+        std::process::abort()
+    })
+}
+
+fn random_u32() -> u32 {
+    // The high half is as random as the whole.
+    (random_u64() >> 32) as u32
+}
+
+/// Where the snapshot of a configuration stands.
+#[must_use]
+pub fn state_file(config: &Config) -> Option<PathBuf> {
+    config.state_dir.as_deref().map(state::file)
+}

@@ -1,0 +1,334 @@
+//! Events and snapshots into the index.
+
+use kv_core::event::{EventData, RouterEvent, SnapshotPart};
+use kv_core::id::WorkerId;
+use kv_core::index::Applied;
+
+use super::cursor::Step;
+use super::repair::{Repair, Snapshot};
+use super::{MAX_RECEIVED, Service};
+use crate::ingest::{Arrival, Decoded, NoSnapshot, Plane, Rejection, decode};
+use crate::metrics::{InPool, Kind, PlaneKind};
+
+impl Service {
+    pub(super) fn arrived(&mut self, arrival: Arrival) {
+        match arrival {
+            Arrival::Connected(plane) => {
+                self.connected.insert(plane);
+                if plane == Plane::Json {
+                    let workers: Vec<_> = self.roster.workers().map(|w| w.config.id).collect();
+                    for worker in workers {
+                        self.begin_repair(worker, false);
+                    }
+                }
+            }
+            Arrival::Disconnected(plane) => {
+                self.connected.remove(&plane);
+            }
+            Arrival::Events {
+                plane,
+                received_ns,
+                decoded,
+            } => {
+                self.counts.plane(plane).messages += 1;
+                self.saving.touch();
+                if self.received_ns.len() < MAX_RECEIVED {
+                    self.received_ns.push(received_ns);
+                }
+                self.events(plane, decoded);
+            }
+            Arrival::Snapshot { worker, part } => self.snapshot(worker, part),
+        }
+    }
+
+    fn events(&mut self, plane: Plane, decoded: Decoded) {
+        for rejection in decoded.rejected {
+            self.reject(plane, rejection);
+        }
+        for event in decoded.events {
+            let outcome = match plane {
+                Plane::Dynamo => self.dynamo(&event, decoded.publisher),
+                Plane::Json => self.json(event),
+            };
+            if let Err(rejection) = outcome {
+                self.reject(plane, rejection);
+            }
+        }
+    }
+
+    fn reject(&mut self, plane: Plane, rejection: Rejection) {
+        self.counts.plane(plane).reject(rejection.kind());
+        let (plane, kind) = (plane.kind(), rejection.kind());
+        self.metrics
+            .rejections
+            .get_or_create(&PlaneKind { plane, kind })
+            .inc();
+    }
+
+    /// Dynamo numbers events per rank, and a restarted publisher is another one.
+    fn dynamo(&mut self, event: &RouterEvent, publisher: Option<u64>) -> Result<(), Rejection> {
+        let (pool, worker) = self
+            .roster
+            .worker(event.worker_id)
+            .ok_or(Rejection::UnknownWorker)?;
+        let owner = worker
+            .owner_mut(event.event.dp_rank)
+            .ok_or(Rejection::UnknownRank)?;
+        let slot = owner.slot;
+        let step = owner.dynamo.step(event.event.event_id, publisher);
+        let is_first_of_all = event.event.event_id <= 1;
+        match step {
+            Step::Next => {}
+            Step::Back => return Err(Rejection::DuplicateId),
+            Step::First(is_whole) => owner.partial = !is_whole,
+            Step::Gap => {
+                owner.partial = true;
+                owner.gaps += 1;
+                self.count_gap(pool);
+            }
+            Step::Restart => {
+                owner.partial = !is_first_of_all;
+                self.index.remove_owner(pool, slot);
+            }
+        }
+        self.apply(Plane::Dynamo, event)
+    }
+
+    /// Plain JSON events are numbered per worker, and a worker can be asked for everything.
+    fn json(&mut self, event: RouterEvent) -> Result<(), Rejection> {
+        let (pool, worker) = self
+            .roster
+            .worker(event.worker_id)
+            .ok_or(Rejection::UnknownWorker)?;
+        let rank = event.event.dp_rank;
+        if worker.owner(rank).is_none() {
+            return Err(Rejection::UnknownRank);
+        }
+        let id = event.worker_id;
+        if let Some(repair) = &mut worker.repair {
+            if let Err(why) = repair.hold(event) {
+                self.end_repair(id, Err(why));
+            }
+            return Ok(());
+        }
+        let step = worker.json.step(event.event.event_id, None);
+        match step {
+            Step::Next => return self.apply(Plane::Json, &event),
+            Step::First(true) => {
+                worker.owners.iter_mut().for_each(|o| o.partial = false);
+                return self.apply(Plane::Json, &event);
+            }
+            Step::Gap => {
+                if let Some(owner) = worker.owner_mut(rank) {
+                    owner.gaps += 1;
+                }
+                self.count_gap(pool);
+            }
+            Step::First(false) | Step::Back | Step::Restart => {}
+        }
+        self.begin_repair(id, step == Step::Back);
+        // Held back; the repair has room for it.
+        self.json(event)
+    }
+
+    /// Applies an event whose worker and rank are known.
+    fn apply(&mut self, plane: Plane, event: &RouterEvent) -> Result<(), Rejection> {
+        let (pool, worker) = self
+            .roster
+            .worker(event.worker_id)
+            .ok_or(Rejection::UnknownWorker)?;
+        let owner = worker
+            .owner_mut(event.event.dp_rank)
+            .ok_or(Rejection::UnknownRank)?;
+        let slot = owner.slot;
+        let data = &event.event.data;
+        if *data == EventData::Cleared {
+            owner.partial = false;
+        }
+        if self
+            .roster
+            .pools
+            .get(pool)
+            .is_some_and(|p| !p.config.kv_events)
+        {
+            return Err(Rejection::EventsOff);
+        }
+        let applied = self
+            .index
+            .apply(pool, slot, event.storage_tier.into(), data);
+        let kind = match data {
+            EventData::Stored(_) => "stored",
+            EventData::Removed(_) => "removed",
+            EventData::Cleared => "cleared",
+        };
+        self.counts.plane(plane).apply(kind);
+        let plane = plane.kind();
+        self.metrics
+            .events
+            .get_or_create(&PlaneKind { plane, kind })
+            .inc();
+        self.count_applied(applied);
+        Ok(())
+    }
+
+    fn count_applied(&mut self, applied: Applied) {
+        self.counts.add(&applied);
+        let changes = [
+            ("stored", applied.stored),
+            ("duplicate", applied.duplicates),
+            ("removed", applied.removed),
+            ("unknown", applied.unknown),
+            ("orphaned", applied.orphaned),
+            ("adopted", applied.adopted),
+            ("orphan_dropped", applied.orphans_dropped),
+            ("renamed", applied.renamed),
+            ("collision", applied.collisions),
+        ];
+        for (kind, blocks) in changes {
+            if blocks > 0 {
+                let counter = self.metrics.changes.get_or_create(&Kind { kind });
+                counter.inc_by(u64::from(blocks));
+            }
+        }
+    }
+
+    fn count_gap(&mut self, pool: usize) {
+        self.counts.gaps += 1;
+        if let Some(pool) = self.roster.pools.get(pool) {
+            let pool = pool.config.name.clone();
+            self.metrics.gaps.get_or_create(&InPool { pool }).inc();
+        }
+    }
+
+    /// Asks a worker for its snapshot and holds its events back meanwhile.
+    pub(super) fn begin_repair(&mut self, id: WorkerId, restarted: bool) {
+        let Some((pool, worker)) = self.roster.worker(id) else {
+            return;
+        };
+        worker.repair = Some(Repair::new(restarted, worker.repair.take()));
+        let takes_events = self
+            .roster
+            .pools
+            .get(pool)
+            .is_some_and(|p| p.config.kv_events);
+        if !takes_events {
+            self.end_repair(id, Ok(None));
+        } else if self.requests.try_send(id).is_err() {
+            // One request to a worker at a time: there is room unless the source has stopped.
+            self.end_repair(id, Err(NoSnapshot::Disconnected));
+        }
+    }
+
+    fn snapshot(&mut self, id: WorkerId, part: Result<SnapshotPart, NoSnapshot>) {
+        let repair = self.roster.worker(id).and_then(|(_, w)| w.repair.as_mut());
+        let Some(repair) = repair else {
+            self.reject(Plane::Json, Rejection::UnaskedSnapshot);
+            return;
+        };
+        match part.and_then(|part| repair.take(part)) {
+            Ok(None) => {}
+            Ok(Some(snapshot)) => self.end_repair(id, Ok(Some(snapshot))),
+            Err(why) => self.end_repair(id, Err(why)),
+        }
+    }
+
+    pub(super) fn end_overdue_repairs(&mut self) {
+        let at = tokio::time::Instant::now();
+        let overdue = |w: &mut super::roster::Worker| {
+            let is_overdue = w.repair.as_ref().is_some_and(|r| r.is_overdue(at));
+            is_overdue.then_some(w.config.id)
+        };
+        let overdue: Vec<_> = self.roster.workers().filter_map(overdue).collect();
+        for id in overdue {
+            self.end_repair(id, Err(NoSnapshot::Timeout));
+        }
+    }
+
+    /// Replaces what is known of a worker by its snapshot, where there is one, and applies what
+    /// was held back.
+    fn end_repair(&mut self, id: WorkerId, outcome: Result<Option<Snapshot>, NoSnapshot>) {
+        let Some((pool, worker)) = self.roster.worker(id) else {
+            return;
+        };
+        let Some(repair) = worker.repair.take() else {
+            return;
+        };
+        let slots: Vec<_> = worker.owners.iter().map(|o| o.slot).collect();
+        let kind = outcome
+            .as_ref()
+            .map_or_else(|why| why.kind(), |_| "applied");
+        let is_replaced = matches!(outcome, Ok(Some(_)));
+        let includes = match &outcome {
+            Ok(Some(snapshot)) => Some(snapshot.event_id),
+            Ok(None) | Err(_) => None,
+        };
+        let is_fresh = worker.json.last.is_none() && includes.is_none();
+        if is_replaced || repair.restarted {
+            worker.json = super::Cursor::default();
+            slots.iter().for_each(|slot| {
+                self.index.remove_owner(pool, *slot);
+            });
+        }
+        if let Ok(Some(snapshot)) = outcome {
+            worker.json.step(snapshot.event_id, None);
+            for event in &snapshot.events {
+                let fit = decode::fit(event).and_then(|()| self.apply_snapshot(id, event));
+                if let Err(rejection) = fit {
+                    self.reject(Plane::Json, rejection);
+                }
+            }
+        } else {
+            tracing::warn!(
+                worker = id,
+                why = kind,
+                "no snapshot, going on with live events"
+            );
+        }
+        self.metrics.snapshots.get_or_create(&Kind { kind }).inc();
+        let held = repair.into_held();
+        let starts_whole = held.first().is_some_and(|e| e.event.event_id <= 1);
+        if let Some((_, worker)) = self.roster.worker(id) {
+            let is_whole = is_replaced || (is_fresh && starts_whole);
+            worker.owners.iter_mut().for_each(|o| o.partial = !is_whole);
+        }
+        self.apply_held(id, held);
+        self.saving.touch();
+    }
+
+    /// Stores of a snapshot count for the worker that sent it, whatever they say.
+    fn apply_snapshot(&mut self, id: WorkerId, event: &RouterEvent) -> Result<(), Rejection> {
+        if event.worker_id != id {
+            return Err(Rejection::WorkerMismatch);
+        }
+        let (pool, worker) = self.roster.worker(id).ok_or(Rejection::UnknownWorker)?;
+        let owner = worker
+            .owner(event.event.dp_rank)
+            .ok_or(Rejection::UnknownRank)?;
+        let (slot, tier) = (owner.slot, event.storage_tier.into());
+        let applied = self.index.apply(pool, slot, tier, &event.event.data);
+        self.count_applied(applied);
+        Ok(())
+    }
+
+    fn apply_held(&mut self, id: WorkerId, held: Vec<RouterEvent>) {
+        for event in held {
+            let Some((_, worker)) = self.roster.worker(id) else {
+                return;
+            };
+            let step = worker.json.step(event.event.event_id, None);
+            if step == Step::Back {
+                // The snapshot includes it.
+                continue;
+            }
+            if step == Step::Gap
+                && let Some(owner) = worker.owner_mut(event.event.dp_rank)
+            {
+                owner.gaps += 1;
+                owner.partial = true;
+            }
+            if let Err(rejection) = self.apply(Plane::Json, &event) {
+                self.reject(Plane::Json, rejection);
+            }
+        }
+    }
+}

@@ -1,0 +1,476 @@
+//! From the index to every Envoy that subscribed, each at its own pace.
+//!
+//! A subscriber takes at most [`WINDOW`] batches ahead of its acknowledgements. What it can't take
+//! is remembered as page ids and sent later as the page is then, so a slow one costs a bounded
+//! amount of memory and holds up nobody else. The worker table keeps its place in that queue: all
+//! pages that were to be written before it are written before it.
+
+use std::collections::{HashSet, VecDeque};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use kv_core::head::Head;
+use kv_core::index::{Index, PageWrite};
+use kv_core::key;
+use kv_core::table::Table;
+use kv_core::wire::{self, Ack, BATCH_BYTES, Batch, Subscribe, WINDOW, Write};
+use serde::Serialize;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::Instant;
+
+use crate::metrics::Metrics;
+
+/// Most subscribers at a time.
+const MAX_SUBSCRIBERS: usize = 256;
+/// Most times of reception that wait for their pages, to a subscriber.
+const MAX_RECEIVED: usize = 4096;
+
+/// Why a subscription isn't taken.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Refusal {
+    /// Another page format.
+    #[error("page format {0}, expected {expected}", expected = key::FORMAT)]
+    Format(u8),
+    /// A newer term holds the lease.
+    #[error("term {0} is over, {1} holds the lease")]
+    Term(u64, u64),
+    /// Too many Envoys.
+    #[error("{MAX_SUBSCRIBERS} subscribers are being served already")]
+    TooMany,
+}
+
+impl Refusal {
+    /// Label for metrics.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Format(_) => "format",
+            Self::Term(..) => "term",
+            Self::TooMany => "too_many",
+        }
+    }
+}
+
+/// Something to write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Item {
+    Page(u32),
+    Table,
+}
+
+/// A batch without its acknowledgement.
+#[derive(Debug)]
+struct Sent {
+    seq: u64,
+    /// Version of the table in it.
+    table: Option<u64>,
+    /// When events that it makes visible were received, Unix nanoseconds.
+    received_ns: Vec<u64>,
+    /// Whether it ends the full sync.
+    ends_sync: bool,
+}
+
+#[derive(Debug)]
+struct Subscriber {
+    id: u64,
+    who: Subscribe,
+    out: mpsc::Sender<Bytes>,
+    seq: u64,
+    unacked: VecDeque<Sent>,
+    queue: VecDeque<Item>,
+    queued: HashSet<u32>,
+    /// Since when it is being brought up to date for the first time.
+    syncing: Option<Instant>,
+    /// Its head as last sent; `None` before the first.
+    head: Option<Head>,
+    head_due: bool,
+    received_ns: Vec<u64>,
+    table_sent: u64,
+    table_acked: u64,
+    alive: bool,
+}
+
+/// A subscriber as `/v1/index` shows it.
+#[derive(Clone, Debug, Serialize)]
+pub struct SubscriberReport {
+    /// Nonce of the Envoy process.
+    pub process: u64,
+    /// The filter's `vm_id`.
+    pub vm_id: String,
+    /// Term of its lease.
+    pub term: u64,
+    /// Whether it holds all pages.
+    pub synced: bool,
+    /// Pages to be written.
+    pub queued_pages: usize,
+    /// Batches sent and not acknowledged.
+    pub unacked_batches: usize,
+    /// Batches sent.
+    pub batches: u64,
+}
+
+/// All subscribers, and what they are told besides pages.
+#[derive(Debug)]
+pub(super) struct Publisher {
+    subscribers: Vec<Subscriber>,
+    next_id: u64,
+    head: Head,
+    table: Vec<u8>,
+    waiting: Vec<(u64, oneshot::Sender<()>)>,
+    metrics: Arc<Metrics>,
+}
+
+impl Publisher {
+    /// Nobody subscribed; `head` has epoch, group and readiness.
+    #[must_use]
+    pub(super) fn new(head: Head, metrics: Arc<Metrics>) -> Self {
+        Self {
+            subscribers: Vec::new(),
+            next_id: 1,
+            head,
+            table: Vec::new(),
+            waiting: Vec::new(),
+            metrics,
+        }
+    }
+
+    /// Takes a subscriber: it gets all pages, the table and the head. Of the same Envoy and
+    /// `vm_id` the newer term stays, and the other's stream ends.
+    ///
+    /// # Errors
+    /// When it can't be served.
+    pub(super) fn subscribe(
+        &mut self,
+        who: Subscribe,
+        out: mpsc::Sender<Bytes>,
+        index: &mut Index,
+    ) -> Result<u64, Refusal> {
+        if who.format != key::FORMAT {
+            return Err(Refusal::Format(who.format));
+        }
+        let same = |s: &Subscriber| s.who.process == who.process && s.who.vm_id == who.vm_id;
+        let newest = self
+            .subscribers
+            .iter()
+            .filter(|s| same(s))
+            .map(|s| s.who.term);
+        if let Some(newest) = newest.max().filter(|newest| *newest > who.term) {
+            return Err(Refusal::Term(who.term, newest));
+        }
+        self.subscribers.retain(|s| !same(s));
+        if self.subscribers.len() >= MAX_SUBSCRIBERS {
+            return Err(Refusal::TooMany);
+        }
+        let id = self.next_id;
+        self.next_id += 1;
+        let mut subscriber = Subscriber {
+            id,
+            who,
+            out,
+            seq: 0,
+            unacked: VecDeque::new(),
+            queue: VecDeque::new(),
+            queued: HashSet::new(),
+            syncing: Some(Instant::now()),
+            head: None,
+            head_due: true,
+            received_ns: Vec::new(),
+            table_sent: 0,
+            table_acked: 0,
+            alive: true,
+        };
+        // A page that growth split off stands after the page it came from, and is to be there
+        // before that one shrinks.
+        for page in index.page_ids().rev() {
+            subscriber.enqueue(page);
+        }
+        subscriber.queue.push_back(Item::Table);
+        self.subscribers.push(subscriber);
+        self.metrics.subscribers.set(self.subscribers.len() as i64);
+        self.pump(index);
+        Ok(id)
+    }
+
+    /// A stream has ended.
+    pub(super) fn gone(&mut self, id: u64) {
+        self.subscribers.retain(|s| s.id != id);
+        self.metrics.subscribers.set(self.subscribers.len() as i64);
+        self.settle();
+    }
+
+    /// A batch has been written.
+    pub(super) fn acked(&mut self, id: u64, ack: Ack, index: &mut Index) {
+        self.metrics.refused_writes.inc_by(u64::from(ack.refused));
+        if ack.refused > 0 {
+            tracing::error!(
+                subscriber = id,
+                refused = ack.refused,
+                "the filter refused writes"
+            );
+        }
+        let Some(subscriber) = self.subscribers.iter_mut().find(|s| s.id == id) else {
+            return;
+        };
+        while let Some(sent) = subscriber.unacked.pop_front_if(|s| s.seq <= ack.seq) {
+            subscriber.table_acked = sent.table.unwrap_or(subscriber.table_acked);
+            for received_ns in sent.received_ns {
+                let took = ack.written_at_ns.saturating_sub(received_ns);
+                self.metrics.publish.observe(took as f64 * 1e-9);
+            }
+            if sent.ends_sync
+                && let Some(since) = subscriber.syncing.take()
+            {
+                let took = since.elapsed();
+                self.metrics.full_sync.observe(took.as_secs_f64());
+                tracing::info!(
+                    subscriber = id,
+                    took_ms = took.as_millis(),
+                    "envoy is in sync"
+                );
+            }
+        }
+        self.settle();
+        self.pump(index);
+    }
+
+    /// Whether somebody could take pages at once; also when nobody is there to take any.
+    #[must_use]
+    pub(super) fn wants_pages(&self) -> bool {
+        self.subscribers.is_empty() || self.subscribers.iter().any(Subscriber::is_open)
+    }
+
+    /// Hands out pages that the index flushed. `received_ns` are events that are visible with them.
+    pub(super) fn pages(&mut self, writes: &[PageWrite], received_ns: &[u64], index: &mut Index) {
+        let (head, is_clean) = (self.current_head(index), !index.is_dirty());
+        for subscriber in &mut self.subscribers {
+            let room = MAX_RECEIVED.saturating_sub(subscriber.received_ns.len());
+            subscriber.received_ns.extend(received_ns.iter().take(room));
+            let is_direct = subscriber.queue.is_empty()
+                && subscriber.head.is_some()
+                && !holds_back(&head, &subscriber.who);
+            let mut writes = writes.iter().peekable();
+            while is_direct && subscriber.is_open() && writes.peek().is_some() {
+                let mut batch = Pending::default();
+                while let Some(write) = writes.next_if(|w| batch.fits(w.bytes.len())) {
+                    batch.push(&key::page(write.id), &write.bytes);
+                }
+                subscriber.head_due = true;
+                if writes.peek().is_none() {
+                    subscriber.end(&mut batch, head, is_clean);
+                }
+                subscriber.send(batch, &self.metrics);
+            }
+            for write in writes {
+                subscriber.enqueue(write.id);
+            }
+        }
+        self.pump(index);
+    }
+
+    /// A table to send. `written` is told once every subscriber has it.
+    pub(super) fn table(
+        &mut self,
+        table: &Table,
+        written: Option<oneshot::Sender<()>>,
+        index: &mut Index,
+    ) {
+        self.head.table_version = table.version;
+        self.table = table.encode();
+        for subscriber in &mut self.subscribers {
+            subscriber.queue.retain(|item| *item != Item::Table);
+            subscriber.queue.push_back(Item::Table);
+        }
+        self.waiting.extend(written.map(|w| (table.version, w)));
+        self.settle();
+        self.pump(index);
+    }
+
+    /// Sends the head again, as a sign of life.
+    pub(super) fn beat(&mut self, ready: bool, index: &mut Index) {
+        self.head.ready = ready;
+        self.head.beat += 1;
+        let current = self.current_head(index);
+        for subscriber in &mut self.subscribers {
+            subscriber.head_due = true;
+            // One that is behind keeps the level and table it has.
+            if !subscriber.queue.is_empty()
+                && subscriber.is_open()
+                && let Some(head) = subscriber.head
+            {
+                let mut batch = Pending::default();
+                let beat = current.beat;
+                let head = Head {
+                    beat,
+                    ready,
+                    ..head
+                };
+                batch.push(&key::HEAD, &head.encode());
+                subscriber.send(batch, &self.metrics);
+            }
+        }
+        self.pump(index);
+    }
+
+    /// How the subscribers do.
+    #[must_use]
+    pub(super) fn report(&self) -> Vec<SubscriberReport> {
+        let report = |s: &Subscriber| SubscriberReport {
+            process: s.who.process,
+            vm_id: s.who.vm_id.clone(),
+            term: s.who.term,
+            synced: s.syncing.is_none(),
+            queued_pages: s.queued.len(),
+            unacked_batches: s.unacked.len(),
+            batches: s.seq,
+        };
+        self.subscribers.iter().map(report).collect()
+    }
+
+    /// The head for whoever has all pages that the index flushed.
+    fn current_head(&self, index: &Index) -> Head {
+        Head {
+            level: index.level(),
+            ..self.head
+        }
+    }
+
+    /// Sends what windows take.
+    fn pump(&mut self, index: &mut Index) {
+        let head = self.current_head(index);
+        let is_clean = !index.is_dirty();
+        for subscriber in &mut self.subscribers {
+            if holds_back(&head, &subscriber.who) {
+                continue;
+            }
+            while subscriber.is_open() && subscriber.has_work() {
+                let mut batch = Pending::default();
+                subscriber.fill(&mut batch, &self.table, head.table_version, index);
+                if subscriber.queue.is_empty() {
+                    subscriber.end(&mut batch, head, is_clean);
+                }
+                subscriber.send(batch, &self.metrics);
+            }
+        }
+        self.subscribers.retain(|s| s.alive);
+        self.metrics.subscribers.set(self.subscribers.len() as i64);
+    }
+
+    /// Tells those who wait for a table that every subscriber has it.
+    fn settle(&mut self) {
+        let version = self.subscribers.iter().map(|s| s.table_acked).min();
+        let version = version.unwrap_or(u64::MAX);
+        let is_due = |(wanted, _): &mut (u64, _)| *wanted <= version;
+        for (_, written) in self.waiting.extract_if(.., is_due) {
+            // Whoever waited may have given up.
+            let _ = written.send(());
+        }
+    }
+}
+
+/// Whether nothing is to be sent: Envoy serves from the pages of an earlier epoch, which are
+/// better than none, until this one is complete.
+fn holds_back(head: &Head, who: &Subscribe) -> bool {
+    !head.ready && who.epoch.is_some_and(|epoch| epoch != head.epoch)
+}
+
+impl Subscriber {
+    fn is_open(&self) -> bool {
+        self.alive && self.unacked.len() < WINDOW
+    }
+
+    fn has_work(&self) -> bool {
+        self.head_due || !self.queue.is_empty()
+    }
+
+    fn enqueue(&mut self, page: u32) {
+        if self.queued.insert(page) {
+            self.queue.push_back(Item::Page(page));
+        }
+    }
+
+    /// Moves what is queued into a batch, as far as it fits.
+    fn fill(&mut self, batch: &mut Pending, table: &[u8], version: u64, index: &mut Index) {
+        while let Some(item) = self.queue.front().copied() {
+            match item {
+                Item::Page(id) => {
+                    let bytes = index.page(id);
+                    if !batch.fits(bytes.len()) {
+                        return;
+                    }
+                    batch.push(&key::page(id), &bytes);
+                    self.queued.remove(&id);
+                }
+                Item::Table => {
+                    if !batch.fits(table.len()) {
+                        return;
+                    }
+                    batch.push(&key::TABLE, table);
+                    batch.table = Some(version);
+                    self.table_sent = version;
+                }
+            }
+            self.queue.pop_front();
+            self.head_due = true;
+        }
+    }
+
+    /// Ends a group of batches with the head.
+    fn end(&mut self, batch: &mut Pending, head: Head, is_clean: bool) {
+        // A level counts once all its pages are out.
+        let level = match self.head {
+            Some(before) if !is_clean => before.level,
+            _ => head.level,
+        };
+        let head = Head {
+            level,
+            table_version: self.table_sent,
+            ..head
+        };
+        batch.push(&key::HEAD, &head.encode());
+        batch.ends_sync = self.syncing.is_some() && self.queue.is_empty();
+        batch.received_ns = std::mem::take(&mut self.received_ns);
+        self.head = Some(head);
+        self.head_due = false;
+    }
+
+    fn send(&mut self, batch: Pending, metrics: &Metrics) {
+        self.seq += 1;
+        let writes = batch.writes.iter().map(|(key, value)| Write { key, value });
+        let message = wire::encode(&Batch {
+            seq: self.seq,
+            writes: writes.collect(),
+        });
+        metrics.batches.inc();
+        metrics.sent.inc_by(message.len() as u64);
+        self.unacked.push_back(Sent {
+            seq: self.seq,
+            table: batch.table,
+            received_ns: batch.received_ns,
+            ends_sync: batch.ends_sync,
+        });
+        // The channel holds a whole window: it is full or closed only when the stream is broken.
+        self.alive = self.out.try_send(message.into()).is_ok();
+    }
+}
+
+/// A batch that is being put together.
+#[derive(Debug, Default)]
+struct Pending {
+    writes: Vec<(Vec<u8>, Vec<u8>)>,
+    bytes: usize,
+    table: Option<u64>,
+    received_ns: Vec<u64>,
+    ends_sync: bool,
+}
+
+impl Pending {
+    /// Whether a value fits; the first one always does.
+    fn fits(&self, bytes: usize) -> bool {
+        self.writes.is_empty() || self.bytes + bytes <= BATCH_BYTES
+    }
+
+    fn push(&mut self, key: &[u8], value: &[u8]) {
+        self.bytes += key.len() + value.len();
+        self.writes.push((key.to_vec(), value.to_vec()));
+    }
+}

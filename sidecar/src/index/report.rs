@@ -1,0 +1,230 @@
+//! What the service tells about itself.
+
+use std::collections::BTreeMap;
+
+use kv_core::id::{DpRank, Role, WorkerId};
+use kv_core::index::{Applied, IndexStats};
+use kv_core::policy::Policy;
+use serde::Serialize;
+
+use super::publisher::SubscriberReport;
+use super::{Service, roster};
+use crate::ingest::Plane;
+
+/// What came in on a plane.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct PlaneCounts {
+    /// Messages.
+    pub messages: u64,
+    /// Events applied, by kind.
+    pub events: BTreeMap<&'static str, u64>,
+    /// Events dropped, by reason.
+    pub rejected: BTreeMap<&'static str, u64>,
+}
+
+impl PlaneCounts {
+    pub(super) fn reject(&mut self, kind: &'static str) {
+        *self.rejected.entry(kind).or_default() += 1;
+    }
+
+    pub(super) fn apply(&mut self, kind: &'static str) {
+        *self.events.entry(kind).or_default() += 1;
+    }
+}
+
+/// Counts since the start.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Counts {
+    /// By plane.
+    pub planes: BTreeMap<Plane, PlaneCounts>,
+    /// Blocks by what was done with them.
+    pub blocks: BTreeMap<&'static str, u64>,
+    /// Jumps in event ids.
+    pub gaps: u64,
+}
+
+impl Counts {
+    pub(super) fn plane(&mut self, plane: Plane) -> &mut PlaneCounts {
+        self.planes.entry(plane).or_default()
+    }
+
+    pub(super) fn add(&mut self, applied: &Applied) {
+        let changes = [
+            ("stored", applied.stored),
+            ("duplicates", applied.duplicates),
+            ("removed", applied.removed),
+            ("unknown", applied.unknown),
+            ("orphaned", applied.orphaned),
+            ("adopted", applied.adopted),
+            ("orphans_dropped", applied.orphans_dropped),
+            ("renamed", applied.renamed),
+            ("collisions", applied.collisions),
+        ];
+        for (kind, blocks) in changes {
+            *self.blocks.entry(kind).or_default() += u64::from(blocks);
+        }
+    }
+}
+
+/// Answer of `/v1/index`.
+#[derive(Clone, Debug, Serialize)]
+pub struct IndexReport {
+    /// Epoch of the pages.
+    pub epoch: u32,
+    /// Version of the worker table.
+    pub table_version: u64,
+    /// Whether the index counts as complete.
+    pub ready: bool,
+    /// Whether its contents came from the state folder.
+    pub restored: bool,
+    /// Whether every page is written and acknowledged by every subscriber.
+    pub settled: bool,
+    /// Workers whose snapshot is awaited.
+    pub repairs: usize,
+    /// Sizes.
+    pub stats: IndexStats,
+    /// Counts since the start.
+    #[serde(flatten)]
+    pub counts: Counts,
+    /// Whom the pages go to.
+    pub subscribers: Vec<SubscriberReport>,
+}
+
+/// A pool in the answer of `/v1/workers`.
+#[derive(Clone, Debug, Serialize)]
+pub struct PoolReport {
+    /// Its name.
+    pub pool: String,
+    /// Model names served.
+    pub models: Vec<String>,
+    /// LoRA adapters served.
+    pub lora_adapters: Vec<String>,
+    /// Tokens to a block.
+    pub block_size: u32,
+    /// Whether KV events are indexed.
+    pub kv_events: bool,
+    /// How a worker is chosen.
+    pub policy: Policy,
+    /// Its owners; the answer shows them with their load.
+    #[serde(skip_serializing)]
+    pub owners: Vec<OwnerReport>,
+}
+
+/// An owner in the answer of `/v1/workers`.
+#[derive(Clone, Debug, Serialize)]
+pub struct OwnerReport {
+    /// The worker.
+    pub worker: WorkerId,
+    /// Its data-parallel rank.
+    pub rank: DpRank,
+    /// Its number in the pages.
+    pub slot: u16,
+    /// Where it takes requests.
+    pub endpoint: String,
+    /// What it does.
+    pub role: Role,
+    /// Whether it takes requests.
+    pub accepting: bool,
+    /// Blocks that it holds.
+    pub blocks: usize,
+    /// Id of its last event.
+    pub last_event_id: Option<u64>,
+    /// Jumps in its event ids.
+    pub gaps: u64,
+    /// Whether blocks may be missing or left over.
+    pub partial: bool,
+    /// Whether its snapshot is awaited.
+    pub repairing: bool,
+}
+
+/// What readiness rests on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Readiness {
+    /// What is missing, empty when ready.
+    pub missing: Vec<String>,
+}
+
+impl Service {
+    pub(super) fn report_index(&mut self) -> IndexReport {
+        let subscribers = self.publisher.report();
+        let is_idle = |s: &SubscriberReport| s.synced && s.queued_pages + s.unacked_batches == 0;
+        IndexReport {
+            epoch: self.epoch,
+            table_version: self.table_version,
+            ready: self.ready,
+            restored: self.is_restored,
+            settled: !self.index.is_dirty() && subscribers.iter().all(is_idle),
+            repairs: self.roster.workers().filter(|w| w.repair.is_some()).count(),
+            stats: self.index.stats(),
+            counts: self.counts.clone(),
+            subscribers,
+        }
+    }
+
+    pub(super) fn report_workers(&self) -> Vec<PoolReport> {
+        let pools = self.roster.pools.iter().enumerate();
+        pools
+            .map(|(number, pool)| self.report_pool(number, pool))
+            .collect()
+    }
+
+    fn report_pool(&self, number: usize, pool: &roster::Pool) -> PoolReport {
+        let owners = pool.workers.values().flat_map(|worker| {
+            let ids = worker.config.owners();
+            worker
+                .owners
+                .iter()
+                .zip(ids)
+                .map(|(owner, id)| OwnerReport {
+                    worker: id.worker,
+                    rank: id.rank,
+                    slot: owner.slot.0,
+                    endpoint: worker.config.endpoint.to_string(),
+                    role: worker.config.role,
+                    accepting: true,
+                    blocks: self.index.owner_blocks(number, owner.slot),
+                    last_event_id: owner.dynamo.last.max(worker.json.last),
+                    gaps: owner.gaps,
+                    partial: owner.partial,
+                    repairing: worker.repair.is_some(),
+                })
+        });
+        PoolReport {
+            pool: pool.config.name.clone(),
+            models: pool.config.models.clone(),
+            lora_adapters: pool.config.lora_adapters.clone(),
+            block_size: pool.config.block_size,
+            kv_events: pool.config.kv_events,
+            policy: pool.config.policy,
+            owners: owners.collect(),
+        }
+    }
+
+    pub(super) fn report_readiness(&self) -> Readiness {
+        let mut missing = Vec::new();
+        if !self.ready {
+            missing.push("the index is being recovered".to_owned());
+        }
+        for plane in &self.planes {
+            if !self.connected.contains(plane) {
+                missing.push(format!("nats is not connected ({} plane)", plane.kind()));
+            }
+        }
+        if !self.publisher.report().iter().any(|s| s.synced) {
+            missing.push("no envoy holds all pages".to_owned());
+        }
+        Readiness { missing }
+    }
+
+    /// Sizes into the metrics.
+    pub(super) fn measure(&mut self) {
+        let stats = self.index.stats();
+        self.metrics.blocks.set(stats.blocks as i64);
+        self.metrics.owner_blocks.set(stats.owner_blocks as i64);
+        self.metrics.orphans.set(stats.orphans as i64);
+        self.metrics.pages.set(i64::from(stats.pages));
+        let owners = self.roster.workers().flat_map(|w| w.owners.iter());
+        let partial = owners.filter(|o| o.partial).count();
+        self.metrics.partial_owners.set(partial as i64);
+    }
+}

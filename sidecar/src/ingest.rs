@@ -1,0 +1,144 @@
+//! KV events from outside: decoded one by one, told apart by worker, handed to the index in order.
+//!
+//! A broken event is counted by reason and costs nothing but itself.
+
+pub mod decode;
+pub mod nats;
+pub mod subject;
+
+use kv_core::event::{RouterEvent, SnapshotPart};
+use kv_core::id::WorkerId;
+use serde::Serialize;
+
+/// Most blocks of one event; engines send far fewer.
+pub const MAX_EVENT_BLOCKS: usize = 1 << 16;
+
+/// How events come in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Plane {
+    /// Dynamo 1.6.1's event plane over NATS.
+    Dynamo,
+    /// Plain JSON over NATS.
+    Json,
+}
+
+impl Plane {
+    /// Label for metrics.
+    #[must_use]
+    pub fn kind(self) -> &'static str {
+        match self {
+            Self::Dynamo => "dynamo",
+            Self::Json => "json",
+        }
+    }
+}
+
+/// Why an event, or a message that should have carried some, was dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Rejection {
+    /// It can't be decoded.
+    Malformed,
+    /// An envelope whose topic isn't its subject's.
+    WrongTopic,
+    /// Residency of something other than a worker.
+    ResidencyDomain,
+    /// More than [`MAX_EVENT_BLOCKS`] blocks.
+    TooManyBlocks,
+    /// The worker isn't in the configuration.
+    UnknownWorker,
+    /// The worker has no such data-parallel rank.
+    UnknownRank,
+    /// The event speaks for another worker than its subject.
+    WorkerMismatch,
+    /// The event was applied before, by its id.
+    DuplicateId,
+    /// The pool takes no events.
+    EventsOff,
+    /// A part of a snapshot that nobody asked for.
+    UnaskedSnapshot,
+}
+
+impl Rejection {
+    /// Label for metrics.
+    #[must_use]
+    pub fn kind(self) -> &'static str {
+        match self {
+            Self::Malformed => "malformed",
+            Self::WrongTopic => "wrong_topic",
+            Self::ResidencyDomain => "residency_domain",
+            Self::TooManyBlocks => "too_many_blocks",
+            Self::UnknownWorker => "unknown_worker",
+            Self::UnknownRank => "unknown_rank",
+            Self::WorkerMismatch => "worker_mismatch",
+            Self::DuplicateId => "duplicate_id",
+            Self::EventsOff => "events_off",
+            Self::UnaskedSnapshot => "unasked_snapshot",
+        }
+    }
+}
+
+/// What one message held.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Decoded {
+    /// The events that are fit to apply, in order.
+    pub events: Vec<RouterEvent>,
+    /// One to each dropped event.
+    pub rejected: Vec<Rejection>,
+    /// Publisher process, where the plane names it.
+    pub publisher: Option<u64>,
+}
+
+/// From a plane to the index, in order of arrival.
+#[derive(Debug)]
+pub enum Arrival {
+    /// The plane is connected, for the first time or again: events may have been missed.
+    Connected(Plane),
+    /// The connection is lost.
+    Disconnected(Plane),
+    /// A message of events.
+    Events {
+        /// Where it came in.
+        plane: Plane,
+        /// Unix nanoseconds when it was received.
+        received_ns: u64,
+        /// What it held.
+        decoded: Decoded,
+    },
+    /// An answer to a request for a worker's snapshot.
+    Snapshot {
+        /// Whom the answer is about.
+        worker: WorkerId,
+        /// A part, or why there is none.
+        part: Result<SnapshotPart, NoSnapshot>,
+    },
+}
+
+/// Why a snapshot didn't come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum NoSnapshot {
+    /// Nobody listens on the subject.
+    NoResponders,
+    /// Not all parts came in time.
+    Timeout,
+    /// An answer that can't be decoded, speaks for another worker or contradicts another part.
+    Malformed,
+    /// More events than may be held back.
+    Overflow,
+    /// The connection was lost.
+    Disconnected,
+}
+
+impl NoSnapshot {
+    /// Label for metrics.
+    #[must_use]
+    pub fn kind(self) -> &'static str {
+        match self {
+            Self::NoResponders => "no_responders",
+            Self::Timeout => "timeout",
+            Self::Malformed => "malformed",
+            Self::Overflow => "overflow",
+            Self::Disconnected => "disconnected",
+        }
+    }
+}

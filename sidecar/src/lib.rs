@@ -1,0 +1,15 @@
+//! The sidecar of Envoy KV Router.
+//!
+//! It takes KV events in, keeps the index of which worker holds which blocks, and streams its pages
+//! and the worker table into Envoy, where the filter decides with them.
+
+pub mod admin;
+pub mod bridge;
+pub mod config;
+pub mod envoy;
+pub mod index;
+pub mod ingest;
+pub mod metrics;
+pub mod serve;
+pub mod state;
+pub mod watch;

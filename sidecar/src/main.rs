@@ -1,0 +1,163 @@
+//! `kv-router`: the sidecar's command line.
+
+use std::io::{IsTerminal as _, Write as _};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context as _;
+use clap::{Parser, Subcommand, ValueEnum};
+use kv_router::config::{Config, Flags, Layer, from_environment, schema};
+use kv_router::{envoy, serve};
+use tokio_util::sync::CancellationToken;
+use tracing_subscriber::EnvFilter;
+
+/// KV-cache-aware routing for LLM fleets, inside Envoy.
+#[derive(Debug, Parser)]
+#[command(name = "kv-router", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Runs the sidecar.
+    Serve {
+        #[command(flatten)]
+        source: Source,
+        /// How log lines look.
+        #[arg(long, env = "KV_ROUTER_LOG_FORMAT", value_enum, default_value = "text")]
+        log_format: LogFormat,
+    },
+    /// Prints the JSON Schema of the configuration file.
+    Schema,
+    /// Prints a complete Envoy bootstrap and writes the files it watches.
+    Envoy {
+        #[command(flatten)]
+        source: Source,
+        /// Folder for the files that Envoy watches, instead of `envoy` in the state folder.
+        #[arg(long)]
+        files: Option<PathBuf>,
+        /// Says what this bootstrap (YAML or JSON) lacks instead, and fails if anything.
+        #[arg(long, value_name = "BOOTSTRAP")]
+        check: Option<PathBuf>,
+    },
+}
+
+#[derive(Debug, clap::Args)]
+struct Source {
+    /// The configuration file.
+    #[arg(long, env = "KV_ROUTER_CONFIG")]
+    config: PathBuf,
+    #[command(flatten)]
+    flags: Flags,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LogFormat {
+    Text,
+    Json,
+}
+
+impl Source {
+    /// The layers over the file, the last one on top.
+    fn layers(&self) -> Vec<Layer> {
+        let mut layers = from_environment(|name| std::env::var(name).ok());
+        layers.extend(self.flags.layers.iter().cloned());
+        layers
+    }
+
+    fn load(&self) -> anyhow::Result<Config> {
+        Config::load(&self.config, &self.layers()).map_err(|errors| {
+            anyhow::anyhow!(
+                "{} is not a valid configuration\n{errors}",
+                self.config.display()
+            )
+        })
+    }
+}
+
+fn main() -> ExitCode {
+    match run(Cli::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("kv-router: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(cli: Cli) -> anyhow::Result<ExitCode> {
+    match cli.command {
+        Command::Serve { source, log_format } => {
+            log(log_format);
+            let config = source.load()?;
+            serve(&source, config)?;
+        }
+        Command::Schema => print(&format!("{:#}\n", schema()))?,
+        Command::Envoy {
+            source,
+            files,
+            check,
+        } => {
+            if let Some(bootstrap) = check {
+                return check_bootstrap(&source.load()?, &bootstrap);
+            }
+            let config = source.load()?;
+            let files = envoy::Files::new(&config, files)?;
+            files.write(&config)?;
+            print(&envoy::bootstrap(&config, &files))?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+#[tokio::main]
+async fn serve(source: &Source, config: Config) -> anyhow::Result<()> {
+    let cancel = CancellationToken::new();
+    let signals = cancel.clone();
+    let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = tokio::signal::ctrl_c() => {}
+            _ = terminate.recv() => {}
+        }
+        tracing::info!("shutting down");
+        signals.cancel();
+    });
+    let source = serve::Source {
+        file: source.config.clone(),
+        layers: source.layers(),
+    };
+    serve::run(config, source, cancel).await
+}
+
+fn check_bootstrap(config: &Config, bootstrap: &std::path::Path) -> anyhow::Result<ExitCode> {
+    let text = std::fs::read_to_string(bootstrap)
+        .with_context(|| format!("can't read {}", bootstrap.display()))?;
+    let lacks = envoy::check(&text, config)?;
+    for lack in &lacks {
+        print(&format!("{lack}\n"))?;
+    }
+    if lacks.is_empty() {
+        print("nothing is lacking\n")?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    Ok(ExitCode::FAILURE)
+}
+
+fn print(text: &str) -> std::io::Result<()> {
+    std::io::stdout().lock().write_all(text.as_bytes())
+}
+
+fn log(format: LogFormat) {
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let lines = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => lines.init(),
+        LogFormat::Json => lines.json().init(),
+    }
+}

@@ -1,0 +1,132 @@
+//! Every metric of the sidecar. The doc comment of each field is its entry in the catalogue; the
+//! help text in the exposition is its short form.
+
+use prometheus_client::encoding::EncodeLabelSet;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::registry::{Registry, Unit};
+
+/// Content type of [`Metrics::encode`].
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// An event plane and what happened there.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct PlaneKind {
+    /// `dynamo` or `json`.
+    pub plane: &'static str,
+    /// What happened.
+    pub kind: &'static str,
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Kind {
+    /// What happened.
+    pub kind: &'static str,
+}
+
+/// A pool.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct InPool {
+    /// The pool's name.
+    pub pool: String,
+}
+
+macro_rules! metrics {
+    ($($(#[doc = $doc:literal])+ $field:ident: $type:ty = $make:expr, $name:literal, $unit:expr, $help:literal;)+) => {
+        /// The metrics and their registry.
+        #[derive(Debug)]
+        pub struct Metrics {
+            registry: Registry,
+            $($(#[doc = $doc])+ pub $field: $type,)+
+        }
+
+        impl Default for Metrics {
+            fn default() -> Self {
+                let mut registry = Registry::with_prefix("kv_router");
+                $(
+                    let $field: $type = $make;
+                    let unit: Option<Unit> = $unit;
+                    match unit {
+                        Some(unit) => registry.register_with_unit($name, $help, unit, $field.clone()),
+                        None => registry.register($name, $help, $field.clone()),
+                    }
+                )+
+                Self { registry, $($field,)+ }
+            }
+        }
+    };
+}
+
+metrics! {
+    /// `kv_router_messages_total{plane,kind}`: messages received, kind `events` or `snapshot`.
+    /// Flat while engines serve: they publish nothing, or on another subject.
+    messages: Family<PlaneKind, Counter> = Family::default(), "messages", None, "Messages received";
+    /// `kv_router_events_total{plane,kind}`: events applied, kind `stored`, `removed`, `cleared`.
+    events: Family<PlaneKind, Counter> = Family::default(), "events", None, "Events applied";
+    /// `kv_router_event_rejections_total{plane,kind}`: events dropped, kind says why
+    /// ([`crate::ingest::Rejection`]). `unknown_worker`: the configuration lacks a worker.
+    rejections: Family<PlaneKind, Counter> = Family::default(), "event_rejections", None, "Events dropped";
+    /// `kv_router_event_gaps_total{pool}`: jumps in the event ids of an owner: events were lost.
+    gaps: Family<InPool, Counter> = Family::default(), "event_gaps", None, "Jumps in event ids";
+    /// `kv_router_index_changes_total{kind}`: blocks by what an event did with them; `unknown`
+    /// removals and `orphaned` stores point to lost events.
+    changes: Family<Kind, Counter> = Family::default(), "index_changes", None, "Blocks by what was done with them";
+    /// `kv_router_snapshots_total{kind}`: engines' answers to requests for a snapshot, kind
+    /// `applied` or why not ([`crate::ingest::NoSnapshot`]).
+    snapshots: Family<Kind, Counter> = Family::default(), "snapshots", None, "Snapshot requests by outcome";
+    /// `kv_router_partial_owners`: owners of which blocks may be missing or left over.
+    partial_owners: Gauge = Gauge::default(), "partial_owners", None, "Owners with incomplete knowledge";
+    /// `kv_router_index_blocks`: distinct blocks in the index.
+    blocks: Gauge = Gauge::default(), "index_blocks", None, "Distinct blocks";
+    /// `kv_router_index_owner_blocks`: blocks counted once for each owner.
+    owner_blocks: Gauge = Gauge::default(), "index_owner_blocks", None, "Blocks times owners";
+    /// `kv_router_index_orphans`: stores that wait for their parent.
+    orphans: Gauge = Gauge::default(), "index_orphans", None, "Stores waiting for their parent";
+    /// `kv_router_index_pages`: pages, each a key in Envoy's shared data.
+    pages: Gauge = Gauge::default(), "index_pages", None, "Pages";
+    /// `kv_router_nats_connected`: 1 while connected. At 0 the index ages.
+    nats_connected: Gauge = Gauge::default(), "nats_connected", None, "Whether NATS is connected";
+    /// `kv_router_nats_connects_total`: connections made.
+    nats_connects: Counter = Counter::default(), "nats_connects", None, "Connections made to NATS";
+    /// `kv_router_nats_slow_total`: times the client dropped messages because the sidecar was
+    /// behind; the gaps that follow are repaired where the plane can.
+    nats_slow: Counter = Counter::default(), "nats_slow", None, "Times messages were dropped for lack of speed";
+    /// `kv_router_bridge_subscribers`: Envoys that are being fed.
+    subscribers: Gauge = Gauge::default(), "bridge_subscribers", None, "Envoys being fed";
+    /// `kv_router_bridge_subscriptions_total{kind}`: streams opened, kind `accepted` or why refused:
+    /// `version`, `format`, `term`, `malformed`, `empty`, `silent`.
+    subscriptions: Family<Kind, Counter> = Family::default(), "bridge_subscriptions", None, "Streams opened";
+    /// `kv_router_bridge_batches_total`: batches sent.
+    batches: Counter = Counter::default(), "bridge_batches", None, "Batches sent";
+    /// `kv_router_bridge_sent_bytes_total`: bytes sent.
+    sent: Counter = Counter::default(), "bridge_sent", Some(Unit::Bytes), "Bytes sent";
+    /// `kv_router_bridge_refused_writes_total`: writes the filter refused; above 0 is a defect.
+    refused_writes: Counter = Counter::default(), "bridge_refused_writes", None, "Writes refused by the filter";
+    /// `kv_router_publish_seconds`: from receiving an event to its pages being in Envoy.
+    publish: Histogram = Histogram::new(exponential_buckets(0.000_1, 2.0, 16)), "publish", Some(Unit::Seconds), "From event received to written in Envoy";
+    /// `kv_router_full_sync_seconds`: from a subscription to the last page being in Envoy.
+    full_sync: Histogram = Histogram::new(exponential_buckets(0.001, 2.0, 14)), "full_sync", Some(Unit::Seconds), "From subscription to all pages written";
+    /// `kv_router_state_saves_total{kind}`: snapshots of the index to disk, kind `saved`, `failed`.
+    saves: Family<Kind, Counter> = Family::default(), "state_saves", None, "Snapshots written";
+    /// `kv_router_state_restores_total{kind}`: starts by where the index came from, kind
+    /// `restored`, `absent`, `corrupt`.
+    restores: Family<Kind, Counter> = Family::default(), "state_restores", None, "Starts by state found";
+    /// `kv_router_config_reloads_total{kind}`: changes of the file, kind `applied`, `refused`,
+    /// `restart_needed`.
+    reloads: Family<Kind, Counter> = Family::default(), "config_reloads", None, "Configuration changes";
+}
+
+impl Metrics {
+    /// OpenMetrics text.
+    #[must_use]
+    pub fn encode(&self) -> String {
+        let mut text = String::new();
+        // Writing to a string cannot fail.
+        let _ = encode(&mut text, &self.registry);
+        text
+    }
+}

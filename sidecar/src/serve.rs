@@ -1,0 +1,249 @@
+//! The running sidecar: its tasks, and changes of its configuration.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+
+use crate::admin;
+use crate::bridge::Bridge;
+use crate::config::{Config, Layer, Pool};
+use crate::envoy::{Files, FilesError, endpoints_of};
+use crate::index::{Control, Service, state_file};
+use crate::ingest::nats;
+use crate::metrics::{Kind, Metrics};
+use crate::state;
+use crate::watch::Watch;
+
+/// Messages of events that wait for the index; a full channel slows the source down.
+const ARRIVALS: usize = 256;
+/// Anything else that waits for the index.
+const CONTROLS: usize = 1024;
+/// Requests for snapshots under way, at most one to a worker.
+const REQUESTS: usize = 1 << 16;
+/// How long Envoy may take to have a worker table before its endpoints follow.
+const TABLE_WRITTEN: Duration = Duration::from_secs(2);
+/// How long tasks may take to end.
+const SHUTDOWN: Duration = Duration::from_secs(10);
+
+/// Where the configuration comes from, to read it again.
+#[derive(Debug)]
+pub struct Source {
+    /// The file.
+    pub file: PathBuf,
+    /// What lies over it.
+    pub layers: Vec<Layer>,
+}
+
+/// Runs until cancelled.
+///
+/// # Errors
+/// When it can't start, or a part of it fails.
+pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> anyhow::Result<()> {
+    let metrics = Arc::new(Metrics::default());
+    let bridge = Bridge::bind(&config.socket).await?;
+    let listener = tokio::net::TcpListener::bind(config.admin)
+        .await
+        .with_context(|| format!("can't listen on admin {}", config.admin))?;
+    let files = config
+        .state_dir
+        .is_some()
+        .then(|| Files::new(&config, None))
+        .transpose()?;
+    if let Some(files) = &files {
+        files.write(&config)?;
+    }
+    let (arrivals, arrived) = mpsc::channel(ARRIVALS);
+    let (control, controlled) = mpsc::channel(CONTROLS);
+    let (requests, requested) = mpsc::channel(REQUESTS);
+    let state_file = state_file(&config);
+    let restored =
+        tokio::task::spawn_blocking(move || state::restore(state_file.as_deref())).await?;
+    let service = Service::new(&config, restored, requests, Arc::clone(&metrics));
+
+    let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
+    if let Some(settings) = &config.nats {
+        let nats = nats::Source::new(settings, arrivals, requested, Arc::clone(&metrics)).await?;
+        let cancel = cancel.clone();
+        tasks.spawn(async move {
+            nats.run(cancel).await;
+            Ok(())
+        });
+    }
+    let (index_cancel, bridge_cancel) = (cancel.clone(), cancel.clone());
+    tasks.spawn(async move {
+        service.run(controlled, arrived, index_cancel).await;
+        Ok(())
+    });
+    let (bridge_control, bridge_metrics) = (control.clone(), Arc::clone(&metrics));
+    tasks.spawn(async move {
+        let served = bridge.run(bridge_control, bridge_metrics, bridge_cancel);
+        served.await.context("the bridge's socket failed")
+    });
+    let app = admin::router(admin::Admin::new(
+        control.clone(),
+        Arc::clone(&metrics),
+        config.envoy_admin,
+    ));
+    let admin_cancel = cancel.clone();
+    tasks.spawn(async move {
+        axum::serve(listener, app)
+            .with_graceful_shutdown(admin_cancel.cancelled_owned())
+            .await
+            .context("the admin listener failed")
+    });
+    tracing::info!(admin = %config.admin, socket = %config.socket.display(), "serving");
+    let reloader = Reloader {
+        config,
+        source,
+        files,
+        control,
+        metrics,
+    };
+    let reload_cancel = cancel.clone();
+    tasks.spawn(async move {
+        tokio::select! {
+            () = reload_cancel.cancelled() => {}
+            () = reloader.run() => {}
+        }
+        Ok(())
+    });
+    supervise(tasks, &cancel).await
+}
+
+/// Waits for all tasks; one that ends before its time ends the others.
+async fn supervise(
+    mut tasks: JoinSet<anyhow::Result<()>>,
+    cancel: &CancellationToken,
+) -> anyhow::Result<()> {
+    let mut outcome = Ok(());
+    loop {
+        let ended = tokio::select! {
+            ended = tasks.join_next() => ended,
+            () = after_shutdown(cancel) => {
+                tracing::warn!("some tasks did not end in time");
+                return outcome;
+            }
+        };
+        match ended {
+            None => return outcome,
+            Some(Ok(Ok(()))) => {
+                if !cancel.is_cancelled() {
+                    outcome = outcome.and(Err(anyhow::anyhow!("a task ended unexpectedly")));
+                }
+            }
+            Some(Ok(Err(error))) => outcome = outcome.and(Err(error)),
+            Some(Err(error)) => outcome = outcome.and(Err(error.into())),
+        }
+        cancel.cancel();
+    }
+}
+
+async fn after_shutdown(cancel: &CancellationToken) {
+    cancel.cancelled().await;
+    tokio::time::sleep(SHUTDOWN).await;
+}
+
+/// Keeps the running sidecar in line with its file.
+struct Reloader {
+    config: Config,
+    source: Source,
+    files: Option<Files>,
+    control: mpsc::Sender<Control>,
+    metrics: Arc<Metrics>,
+}
+
+impl Reloader {
+    /// Never returns.
+    async fn run(mut self) {
+        match Watch::new(&self.source.file) {
+            Ok(mut watch) => {
+                while watch.changed().await.is_some() {
+                    self.reload().await;
+                }
+                tracing::error!("watching the configuration has failed, changes need a restart");
+            }
+            Err(error) => {
+                tracing::error!(%error, "can't watch the configuration, changes need a restart");
+            }
+        }
+        std::future::pending::<()>().await;
+    }
+
+    async fn reload(&mut self) {
+        let kind = match Config::load(&self.source.file, &self.source.layers) {
+            Ok(next) => self.take(next).await,
+            Err(errors) => {
+                for line in errors.to_string().lines() {
+                    tracing::error!("configuration refused: {line}");
+                }
+                "refused"
+            }
+        };
+        self.metrics.reloads.get_or_create(&Kind { kind }).inc();
+    }
+
+    async fn take(&mut self, next: Config) -> &'static str {
+        let restart = self.config.restart_needed(&next);
+        for key in &restart {
+            tracing::warn!("configuration: a change of {key} needs a restart and is not applied");
+        }
+        let next = self.config.reloaded(next);
+        if next != self.config
+            && let Err(error) = self.apply(next).await
+        {
+            tracing::error!(%error, "can't write envoy's files");
+            return "failed";
+        }
+        if restart.is_empty() {
+            "applied"
+        } else {
+            "restart_needed"
+        }
+    }
+
+    /// Envoy knows a joining worker's endpoint before the table names it, and a leaving one's
+    /// until no table does.
+    async fn apply(&mut self, next: Config) -> Result<(), FilesError> {
+        self.write_endpoints(&next, |before, after| {
+            let mut both = endpoints_of(after);
+            let leaving = endpoints_of(before).into_iter();
+            both.extend(leaving.filter(|e| !after.workers.iter().any(|w| w.endpoint == *e)));
+            both
+        })?;
+        let (written, has_table) = oneshot::channel();
+        let config = Arc::new(next.clone());
+        if self
+            .control
+            .send(Control::Configure { config, written })
+            .await
+            .is_ok()
+            && tokio::time::timeout(TABLE_WRITTEN, has_table)
+                .await
+                .is_err()
+        {
+            tracing::warn!("not every envoy has the worker table yet, endpoints go ahead");
+        }
+        self.write_endpoints(&next, |_, after| endpoints_of(after))?;
+        self.config = next;
+        Ok(())
+    }
+
+    fn write_endpoints(
+        &self,
+        next: &Config,
+        choose: impl Fn(&Pool, &Pool) -> Vec<std::net::SocketAddr>,
+    ) -> Result<(), FilesError> {
+        let Some(files) = &self.files else {
+            return Ok(());
+        };
+        for (before, after) in self.config.pools.iter().zip(&next.pools) {
+            files.write_endpoints(&after.name, &choose(before, after))?;
+        }
+        Ok(())
+    }
+}

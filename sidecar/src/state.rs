@@ -1,0 +1,210 @@
+//! The snapshot of index and slots in the state folder.
+//!
+//! File: `KVRSTATE`, version u8, XXH3-64 of the payload as u64 LE, payload (postcard of [`State`]).
+
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+use kv_core::id::OwnerId;
+use kv_core::index::Held;
+use serde::{Deserialize, Serialize};
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::index::{Cursor, Slots};
+
+const MAGIC: &[u8; 8] = b"KVRSTATE";
+const VERSION: u8 = 1;
+const HEADER: usize = MAGIC.len() + 1 + 8;
+
+/// Everything that a restarted sidecar takes up again.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct State {
+    /// Epoch of the pages.
+    pub epoch: u32,
+    /// Level of the pages.
+    pub level: u8,
+    /// The pools.
+    pub pools: Vec<PoolState>,
+}
+
+/// A pool.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PoolState {
+    /// Its name.
+    pub name: String,
+    /// Tokens to a block: with another size no block matches.
+    pub block_size: u32,
+    /// Secret of its pages.
+    pub key: u64,
+    /// Slots of its owners.
+    pub slots: Slots,
+    /// Its owners.
+    pub owners: Vec<OwnerState>,
+}
+
+/// An owner.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct OwnerState {
+    /// Who it is.
+    pub id: OwnerId,
+    /// Ids of its events on Dynamo's plane.
+    pub dynamo: Cursor,
+    /// Ids of its worker's events on the JSON plane.
+    pub json: Cursor,
+    /// Whether blocks may be missing or left over.
+    pub partial: bool,
+    /// Its blocks, parents first.
+    pub blocks: Vec<Held>,
+}
+
+/// What goes wrong with the file.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// The system refuses.
+    #[error("{}: {error}", file.display())]
+    Io {
+        /// The file.
+        file: PathBuf,
+        /// What the system says.
+        error: std::io::Error,
+    },
+    /// The file isn't what was written.
+    #[error("{}: {why}", file.display())]
+    Corrupt {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong.
+        why: &'static str,
+    },
+}
+
+/// What was found at the start.
+#[derive(Debug, PartialEq)]
+pub enum Restored {
+    /// No file, or no state folder.
+    Absent,
+    /// A file that isn't usable; it has been moved aside.
+    Corrupt,
+    /// The state.
+    State(State),
+}
+
+impl Restored {
+    /// Label for metrics.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Absent => "absent",
+            Self::Corrupt => "corrupt",
+            Self::State(_) => "restored",
+        }
+    }
+
+    /// The state, if there is one.
+    #[must_use]
+    pub fn into_state(self) -> Option<State> {
+        match self {
+            Self::State(state) => Some(state),
+            Self::Absent | Self::Corrupt => None,
+        }
+    }
+}
+
+/// The file in a state folder.
+#[must_use]
+pub fn file(dir: &Path) -> PathBuf {
+    dir.join("index.state")
+}
+
+/// Replaces the file at once: a reader finds the old one or the whole of this.
+///
+/// # Errors
+/// When the system refuses; the old file stays.
+pub fn save(file: &Path, state: &State) -> Result<(), StateError> {
+    let mut bytes = Vec::from(MAGIC);
+    bytes.push(VERSION);
+    bytes.extend([0; 8]);
+    let mut bytes = postcard::to_extend(state, bytes).map_err(|_| StateError::Corrupt {
+        file: file.into(),
+        why: "can't be encoded",
+    })?;
+    let sum = xxh3_64(&bytes[HEADER..]).to_le_bytes();
+    bytes[HEADER - sum.len()..HEADER].copy_from_slice(&sum);
+    replace(file, &bytes).map_err(|error| StateError::Io {
+        file: file.into(),
+        error,
+    })
+}
+
+/// Writes beside the file, syncs and renames.
+///
+/// # Errors
+/// When the system refuses.
+pub fn replace(file: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    if let Some(dir) = file.parent() {
+        std::fs::create_dir_all(dir)?;
+    }
+    // `serve` and `envoy` may write the same file at once.
+    let mut beside = file.as_os_str().to_owned();
+    beside.push(format!(".{}", std::process::id()));
+    let mut out = std::fs::File::create(&beside)?;
+    out.write_all(bytes)?;
+    out.sync_all()?;
+    std::fs::rename(&beside, file)
+}
+
+/// Reads the file of the last run. One that isn't usable is moved aside, so that it can be looked
+/// at and isn't met again.
+#[must_use]
+pub fn restore(file: Option<&Path>) -> Restored {
+    let Some(file) = file else {
+        return Restored::Absent;
+    };
+    match load(file) {
+        Ok(Some(state)) => Restored::State(state),
+        Ok(None) => Restored::Absent,
+        Err(error) => {
+            let mut aside = file.as_os_str().to_owned();
+            aside.push(".corrupt");
+            let moved = std::fs::rename(file, &aside);
+            tracing::error!(%error, moved = moved.is_ok(), "state is not usable, starting afresh");
+            Restored::Corrupt
+        }
+    }
+}
+
+/// Reads a file; `None` if there is none.
+///
+/// # Errors
+/// When it can't be read or isn't what was written.
+pub fn load(file: &Path) -> Result<Option<State>, StateError> {
+    let corrupt = |why| StateError::Corrupt {
+        file: file.into(),
+        why,
+    };
+    let bytes = match std::fs::read(file) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => {
+            return Err(StateError::Io {
+                file: file.into(),
+                error,
+            });
+        }
+    };
+    let rest = bytes
+        .strip_prefix(MAGIC)
+        .ok_or_else(|| corrupt("not a state file"))?;
+    let (version, rest) = rest.split_first().ok_or_else(|| corrupt("cut off"))?;
+    if *version != VERSION {
+        return Err(corrupt("of another version"));
+    }
+    let (sum, payload) = rest
+        .split_first_chunk::<8>()
+        .ok_or_else(|| corrupt("cut off"))?;
+    if u64::from_le_bytes(*sum) != xxh3_64(payload) {
+        return Err(corrupt("the checksum is wrong"));
+    }
+    let state = postcard::from_bytes(payload).map_err(|_| corrupt("malformed"))?;
+    Ok(Some(state))
+}

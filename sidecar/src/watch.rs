@@ -1,0 +1,77 @@
+//! Tells when the configuration file has changed, however it is replaced.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
+use tokio::sync::mpsc;
+
+/// Changes within this time are one change.
+const SETTLE: Duration = Duration::from_millis(100);
+
+/// Watches a file.
+///
+/// The folders are watched, not the file: editors and Kubernetes replace it by renaming, Kubernetes
+/// a symbolic link in its folder. Whether the text differs is decided by reading it.
+#[derive(Debug)]
+pub struct Watch {
+    file: PathBuf,
+    text: Option<Vec<u8>>,
+    events: mpsc::Receiver<()>,
+    _watcher: RecommendedWatcher,
+}
+
+impl Watch {
+    /// Starts to watch.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn new(file: &Path) -> notify::Result<Self> {
+        let (changed, events) = mpsc::channel(1);
+        let mut watcher =
+            notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+                let is_read = event.is_ok_and(|e| matches!(e.kind, EventKind::Access(_)));
+                if !is_read {
+                    // Full means that a change is pending already.
+                    let _ = changed.try_send(());
+                }
+            })?;
+        let mut folders = vec![folder(file)];
+        if let Ok(real) = file.canonicalize() {
+            folders.push(folder(&real));
+        }
+        folders.dedup();
+        for folder in &folders {
+            watcher.watch(folder, RecursiveMode::NonRecursive)?;
+        }
+        Ok(Self {
+            text: std::fs::read(file).ok(),
+            file: file.into(),
+            events,
+            _watcher: watcher,
+        })
+    }
+
+    /// Waits until the text is another; `None` if watching has failed for good.
+    pub async fn changed(&mut self) -> Option<()> {
+        loop {
+            self.events.recv().await?;
+            tokio::time::sleep(SETTLE).await;
+            // What came meanwhile is seen by reading below.
+            let _ = self.events.try_recv();
+            // A file that is away for a moment is being replaced.
+            let text = std::fs::read(&self.file).ok();
+            if text.is_some() && text != self.text {
+                self.text = text;
+                return Some(());
+            }
+        }
+    }
+}
+
+fn folder(file: &Path) -> PathBuf {
+    match file.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.into(),
+        _ => PathBuf::from("."),
+    }
+}

@@ -1,0 +1,204 @@
+//! The configuration file: what is refused, how layers lie over it, what the schema says.
+
+use clap::{Args as _, FromArgMatches as _};
+use kv_core::policy::Mode;
+use kv_router::config::{Config, Flags, Layer, from_environment, schema};
+
+fn flags(arguments: &[&str]) -> Vec<Layer> {
+    let command = Flags::augment_args(clap::Command::new("kv-router"));
+    let arguments = std::iter::once(&"kv-router").chain(arguments);
+    let matches = command.get_matches_from(arguments);
+    Flags::from_arg_matches(&matches).unwrap().layers
+}
+
+fn variables(set: &[(&str, &str)]) -> Vec<Layer> {
+    let find = |name: &str| set.iter().find(|(n, _)| *n == name);
+    from_environment(|name| find(name).map(|(_, value)| (*value).to_owned()))
+}
+
+fn refused(text: &str, layers: &[Layer]) -> Vec<String> {
+    let errors = Config::parse(text, layers).unwrap_err();
+    let mut lines: Vec<String> = errors.to_string().lines().map(str::to_owned).collect();
+    lines.sort();
+    lines
+}
+
+#[test]
+fn everything_wrong_is_reported_at_once_with_path_and_value() {
+    let text = r#"
+http_port: 99999
+admin: foo
+router_mode: fastest
+colour: blue
+nats: {url: "", json_subject: a.b}
+workers:
+  - {id: 1, endpoint: "1.2.3.4:80"}
+  - {endpoint: "1.2.3.4:80"}
+  - {id: 1, endpoint: "host:80", role: boss}
+  - {id: 2, endpoint: "1.2.3.4:81", data_parallel_size: 0, tier: 3}
+"#;
+    let mut layers = variables(&[("DYN_ROUTER_TEMPERATURE", "-1")]);
+    layers.extend(flags(&["--kv-cache-block-size", "many"]));
+    assert_eq!(
+        refused(text, &layers),
+        [
+            r#"admin: must be ip:port, got "foo""#,
+            r#"colour: unknown key, value "blue""#,
+            "http_port: must be at most 65535, got 99999",
+            r#"kv_cache_block_size: must be of type "integer", got "many" (from --kv-cache-block-size)"#,
+            "nats.json_subject: must hold {worker_id} once, as a token of its own, got a.b",
+            r#"nats.url: must keep to minLength 1, got """#,
+            r#"router_mode: must be one of kv, round-robin, random, got "fastest""#,
+            "router_temperature: must be at least 0.0, got -1.0 (from DYN_ROUTER_TEMPERATURE)",
+            "workers[1].endpoint: is taken by workers[0].endpoint, got 1.2.3.4:80",
+            "workers[1].id: missing",
+            "workers[2].endpoint: must be ip:port or [v6]:port, got \"host:80\"",
+            "workers[2].id: is taken by workers[0].id, got 1",
+            r#"workers[2].role: must be one of aggregated, prefill, decode, got "boss""#,
+            "workers[3].data_parallel_size: must be at least 1, got 0",
+            "workers[3].tier: unknown key, value 3",
+        ]
+    );
+}
+
+#[test]
+fn pools_have_unique_names_models_and_workers() {
+    let text = r#"
+router_mode: kv
+pools:
+  - {name: a, models: [m], workers: [{id: 1, endpoint: "1.1.1.1:1"}]}
+  - {name: a, models: [m], workers: [{id: 1, endpoint: "1.1.1.1:1"}]}
+  - {name: "b c"}
+"#;
+    assert_eq!(
+        refused(text, &[]),
+        [
+            r#"pools[1].models[0]: is served by pools[0].models[0], got m"#,
+            "pools[1].name: is taken by pools[0].name, got a",
+            "pools[1].workers[0].endpoint: is taken by pools[0].workers[0].endpoint, got 1.1.1.1:1",
+            "pools[1].workers[0].id: is taken by pools[0].workers[0].id, got 1",
+            "pools[2].models: must not be empty: only the first pool takes any model, got []",
+            r#"pools[2].name: must match ^[A-Za-z0-9._-]{1,64}$, got "b c""#,
+            r#"router_mode: belongs into a pool when there are `pools`, got "kv""#,
+        ]
+    );
+}
+
+#[test]
+fn flags_lie_over_variables_and_variables_over_the_file() {
+    let text = "http_port: 1\nrouter_mode: random\nkv_cache_block_size: 8";
+    let mut layers = variables(&[
+        ("DYN_HTTP_PORT", "2"),
+        ("DYN_ROUTER_MODE", "round-robin"),
+        ("DYN_KV_CACHE_BLOCK_SIZE", ""),
+    ]);
+    layers.extend(flags(&["--http-port", "3"]));
+    let config = Config::parse(text, &layers).unwrap();
+    assert_eq!(config.listen.port(), 3);
+    assert_eq!(config.pools[0].policy.mode, Mode::RoundRobin);
+    assert_eq!(config.pools[0].block_size, 8);
+}
+
+#[test]
+fn a_pools_flag_reaches_every_pool() {
+    let text = r#"pools: [{name: a}, {name: b, models: [m], kv_events: true}]"#;
+    let layers = flags(&["--no-kv-events", "--kv-cache-block-size", "32"]);
+    let config = Config::parse(text, &layers).unwrap();
+    for pool in &config.pools {
+        assert_eq!(
+            (pool.block_size, pool.kv_events),
+            (32, false),
+            "{}",
+            pool.name
+        );
+    }
+    let on = variables(&[("DYN_ROUTER_USE_KV_EVENTS", "Off")]);
+    assert!(!Config::parse(text, &on).unwrap().pools[1].kv_events);
+}
+
+#[test]
+fn the_overlap_weight_scales_prefill_and_zero_drops_the_credit() {
+    let policy = |weight: &str| {
+        let layers = flags(&["--kv-overlap-score-weight", weight]);
+        let config = Config::parse("{}", &layers).unwrap();
+        let policy = config.pools[0].policy;
+        (policy.prefill_load_scale, policy.overlap_score_credit)
+    };
+    assert_eq!(policy("2.5"), (2.5, 1.0));
+    assert_eq!(policy("0"), (0.0, 0.0));
+    let both = refused("kv_overlap_score_weight: 1\nprefill_load_scale: 2", &[]);
+    assert_eq!(
+        both,
+        ["kv_overlap_score_weight: excludes prefill_load_scale and overlap_score_credit, got 1"]
+    );
+}
+
+#[test]
+fn text_that_is_no_yaml_map_is_refused() {
+    assert_eq!(
+        refused("[1]", &[]),
+        ["not valid YAML: the document is not a map"]
+    );
+    for broken in ["a: [", "http_port: 1\nhttp_port: 2"] {
+        let errors = Config::parse(broken, &[]).unwrap_err().to_string();
+        assert!(errors.starts_with("not valid YAML: "), "{errors}");
+    }
+}
+
+#[test]
+fn examples_keep_to_the_schema_and_make_sense() {
+    let validator = jsonschema::validator_for(schema()).unwrap();
+    let examples = concat!(env!("CARGO_MANIFEST_DIR"), "/../envoy/examples");
+    let mut seen = 0;
+    for entry in std::fs::read_dir(examples).unwrap() {
+        let path = entry.unwrap().path();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let value: serde_json::Value = serde_saphyr::from_str(&text).unwrap();
+        let errors: Vec<_> = validator
+            .iter_errors(&value)
+            .map(|e| e.to_string())
+            .collect();
+        assert!(errors.is_empty(), "{}: {errors:?}", path.display());
+        Config::parse(&text, &[]).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+        seen += 1;
+    }
+    assert!(seen >= 3);
+}
+
+#[test]
+fn the_schema_describes_every_key_and_refuses_others() {
+    let schema = schema();
+    assert!(jsonschema::meta::is_valid(schema));
+    for of in [
+        "/properties",
+        "/$defs/Pool/properties",
+        "/$defs/Worker/properties",
+    ] {
+        for (key, value) in schema.pointer(of).unwrap().as_object().unwrap() {
+            assert!(value.get("description").is_some(), "{of}/{key}");
+        }
+    }
+    let short = serde_json::json!({"workers": [{"id": 1, "endpoint": "1.1.1.1:1"}]});
+    assert!(jsonschema::is_valid(schema, &short));
+    let typo = serde_json::json!({"worker": []});
+    assert!(!jsonschema::is_valid(schema, &typo));
+}
+
+#[test]
+fn a_reload_takes_workers_and_policies_and_names_what_needs_a_restart() {
+    let before = Config::parse("workers: [{id: 1, endpoint: '1.1.1.1:1'}]", &[]).unwrap();
+    let text = "http_port: 9\nrouter_mode: random\nworkers: [{id: 2, endpoint: '1.1.1.1:2'}]";
+    let next = Config::parse(text, &[]).unwrap();
+    assert_eq!(before.restart_needed(&next), ["http_host, http_port"]);
+    let taken = before.reloaded(next.clone());
+    assert_eq!(taken.pools, next.pools);
+    assert_eq!(taken.listen, before.listen);
+
+    let resized = Config::parse("kv_cache_block_size: 64", &[]).unwrap();
+    let needed = before.restart_needed(&resized);
+    assert_eq!(
+        needed,
+        ["pools: their names, order and kv_cache_block_size"]
+    );
+    assert_eq!(before.reloaded(resized).pools, before.pools);
+}

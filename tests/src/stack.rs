@@ -1,0 +1,140 @@
+//! An installation in one value.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::client::{Client, json_request};
+use crate::envoy::{Envoy, bootstrap};
+use crate::nats::Nats;
+use crate::place;
+use crate::sidecar::Sidecar;
+use crate::wait;
+
+/// What to start.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// Envoy's worker threads.
+    pub threads: u32,
+    /// Worker ids and where they listen, in the default pool.
+    pub workers: Vec<(u64, SocketAddr)>,
+    /// Further configuration keys.
+    pub more: Value,
+}
+
+/// NATS, sidecar and Envoy, started and ready.
+#[derive(Debug)]
+pub struct Stack {
+    /// Envoy.
+    pub envoy: Envoy,
+    /// The sidecar.
+    pub sidecar: Sidecar,
+    /// NATS.
+    pub nats: Nats,
+    /// A client.
+    pub client: Client,
+    /// The configuration as last written.
+    pub config: Value,
+    config_file: PathBuf,
+    dir: TempDir,
+}
+
+impl Stack {
+    /// Starts everything and waits until requests are routed by it.
+    ///
+    /// # Panics
+    /// When something doesn't start.
+    pub async fn start(setup: &Setup) -> Self {
+        // Unix socket paths are short: not below the workspace.
+        let dir = tempfile::Builder::new().prefix("kvr").tempdir().expect("a temporary directory");
+        let nats = Nats::start(dir.path()).await;
+        let [port, admin, envoy_admin] = [(); 3].map(|()| place::free_port());
+        let worker = |(id, address): &(u64, SocketAddr)| json!({"id": id, "endpoint": address});
+        let mut config = json!({
+            "http_port": port,
+            "http_host": "127.0.0.1",
+            "admin": format!("127.0.0.1:{admin}"),
+            "envoy_admin": format!("127.0.0.1:{envoy_admin}"),
+            "socket": dir.path().join("bridge.sock"),
+            "state_dir": dir.path().join("state"),
+            "filter_wasm": place::filter(),
+            "nats": {
+                "url": nats.url(),
+                "dynamo": {"namespace": "dynamo", "component": "backend"},
+                "json_subject": "kv-events.{worker_id}",
+            },
+            "decision_header": true,
+            "workers": setup.workers.iter().map(worker).collect::<Vec<_>>(),
+        });
+        let (Value::Object(all), Value::Object(more)) = (&mut config, setup.more.clone()) else {
+            panic!("further configuration must be a map");
+        };
+        if more.contains_key("pools") {
+            all.remove("workers");
+        }
+        all.extend(more);
+        let config_file = dir.path().join("kv-router.yaml");
+        std::fs::write(&config_file, config.to_string()).expect("a writable directory");
+        let sidecar = Sidecar::start(dir.path(), &config_file, admin);
+        let bootstrap = bootstrap(dir.path(), &config_file);
+        let envoy = Envoy::start(dir.path(), &bootstrap, setup.threads, port, envoy_admin).await;
+        sidecar.ready().await;
+        let client = Client::default();
+        Self { envoy, sidecar, nats, client, config, config_file, dir }
+    }
+
+    /// Rewrites the configuration file, as an operator or a `ConfigMap` does: by renaming.
+    ///
+    /// # Panics
+    /// When the directory can't be written.
+    pub fn configure(&mut self, change: impl FnOnce(&mut Value)) {
+        change(&mut self.config);
+        let draft = self.dir.path().join("kv-router.yaml.draft");
+        std::fs::write(&draft, self.config.to_string()).expect("a writable directory");
+        std::fs::rename(&draft, &self.config_file).expect("a writable directory");
+    }
+
+    /// Waits until Envoy holds a worker table later than `version`, and returns its version.
+    pub async fn table_after(&self, version: u64) -> u64 {
+        let newer = async || {
+            let index = self.sidecar.index().await?;
+            let at = index["table_version"].as_u64().unwrap_or(0);
+            let done = at > version && index["settled"] == true;
+            if done { Ok(at) } else { Err(index.to_string()) }
+        };
+        wait::until("the worker table", newer).await
+    }
+
+    /// Version of the worker table.
+    pub async fn table_version(&self) -> u64 {
+        self.sidecar.index().await.ok().and_then(|i| i["table_version"].as_u64()).unwrap_or(0)
+    }
+
+    /// Sends a completion for token ids and returns the answer's body and its decision record.
+    ///
+    /// # Errors
+    /// When there is no answer of 200.
+    pub async fn complete(&self, tokens: &[u32]) -> Result<(Value, Value), String> {
+        let body = json!({"model": "sim", "prompt": tokens, "max_tokens": 1});
+        self.send(&body).await
+    }
+
+    /// Sends a completion request and returns the answer's body and its decision record.
+    ///
+    /// # Errors
+    /// When there is no answer of 200.
+    pub async fn send(&self, body: &Value) -> Result<(Value, Value), String> {
+        let request = json_request(self.envoy.port, "/v1/completions", body);
+        let answer = self.client.send(request.map_err(|e| e.to_string())?).await?;
+        let text = String::from_utf8_lossy(answer.body()).into_owned();
+        if !answer.status().is_success() {
+            return Err(format!("{}: {text}", answer.status()));
+        }
+        let decision = answer.headers().get("x-kv-router-decision");
+        let decision = decision.and_then(|d| serde_json::from_slice(d.as_bytes()).ok());
+        let body = serde_json::from_str(&text).map_err(|e| format!("{e}: {text}"))?;
+        Ok((body, decision.unwrap_or(Value::Null)))
+    }
+}

@@ -1,0 +1,83 @@
+//! A worker that only answers: it tells who it is and what reached it.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::{Request, State};
+use axum::response::Response;
+use http_body_util::BodyExt as _;
+use serde_json::json;
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+
+/// A running worker.
+#[derive(Debug)]
+pub struct Upstream {
+    /// Where it listens.
+    pub address: SocketAddr,
+    /// Requests that reached it.
+    pub requests: Arc<AtomicU64>,
+    task: JoinHandle<()>,
+}
+
+#[derive(Clone)]
+struct Identity {
+    id: u64,
+    requests: Arc<AtomicU64>,
+}
+
+impl Upstream {
+    /// Starts a worker with this id.
+    ///
+    /// # Panics
+    /// When no port is free.
+    pub async fn start(id: u64) -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a free port");
+        let address = listener.local_addr().expect("a bound socket");
+        let requests = Arc::new(AtomicU64::new(0));
+        let identity = Identity { id, requests: Arc::clone(&requests) };
+        let router = Router::new().fallback(answer).with_state(identity);
+        let serve = async move {
+            let _ = axum::serve(listener, router).await;
+        };
+        Self { address, requests, task: tokio::spawn(serve) }
+    }
+}
+
+impl Drop for Upstream {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn answer(State(identity): State<Identity>, request: Request) -> Response {
+    identity.requests.fetch_add(1, Ordering::Relaxed);
+    let (head, body) = request.into_parts();
+    let body = body.collect().await.map(|b| b.to_bytes()).unwrap_or_default();
+    let header = |(name, value): (&http::HeaderName, &http::HeaderValue)| {
+        let value = String::from_utf8_lossy(value.as_bytes()).into_owned();
+        (name.to_string(), value.into())
+    };
+    let seen = json!({
+        "worker": identity.id,
+        "method": head.method.as_str(),
+        "path": head.uri.path(),
+        "headers": head.headers.iter().map(header).collect::<serde_json::Map<_, _>>(),
+        "bytes": body.len(),
+        "hash": kv_core::hash::Seed::default().block(&checksum(&body)),
+    });
+    Response::builder()
+        .header("content-type", "application/json")
+        .header("x-worker-id", identity.id)
+        .body(Body::from(seen.to_string()))
+        .expect("a valid response")
+}
+
+/// Words of a body, so that a test can tell that it arrived whole.
+#[must_use]
+pub fn checksum(body: &Bytes) -> Vec<u32> {
+    body.iter().map(|b| u32::from(*b)).collect()
+}
