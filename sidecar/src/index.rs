@@ -185,6 +185,8 @@ impl Service {
         service.restore(&config.pools, states);
         service.publish_table(None);
         service.check_ready();
+        // Epoch and slots are worth saving, events or not.
+        service.saving.touch();
         service
     }
 

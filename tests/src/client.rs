@@ -25,7 +25,9 @@ pub struct Client {
 
 impl Default for Client {
     fn default() -> Self {
-        Self { hyper: Hyper::builder(TokioExecutor::new()).build_http() }
+        Self {
+            hyper: Hyper::builder(TokioExecutor::new()).build_http(),
+        }
     }
 }
 
@@ -36,12 +38,18 @@ impl Client {
     /// When there is no answer, or none within ten seconds.
     pub async fn send(&self, request: Request<Full<Bytes>>) -> Result<Response<Bytes>, String> {
         let answer = async {
-            let answer = self.hyper.request(request).await.map_err(|e| format!("{e:?}"))?;
+            let answer = self
+                .hyper
+                .request(request)
+                .await
+                .map_err(|e| format!("{e:?}"))?;
             let (head, body) = answer.into_parts();
             let body = body.collect().await.map_err(|e| format!("{e:?}"))?;
             Ok(Response::from_parts(head, body.to_bytes()))
         };
-        timeout(LIMIT, answer).await.unwrap_or_else(|_| Err("no answer in 10 s".to_owned()))
+        timeout(LIMIT, answer)
+            .await
+            .unwrap_or_else(|_| Err("no answer in 10 s".to_owned()))
     }
 
     /// Gets JSON.
@@ -49,7 +57,8 @@ impl Client {
     /// # Errors
     /// When the answer is not 200 and JSON.
     pub async fn get(&self, port: u16, path: &str) -> Result<Value, String> {
-        self.json(Request::get(uri(port, path)).body(Full::default())).await
+        self.json(Request::get(uri(port, path)).body(Full::default()))
+            .await
     }
 
     /// Posts JSON and reads JSON.
@@ -114,5 +123,7 @@ pub async fn raw(port: u16, pieces: &[&[u8]], enough: impl Fn(&str) -> bool) -> 
         String::from_utf8_lossy(&answer).into_owned()
     };
     let head = String::from_utf8_lossy(pieces.first().copied().unwrap_or_default()).into_owned();
-    timeout(LIMIT, exchange).await.unwrap_or_else(|_| panic!("no answer in 10 s to {head}"))
+    timeout(LIMIT, exchange)
+        .await
+        .unwrap_or_else(|_| panic!("no answer in 10 s to {head}"))
 }

@@ -29,8 +29,17 @@ pub struct Envoy {
 #[must_use]
 pub fn bootstrap(dir: &Path, config: &Path) -> PathBuf {
     let mut command = Command::new(place::kv_router());
-    let output = command.arg("envoy").arg("--config").arg(config).output().expect("kv-router");
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let output = command
+        .arg("envoy")
+        .arg("--config")
+        .arg(config)
+        .output()
+        .expect("kv-router");
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     let file = dir.join("envoy.yaml");
     std::fs::write(&file, output.stdout).expect("a writable directory");
     file
@@ -41,10 +50,24 @@ impl Envoy {
     pub async fn start(dir: &Path, bootstrap: &Path, threads: u32, port: u16, admin: u16) -> Self {
         let mut command = Command::new(place::envoy());
         command.arg("-c").arg(bootstrap);
-        command.args(["--concurrency", &threads.to_string(), "--disable-hot-restart"]);
-        command.args(["--log-level", "warning", "--component-log-level", "wasm:info"]);
+        command.args([
+            "--concurrency",
+            &threads.to_string(),
+            "--disable-hot-restart",
+        ]);
+        command.args([
+            "--log-level",
+            "warning",
+            "--component-log-level",
+            "wasm:info",
+        ]);
         let process = Process::start(&mut command, &dir.join("envoy.log"));
-        let envoy = Self { process, port, admin, client: Client::default() };
+        let envoy = Self {
+            process,
+            port,
+            admin,
+            client: Client::default(),
+        };
         let ready = async || match envoy.client.get(admin, "/server_info").await {
             Ok(info) if info["state"] == "LIVE" => Ok(()),
             other => Err(format!("{other:?}")),
@@ -76,7 +99,11 @@ impl Envoy {
         let idle = async || {
             let lanes = self.stats("kv_router_lane").await?;
             let busy: Vec<_> = lanes.into_iter().filter(|(_, value)| *value != 0).collect();
-            if busy.is_empty() { Ok(()) } else { Err(format!("{busy:?}")) }
+            if busy.is_empty() {
+                Ok(())
+            } else {
+                Err(format!("{busy:?}"))
+            }
         };
         wait::until("idle lanes", idle).await;
     }

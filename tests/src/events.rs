@@ -5,9 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use async_nats::Client;
 use futures::StreamExt as _;
-use kv_core::event::{
-    Envelope, EventData, KvCacheEvent, RouterEvent, SnapshotPart, StorageTier,
-};
+use kv_core::event::{Envelope, EventData, KvCacheEvent, RouterEvent, SnapshotPart, StorageTier};
 use tokio::task::JoinHandle;
 
 /// How a worker's events are written.
@@ -41,21 +39,41 @@ impl Publisher {
     pub async fn connect(url: &str) -> Self {
         let client = async_nats::connect(url).await.expect("a NATS server");
         let log = Log::default();
-        let mut requests = client.subscribe("kv-events.*.snapshot").await.expect("a connection");
+        let mut requests = client
+            .subscribe("kv-events.*.snapshot")
+            .await
+            .expect("a connection");
         let (answers, events) = (client.clone(), Arc::clone(&log));
         let responder = tokio::spawn(async move {
             while let Some(request) = requests.next().await {
-                let worker = request.subject.split('.').nth(1).and_then(|id| id.parse().ok());
-                let (Some(worker_id), Some(reply)) = (worker, request.reply) else { continue };
+                let worker = request
+                    .subject
+                    .split('.')
+                    .nth(1)
+                    .and_then(|id| id.parse().ok());
+                let (Some(worker_id), Some(reply)) = (worker, request.reply) else {
+                    continue;
+                };
                 let events = events.lock().expect("a sound log").get(&worker_id).cloned();
                 let events = events.unwrap_or_default();
                 let event_id = events.last().map_or(0, |e| e.event.event_id);
-                let part = SnapshotPart { worker_id, event_id, part: 0, parts: 1, events };
+                let part = SnapshotPart {
+                    worker_id,
+                    event_id,
+                    part: 0,
+                    parts: 1,
+                    events,
+                };
                 let json = serde_json::to_vec(&part).expect("serialisable");
                 let _ = answers.publish(reply, json.into()).await;
             }
         });
-        Self { client, log, published: 0, responder }
+        Self {
+            client,
+            log,
+            published: 0,
+            responder,
+        }
     }
 
     /// Publishes one event of a worker's rank 0.
@@ -77,7 +95,11 @@ impl Publisher {
                 worker_id,
                 storage_tier: tier,
                 residency_domain: Some("worker".to_owned()),
-                event: KvCacheEvent { event_id, data, dp_rank: 0 },
+                event: KvCacheEvent {
+                    event_id,
+                    data,
+                    dp_rank: 0,
+                },
                 session_id: None,
             };
             events.push(event.clone());
@@ -100,10 +122,16 @@ impl Publisher {
                     payload,
                 };
                 let subject = "namespace.dynamo.component.backend.endpoint.generate.kv-events";
-                (subject.to_owned(), rmp_serde::to_vec_named(&envelope).expect("serialisable"))
+                (
+                    subject.to_owned(),
+                    rmp_serde::to_vec_named(&envelope).expect("serialisable"),
+                )
             }
         };
-        self.client.publish(subject, payload.into()).await.expect("a connection");
+        self.client
+            .publish(subject, payload.into())
+            .await
+            .expect("a connection");
         self.client.flush().await.expect("a connection");
     }
 }

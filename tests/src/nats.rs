@@ -19,7 +19,11 @@ impl Nats {
     /// Starts a server that logs into `dir`.
     pub async fn start(dir: &Path) -> Self {
         let (port, log) = (place::free_port(), dir.join("nats.log"));
-        let nats = Self { process: spawn(port, &log), port, log };
+        let nats = Self {
+            process: spawn(port, &log),
+            port,
+            log,
+        };
         nats.ready().await;
         nats
     }

@@ -29,7 +29,11 @@ pub fn envoy() -> PathBuf {
 /// The NATS server.
 #[must_use]
 pub fn nats_server() -> PathBuf {
-    file("NATS_SERVER", root().join(".tools/bin/nats-server"), "make tools")
+    file(
+        "NATS_SERVER",
+        root().join(".tools/bin/nats-server"),
+        "make tools",
+    )
 }
 
 /// The filter module.
@@ -43,7 +47,11 @@ pub fn filter() -> PathBuf {
 #[must_use]
 pub fn kv_router() -> PathBuf {
     let exe = std::env::current_exe().expect("a test has a path");
-    let built = exe.ancestors().nth(2).expect("target/PROFILE/deps/TEST").join("kv-router");
+    let built = exe
+        .ancestors()
+        .nth(2)
+        .expect("target/PROFILE/deps/TEST")
+        .join("kv-router");
     file("KV_ROUTER", built, "cargo build -p kv-router")
 }
 

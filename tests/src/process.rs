@@ -18,7 +18,11 @@ impl Process {
     /// When it can't be started.
     #[must_use]
     pub fn start(command: &mut Command, log: &Path) -> Self {
-        let file = File::options().create(true).append(true).open(log).expect("a log file");
+        let file = File::options()
+            .create(true)
+            .append(true)
+            .open(log)
+            .expect("a log file");
         let errors = file.try_clone().expect("a second handle");
         let child = command
             .stdin(Stdio::null())
@@ -26,7 +30,10 @@ impl Process {
             .stderr(errors)
             .spawn()
             .unwrap_or_else(|e| panic!("{command:?}: {e}"));
-        Self { child, log: log.to_owned() }
+        Self {
+            child,
+            log: log.to_owned(),
+        }
     }
 
     /// Kills it at once, as `kill -9` does.
@@ -55,7 +62,10 @@ impl Drop for Process {
             let output = self.output();
             let tail = output.lines().count().saturating_sub(60);
             eprintln!("--- {}", self.log.display());
-            output.lines().skip(tail).for_each(|line| eprintln!("{line}"));
+            output
+                .lines()
+                .skip(tail)
+                .for_each(|line| eprintln!("{line}"));
         }
     }
 }

@@ -61,10 +61,16 @@ impl Sidecar {
     pub async fn ready(&self) {
         let ready = async || {
             let request = http::Request::get(crate::client::uri(self.admin, "/readyz"));
-            let request = request.body(http_body_util::Full::default()).expect("a valid request");
+            let request = request
+                .body(http_body_util::Full::default())
+                .expect("a valid request");
             let answer = self.client.send(request).await?;
             let text = String::from_utf8_lossy(answer.body()).into_owned();
-            if answer.status().is_success() { Ok(()) } else { Err(text) }
+            if answer.status().is_success() {
+                Ok(())
+            } else {
+                Err(text)
+            }
         };
         wait::until("the sidecar", ready).await;
     }
@@ -75,7 +81,9 @@ impl Sidecar {
         let settled = async || {
             let index = self.index().await?;
             let planes = index["planes"].as_object().into_iter().flatten();
-            let kinds = planes.filter_map(|(_, plane)| plane["events"].as_object()).flatten();
+            let kinds = planes
+                .filter_map(|(_, plane)| plane["events"].as_object())
+                .flatten();
             let applied: u64 = kinds.filter_map(|(_, n)| n.as_u64()).sum();
             if applied >= events && index["settled"] == true {
                 Ok(index)
@@ -89,6 +97,10 @@ impl Sidecar {
 
 fn spawn(dir: &Path, config: &Path) -> Process {
     let mut command = Command::new(place::kv_router());
-    let command = command.arg("serve").arg("--config").arg(config).env("RUST_LOG", "info");
+    let command = command
+        .arg("serve")
+        .arg("--config")
+        .arg(config)
+        .env("RUST_LOG", "info");
     Process::start(command, &dir.join("kv-router.log"))
 }

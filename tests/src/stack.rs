@@ -48,7 +48,10 @@ impl Stack {
     /// When something doesn't start.
     pub async fn start(setup: &Setup) -> Self {
         // Unix socket paths are short: not below the workspace.
-        let dir = tempfile::Builder::new().prefix("kvr").tempdir().expect("a temporary directory");
+        let dir = tempfile::Builder::new()
+            .prefix("kvr")
+            .tempdir()
+            .expect("a temporary directory");
         let nats = Nats::start(dir.path()).await;
         let [port, admin, envoy_admin] = [(); 3].map(|()| place::free_port());
         let worker = |(id, address): &(u64, SocketAddr)| json!({"id": id, "endpoint": address});
@@ -82,7 +85,15 @@ impl Stack {
         let envoy = Envoy::start(dir.path(), &bootstrap, setup.threads, port, envoy_admin).await;
         sidecar.ready().await;
         let client = Client::default();
-        Self { envoy, sidecar, nats, client, config, config_file, dir }
+        Self {
+            envoy,
+            sidecar,
+            nats,
+            client,
+            config,
+            config_file,
+            dir,
+        }
     }
 
     /// Rewrites the configuration file, as an operator or a `ConfigMap` does: by renaming.
@@ -109,7 +120,12 @@ impl Stack {
 
     /// Version of the worker table.
     pub async fn table_version(&self) -> u64 {
-        self.sidecar.index().await.ok().and_then(|i| i["table_version"].as_u64()).unwrap_or(0)
+        self.sidecar
+            .index()
+            .await
+            .ok()
+            .and_then(|i| i["table_version"].as_u64())
+            .unwrap_or(0)
     }
 
     /// Sends a completion for token ids and returns the answer's body and its decision record.
@@ -127,7 +143,10 @@ impl Stack {
     /// When there is no answer of 200.
     pub async fn send(&self, body: &Value) -> Result<(Value, Value), String> {
         let request = json_request(self.envoy.port, "/v1/completions", body);
-        let answer = self.client.send(request.map_err(|e| e.to_string())?).await?;
+        let answer = self
+            .client
+            .send(request.map_err(|e| e.to_string())?)
+            .await?;
         let text = String::from_utf8_lossy(answer.body()).into_owned();
         if !answer.status().is_success() {
             return Err(format!("{}: {text}", answer.status()));

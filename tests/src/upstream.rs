@@ -10,7 +10,8 @@ use axum::extract::{Request, State};
 use axum::response::Response;
 use http_body_util::BodyExt as _;
 use serde_json::json;
-use tokio::net::TcpListener;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
 
 /// A running worker.
@@ -35,15 +36,24 @@ impl Upstream {
     /// # Panics
     /// When no port is free.
     pub async fn start(id: u64) -> Self {
-        let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a free port");
+        let listener = TcpListener::bind(("127.0.0.1", 0))
+            .await
+            .expect("a free port");
         let address = listener.local_addr().expect("a bound socket");
         let requests = Arc::new(AtomicU64::new(0));
-        let identity = Identity { id, requests: Arc::clone(&requests) };
+        let identity = Identity {
+            id,
+            requests: Arc::clone(&requests),
+        };
         let router = Router::new().fallback(answer).with_state(identity);
         let serve = async move {
             let _ = axum::serve(listener, router).await;
         };
-        Self { address, requests, task: tokio::spawn(serve) }
+        Self {
+            address,
+            requests,
+            task: tokio::spawn(serve),
+        }
     }
 }
 
@@ -56,7 +66,11 @@ impl Drop for Upstream {
 async fn answer(State(identity): State<Identity>, request: Request) -> Response {
     identity.requests.fetch_add(1, Ordering::Relaxed);
     let (head, body) = request.into_parts();
-    let body = body.collect().await.map(|b| b.to_bytes()).unwrap_or_default();
+    let body = body
+        .collect()
+        .await
+        .map(|b| b.to_bytes())
+        .unwrap_or_default();
     let header = |(name, value): (&http::HeaderName, &http::HeaderValue)| {
         let value = String::from_utf8_lossy(value.as_bytes()).into_owned();
         (name.to_string(), value.into())
@@ -80,4 +94,98 @@ async fn answer(State(identity): State<Identity>, request: Request) -> Response 
 #[must_use]
 pub fn checksum(body: &Bytes) -> Vec<u32> {
     body.iter().map(|b| u32::from(*b)).collect()
+}
+
+/// A worker that takes any HTTP/2 request and sends its body back part by part, as it comes.
+#[derive(Debug)]
+pub struct StreamEcho {
+    /// Where it listens.
+    pub address: SocketAddr,
+    task: JoinHandle<()>,
+}
+
+impl StreamEcho {
+    /// Starts it.
+    ///
+    /// # Panics
+    /// When no port is free.
+    pub async fn start() -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", 0))
+            .await
+            .expect("a free port");
+        let address = listener.local_addr().expect("a bound socket");
+        let serve = async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                let echo = async |request: hyper::Request<hyper::body::Incoming>| {
+                    let answer = Response::builder().header("content-type", "application/grpc");
+                    Ok::<_, std::convert::Infallible>(
+                        answer.body(request.into_body()).expect("a valid response"),
+                    )
+                };
+                let service = hyper::service::service_fn(echo);
+                let io = hyper_util::rt::TokioIo::new(stream);
+                let http2 =
+                    hyper::server::conn::http2::Builder::new(hyper_util::rt::TokioExecutor::new());
+                tokio::spawn(http2.serve_connection(io, service));
+            }
+        };
+        Self {
+            address,
+            task: tokio::spawn(serve),
+        }
+    }
+}
+
+impl Drop for StreamEcho {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// A worker that switches any request to a WebSocket's bytes, which it sends back.
+#[derive(Debug)]
+pub struct UpgradeEcho {
+    /// Where it listens.
+    pub address: SocketAddr,
+    task: JoinHandle<()>,
+}
+
+impl UpgradeEcho {
+    /// Starts it.
+    ///
+    /// # Panics
+    /// When no port is free.
+    pub async fn start() -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", 0))
+            .await
+            .expect("a free port");
+        let address = listener.local_addr().expect("a bound socket");
+        let serve = async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                tokio::spawn(upgrade(stream));
+            }
+        };
+        Self {
+            address,
+            task: tokio::spawn(serve),
+        }
+    }
+}
+
+impl Drop for UpgradeEcho {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+async fn upgrade(mut stream: TcpStream) -> std::io::Result<()> {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        head.push(stream.read_u8().await?);
+    }
+    stream
+        .write_all(b"HTTP/1.1 101 Switching Protocols\r\nupgrade: websocket\r\nconnection: upgrade\r\n\r\n")
+        .await?;
+    let (mut read, mut write) = stream.split();
+    tokio::io::copy(&mut read, &mut write).await.map(|_| ())
 }

@@ -18,7 +18,10 @@ pub async fn until<T, E: Debug>(what: &str, mut ask: impl AsyncFnMut() -> Result
         match ask().await {
             Ok(value) => return value,
             Err(error) => {
-                assert!(start.elapsed() < LIMIT, "waited in vain for {what}: {error:?}");
+                assert!(
+                    start.elapsed() < LIMIT,
+                    "waited in vain for {what}: {error:?}"
+                );
             }
         }
         sleep(Duration::from_millis(2)).await;

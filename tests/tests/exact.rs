@@ -23,7 +23,9 @@ fn conversation(rng: &mut Rng, length: usize) -> Vec<u32> {
         1 | 2 => system * 10_000 + branch * 1_000_000 + i,
         _ => branch * 1_000_000 + i,
     };
-    (0..length).map(|i| u32::try_from(token(i)).expect("a token id")).collect()
+    (0..length)
+        .map(|i| u32::try_from(token(i)).expect("a token id"))
+        .collect()
 }
 
 struct Hashed {
@@ -32,7 +34,10 @@ struct Hashed {
 }
 
 fn hashed(prompt: &[u32]) -> Hashed {
-    let tokens: Vec<u64> = prompt.chunks_exact(BLOCK).map(|b| Seed::default().block(b)).collect();
+    let tokens: Vec<u64> = prompt
+        .chunks_exact(BLOCK)
+        .map(|b| Seed::default().block(b))
+        .collect();
     let mut sequence: Vec<u64> = Vec::new();
     for block in &tokens {
         sequence.push(sequence.last().map_or(*block, |s| chain(*s, *block)));
@@ -43,18 +48,27 @@ fn hashed(prompt: &[u32]) -> Hashed {
 /// A random change of a random worker's cache.
 fn change(rng: &mut Rng) -> (u64, StorageTier, EventData) {
     let worker = 1 + rng.below(WORKERS as usize) as u64;
-    let tiers = [StorageTier::Device, StorageTier::Device, StorageTier::HostPinned];
+    let tiers = [
+        StorageTier::Device,
+        StorageTier::Device,
+        StorageTier::HostPinned,
+    ];
     let tier = tiers[rng.below(3)];
     let length = BLOCK * (1 + rng.below(90));
     let Hashed { tokens, sequence } = hashed(&conversation(rng, length));
     // Engine hashes differ from worker to worker.
-    let names: Vec<u64> = sequence.iter().map(|s| s.rotate_left(13) ^ worker).collect();
+    let names: Vec<u64> = sequence
+        .iter()
+        .map(|s| s.rotate_left(13) ^ worker)
+        .collect();
     let data = match rng.below(12) {
         0 if rng.below(8) == 0 => EventData::Cleared,
         0..5 => {
             let from = rng.below(names.len());
             let to = names.len().min(from + 1 + rng.below(12));
-            EventData::Removed(Removed { block_hashes: names[from..to].to_vec() })
+            EventData::Removed(Removed {
+                block_hashes: names[from..to].to_vec(),
+            })
         }
         _ => {
             let blocks = names.iter().zip(&tokens).map(|(name, tokens)| StoredBlock {
@@ -78,7 +92,12 @@ async fn decisions_match_the_naive_index(threads: u32) {
         upstreams.push(Upstream::start(id).await);
     }
     let workers = (1..).zip(upstreams.iter().map(|u| u.address)).collect();
-    let stack = Stack::start(&Setup { threads, workers, more: json!({}) }).await;
+    let stack = Stack::start(&Setup {
+        threads,
+        workers,
+        more: json!({}),
+    })
+    .await;
     let mut publisher = Publisher::connect(&stack.nats.url()).await;
     let mut rng = Rng::new(u64::from(threads));
     let mut naive = Naive::default();
@@ -87,7 +106,11 @@ async fn decisions_match_the_naive_index(threads: u32) {
         for _ in 0..rng.below(4) {
             let (worker, tier, data) = change(&mut rng);
             naive.apply(0, Slot(worker as u16), Tier::from(tier), &data);
-            let encoding = if worker % 2 == 0 { Encoding::Dynamo } else { Encoding::Json };
+            let encoding = if worker % 2 == 0 {
+                Encoding::Dynamo
+            } else {
+                Encoding::Json
+            };
             publisher.publish(worker, tier, data, encoding).await;
         }
         stack.sidecar.settled(publisher.published).await;
@@ -102,18 +125,36 @@ async fn decisions_match_the_naive_index(threads: u32) {
         assert_eq!(seen.len(), WORKERS as usize, "round {round}: {decision}");
         for candidate in seen {
             let worker = candidate["worker"].as_u64().expect("a worker");
-            let held = expected.iter().find(|(slot, _)| u64::from(slot.0) == worker);
-            let held = held.map_or(Overlap::default(), |(_, overlap)| *overlap).by_tier();
-            assert_eq!(candidate["overlap"], json!(held), "round {round}: {decision}");
+            let held = expected
+                .iter()
+                .find(|(slot, _)| u64::from(slot.0) == worker);
+            let held = held
+                .map_or(Overlap::default(), |(_, overlap)| *overlap)
+                .by_tier();
+            assert_eq!(
+                candidate["overlap"],
+                json!(held),
+                "round {round}: {decision}"
+            );
         }
         let costs = seen.iter().filter_map(|c| c["cost"].as_f64());
         let least = costs.fold(f64::INFINITY, f64::min);
         assert_eq!(seen[0]["worker"], decision["worker"], "round {round}");
-        assert_eq!(seen[0]["cost"], Value::from(least), "round {round}: {decision}");
-        assert_eq!(answer["worker"], decision["worker"], "round {round}: {answer}");
+        assert_eq!(
+            seen[0]["cost"],
+            Value::from(least),
+            "round {round}: {decision}"
+        );
+        assert_eq!(
+            answer["worker"], decision["worker"],
+            "round {round}: {answer}"
+        );
         assert_eq!(decision["reason"], "kv", "round {round}: {decision}");
     }
-    assert!(some_overlap > 300, "{some_overlap} of 500 prompts were cached somewhere");
+    assert!(
+        some_overlap > 300,
+        "{some_overlap} of 500 prompts were cached somewhere"
+    );
     stack.envoy.idle().await;
 }
 

@@ -14,8 +14,16 @@ fn prompt(conversation: u32, tokens: u32) -> Vec<u32> {
 }
 
 async fn engine(nats: &Nats, worker_id: u64, encoding: Encoding) -> Engine {
-    let events = EventPlane { url: nats.url(), encoding };
-    let config = Config { worker_id, instant: true, events: Some(events), ..Config::default() };
+    let events = EventPlane {
+        url: nats.url(),
+        encoding,
+    };
+    let config = Config {
+        worker_id,
+        instant: true,
+        events: Some(events),
+        ..Config::default()
+    };
     Engine::start(config).await.expect("an engine starts")
 }
 
@@ -28,16 +36,24 @@ fn dynamo() -> Encoding {
 }
 
 fn json_plane() -> Encoding {
-    Encoding::Json { subject: "kv-events.{worker_id}".to_owned() }
+    Encoding::Json {
+        subject: "kv-events.{worker_id}".to_owned(),
+    }
 }
 
 fn cached(answer: &Value) -> u64 {
-    answer["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap_or(0)
+    answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        .as_u64()
+        .unwrap_or(0)
 }
 
 /// An installation whose engines were given its NATS before its sidecar knew them.
 async fn stack_with_engines(threads: u32, mode: &str) -> (Stack, Vec<Engine>) {
-    let setup = Setup { threads, workers: vec![], more: json!({"router_mode": mode}) };
+    let setup = Setup {
+        threads,
+        workers: vec![],
+        more: json!({"router_mode": mode}),
+    };
     let mut stack = Stack::start(&setup).await;
     let mut engines = Vec::new();
     for id in 1..=4 {
@@ -64,14 +80,22 @@ async fn conversations_stay_where_their_blocks_are(threads: u32) {
             let home = *homes.entry(conversation).or_insert(worker);
             assert_eq!(worker, home, "turn {turn} of {conversation}: {decision}");
             let before = u64::from((turn - 1) * 160);
-            assert!(cached(&answer) >= before, "turn {turn} of {conversation}: {answer}");
+            assert!(
+                cached(&answer) >= before,
+                "turn {turn} of {conversation}: {answer}"
+            );
             // One request at a time, so that the next one sees what this one stored.
             let held = async || {
                 let body = json!({"tokens": tokens});
-                let explained =
-                    stack.client.post(stack.sidecar.admin, "/v1/explain", &body).await?;
+                let explained = stack
+                    .client
+                    .post(stack.sidecar.admin, "/v1/explain", &body)
+                    .await?;
                 let candidates = explained["owners"].as_array().cloned().unwrap_or_default();
-                let best = candidates.iter().filter_map(|c| c["overlap"][0].as_u64()).max();
+                let best = candidates
+                    .iter()
+                    .filter_map(|c| c["overlap"][0].as_u64())
+                    .max();
                 let index = stack.sidecar.index().await?;
                 if best >= Some(u64::from(turn * 160 / 16)) && index["settled"] == true {
                     Ok(())
@@ -83,8 +107,13 @@ async fn conversations_stay_where_their_blocks_are(threads: u32) {
         }
     }
     let mut spread: HashMap<u64, u32> = HashMap::new();
-    homes.values().for_each(|w| *spread.entry(*w).or_default() += 1);
-    assert!(spread.len() >= 3, "conversations spread over workers: {spread:?}");
+    homes
+        .values()
+        .for_each(|w| *spread.entry(*w).or_default() += 1);
+    assert!(
+        spread.len() >= 3,
+        "conversations spread over workers: {spread:?}"
+    );
     stack.envoy.idle().await;
 }
 
@@ -105,7 +134,9 @@ async fn round_robin_takes_each_worker_in_turn() {
     for _ in 0..20 {
         let (_, decision) = stack.complete(&prompt(1, 64)).await.expect("an answer");
         assert_eq!(decision["reason"], "round-robin");
-        *counts.entry(decision["worker"].as_u64().expect("a worker")).or_default() += 1;
+        *counts
+            .entry(decision["worker"].as_u64().expect("a worker"))
+            .or_default() += 1;
     }
     assert_eq!(counts, HashMap::from([(1, 5), (2, 5), (3, 5), (4, 5)]));
 }

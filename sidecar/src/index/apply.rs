@@ -111,10 +111,15 @@ impl Service {
             }
             return Ok(());
         }
-        let step = worker.json.step(event.event.event_id, None);
+        let mut cursor = worker.json;
+        let step = cursor.step(event.event.event_id, None);
         match step {
-            Step::Next => return self.apply(Plane::Json, &event),
+            Step::Next => {
+                worker.json = cursor;
+                return self.apply(Plane::Json, &event);
+            }
             Step::First(true) => {
+                worker.json = cursor;
                 worker.owners.iter_mut().for_each(|o| o.partial = false);
                 return self.apply(Plane::Json, &event);
             }
@@ -263,14 +268,18 @@ impl Service {
             Ok(None) | Err(_) => None,
         };
         let is_fresh = worker.json.last.is_none() && includes.is_none();
+        let held = repair.held();
+        if let (false, Some(first)) = (is_replaced, held.first()) {
+            // Nothing is known of what came before: that has been counted as one gap.
+            worker.json = super::Cursor::before(first.event.event_id);
+        }
         if is_replaced || repair.restarted {
-            worker.json = super::Cursor::default();
             slots.iter().for_each(|slot| {
                 self.index.remove_owner(pool, *slot);
             });
         }
         if let Ok(Some(snapshot)) = outcome {
-            worker.json.step(snapshot.event_id, None);
+            worker.json = super::Cursor::before(snapshot.event_id + 1);
             for event in &snapshot.events {
                 let fit = decode::fit(event).and_then(|()| self.apply_snapshot(id, event));
                 if let Err(rejection) = fit {

@@ -26,6 +26,15 @@ pub enum Step {
 }
 
 impl Cursor {
+    /// As if everything before an event had been heard.
+    #[must_use]
+    pub fn before(id: u64) -> Self {
+        Self {
+            last: id.checked_sub(1),
+            publisher: None,
+        }
+    }
+
     /// Moves to an event. Ids start at 0 or 1; `publisher` is the process, where it is known.
     pub fn step(&mut self, id: u64, publisher: Option<u64>) -> Step {
         let known = self.publisher;

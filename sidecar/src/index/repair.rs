@@ -111,6 +111,12 @@ impl Repair {
 
     /// The events held back, in order.
     #[must_use]
+    pub(super) fn held(&self) -> &[RouterEvent] {
+        &self.held
+    }
+
+    /// The events held back, in order.
+    #[must_use]
     pub(super) fn into_held(self) -> Vec<RouterEvent> {
         self.held
     }
