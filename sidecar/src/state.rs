@@ -208,3 +208,68 @@ pub fn load(file: &Path) -> Result<Option<State>, StateError> {
     let state = postcard::from_bytes(payload).map_err(|_| corrupt("malformed"))?;
     Ok(Some(state))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state() -> State {
+        let mut slots = Slots::default();
+        let id = OwnerId { worker: 9, rank: 1 };
+        slots.assign(id).unwrap();
+        let block = |sequence: u64, parent, name| Held {
+            sequence,
+            parent,
+            name,
+            tiers: 3,
+        };
+        let owner = OwnerState {
+            id,
+            dynamo: Cursor::after(Some(u64::MAX)),
+            json: Cursor::default(),
+            partial: true,
+            blocks: vec![
+                block(u64::MAX, None, None),
+                block(2, Some(u64::MAX), Some(3)),
+            ],
+        };
+        State {
+            epoch: 7,
+            level: 12,
+            pools: vec![PoolState {
+                name: "a".into(),
+                block_size: 16,
+                key: u64::MAX,
+                slots,
+                owners: vec![owner],
+            }],
+        }
+    }
+
+    #[test]
+    fn what_was_saved_is_restored() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let file = file(&folder.path().join("not/there/yet"));
+        assert_eq!(restore(Some(&file)), Restored::Absent);
+        save(&file, &state()).unwrap();
+        assert_eq!(restore(Some(&file)), Restored::State(state()));
+        assert_eq!(restore(None), Restored::Absent);
+    }
+
+    #[test]
+    fn a_file_cut_or_changed_anywhere_is_refused_and_moved_aside() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let file = file(folder.path());
+        save(&file, &state()).unwrap();
+        let whole = std::fs::read(&file).unwrap();
+        for at in 0..whole.len() {
+            let mut changed = whole.clone();
+            changed[at] ^= 0x40;
+            for bytes in [&whole[..at], &changed] {
+                std::fs::write(&file, bytes).unwrap();
+                assert_eq!(restore(Some(&file)), Restored::Corrupt, "at {at}");
+                assert_eq!(restore(Some(&file)), Restored::Absent, "at {at}");
+            }
+        }
+    }
+}

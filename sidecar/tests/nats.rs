@@ -204,7 +204,43 @@ async fn without_an_answer_live_events_go_on_and_the_owner_is_shown_as_partial()
     assert_eq!(owner(&sidecar).await["partial"], true);
     let metrics = sidecar.get("/metrics").await.unwrap();
     assert!(metrics.contains("kv_router_snapshots_total{kind=\"no_responders\"} 2"));
-    assert!(metrics.contains("kv_router_partial_owners 1"));
+    let is_counted = async || {
+        let metrics = sidecar.get("/metrics").await.unwrap();
+        metrics.contains("kv_router_partial_owners 1").then_some(())
+    };
+    eventually("the owner is counted", is_counted).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leaving_workers_pages_are_written_before_the_table_that_drops_it() {
+    let nats = Nats::start().await;
+    let engine = Engine::start(&nats.url(), 1).await;
+    let prompt = tokens(0, 40);
+    engine.answer(3, vec![vec![stored(&prompt, 0, 100)]]);
+    let sidecar = Sidecar::start(&config(&nats.url(), TWO)).await;
+    connected(&sidecar).await;
+    overlap_becomes(&sidecar, 1, &prompt, 40).await;
+    let mut bridge = Bridge::open(&sidecar.socket(), subscribe(1, 1))
+        .await
+        .unwrap();
+    let first = bridge.until(|head| head.ready).await;
+    let old: std::collections::HashMap<_, _> =
+        first.into_iter().map(|w| (w.key, w.value)).collect();
+
+    let two = "{id: 2, endpoint: '1.1.1.1:2'}";
+    sidecar.configure(&config(&nats.url(), two));
+    let mut writes = Vec::new();
+    while !writes.iter().any(|w: &support::Wrote| w.table().is_some()) {
+        writes.extend(bridge.until(|_| true).await);
+    }
+    let table = writes.iter().position(|w| w.table().is_some()).unwrap();
+    let emptied = writes[..table].iter().filter(|w| w.is_page());
+    let emptied: Vec<_> = emptied.map(|w| (&w.key, w.value.len())).collect();
+    assert!(!emptied.is_empty());
+    for (key, len) in emptied {
+        assert!(len < old[key].len(), "the page holds nothing any more");
+    }
+    assert!(!writes[table..].iter().any(support::Wrote::is_page));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -76,6 +76,16 @@ impl Publisher {
         }
     }
 
+    /// Continues the events of another publisher.
+    ///
+    /// # Panics
+    /// When a log is poisoned.
+    pub fn adopt(&mut self, other: &Self) {
+        let events = other.log.lock().expect("a sound log").clone();
+        *self.log.lock().expect("a sound log") = events;
+        self.published = other.published;
+    }
+
     /// Publishes one event of a worker's rank 0.
     ///
     /// # Panics

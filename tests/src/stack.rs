@@ -96,6 +96,12 @@ impl Stack {
         }
     }
 
+    /// Directory of everything it keeps.
+    #[must_use]
+    pub fn dir(&self) -> &std::path::Path {
+        self.dir.path()
+    }
+
     /// Rewrites the configuration file, as an operator or a `ConfigMap` does: by renaming.
     ///
     /// # Panics

@@ -4,7 +4,7 @@ use kv_core::event::{EventData, RouterEvent, SnapshotPart};
 use kv_core::id::WorkerId;
 use kv_core::index::Applied;
 
-use super::cursor::Step;
+use super::cursor::{Cursor, Step};
 use super::repair::{Repair, Snapshot};
 use super::{MAX_RECEIVED, Service};
 use crate::ingest::{Arrival, Decoded, NoSnapshot, Plane, Rejection, decode};
@@ -47,6 +47,7 @@ impl Service {
         }
         for event in decoded.events {
             let outcome = match plane {
+                _ if !self.takes_events(event.worker_id) => Err(Rejection::EventsOff),
                 Plane::Dynamo => self.dynamo(&event, decoded.publisher),
                 Plane::Json => self.json(event),
             };
@@ -150,14 +151,6 @@ impl Service {
         if *data == EventData::Cleared {
             owner.partial = false;
         }
-        if self
-            .roster
-            .pools
-            .get(pool)
-            .is_some_and(|p| !p.config.kv_events)
-        {
-            return Err(Rejection::EventsOff);
-        }
         let applied = self
             .index
             .apply(pool, slot, event.storage_tier.into(), data);
@@ -207,21 +200,24 @@ impl Service {
 
     /// Asks a worker for its snapshot and holds its events back meanwhile.
     pub(super) fn begin_repair(&mut self, id: WorkerId, restarted: bool) {
-        let Some((pool, worker)) = self.roster.worker(id) else {
+        if !self.takes_events(id) {
+            return;
+        }
+        let Some((_, worker)) = self.roster.worker(id) else {
             return;
         };
         worker.repair = Some(Repair::new(restarted, worker.repair.take()));
-        let takes_events = self
-            .roster
-            .pools
-            .get(pool)
-            .is_some_and(|p| p.config.kv_events);
-        if !takes_events {
-            self.end_repair(id, Ok(None));
-        } else if self.requests.try_send(id).is_err() {
+        if self.requests.try_send(id).is_err() {
             // One request to a worker at a time: there is room unless the source has stopped.
             self.end_repair(id, Err(NoSnapshot::Disconnected));
         }
+    }
+
+    /// Whether events of a worker are wanted; those of an unknown one are to be counted as such.
+    fn takes_events(&mut self, id: WorkerId) -> bool {
+        let pool = self.roster.worker(id).map(|(pool, _)| pool);
+        let pool = pool.and_then(|pool| self.roster.pools.get(pool));
+        pool.is_none_or(|pool| pool.config.kv_events)
     }
 
     fn snapshot(&mut self, id: WorkerId, part: Result<SnapshotPart, NoSnapshot>) {
@@ -232,7 +228,7 @@ impl Service {
         };
         match part.and_then(|part| repair.take(part)) {
             Ok(None) => {}
-            Ok(Some(snapshot)) => self.end_repair(id, Ok(Some(snapshot))),
+            Ok(Some(snapshot)) => self.end_repair(id, Ok(snapshot)),
             Err(why) => self.end_repair(id, Err(why)),
         }
     }
@@ -251,7 +247,7 @@ impl Service {
 
     /// Replaces what is known of a worker by its snapshot, where there is one, and applies what
     /// was held back.
-    fn end_repair(&mut self, id: WorkerId, outcome: Result<Option<Snapshot>, NoSnapshot>) {
+    fn end_repair(&mut self, id: WorkerId, outcome: Result<Snapshot, NoSnapshot>) {
         let Some((pool, worker)) = self.roster.worker(id) else {
             return;
         };
@@ -262,44 +258,43 @@ impl Service {
         let kind = outcome
             .as_ref()
             .map_or_else(|why| why.kind(), |_| "applied");
-        let is_replaced = matches!(outcome, Ok(Some(_)));
-        let includes = match &outcome {
-            Ok(Some(snapshot)) => Some(snapshot.event_id),
-            Ok(None) | Err(_) => None,
-        };
-        let is_fresh = worker.json.last.is_none() && includes.is_none();
+        let is_replaced = outcome.is_ok();
         let held = repair.held();
-        if let (false, Some(first)) = (is_replaced, held.first()) {
-            // Nothing is known of what came before: that has been counted as one gap.
-            worker.json = super::Cursor::before(first.event.event_id);
-        }
+        let is_first_of_all = worker.json.last.is_none()
+            && held.first().is_some_and(|first| first.event.event_id <= 1);
         if is_replaced || repair.restarted {
-            slots.iter().for_each(|slot| {
-                self.index.remove_owner(pool, *slot);
-            });
+            for slot in slots {
+                self.index.remove_owner(pool, slot);
+            }
         }
-        if let Ok(Some(snapshot)) = outcome {
-            worker.json = super::Cursor::before(snapshot.event_id + 1);
-            for event in &snapshot.events {
-                let fit = decode::fit(event).and_then(|()| self.apply_snapshot(id, event));
-                if let Err(rejection) = fit {
-                    self.reject(Plane::Json, rejection);
+        match outcome {
+            Ok(snapshot) => {
+                worker.json = Cursor::after(Some(snapshot.event_id));
+                for event in &snapshot.events {
+                    let fit = decode::fit(event).and_then(|()| self.apply_snapshot(id, event));
+                    if let Err(rejection) = fit {
+                        self.reject(Plane::Json, rejection);
+                    }
                 }
             }
-        } else {
-            tracing::warn!(
-                worker = id,
-                why = kind,
-                "no snapshot, going on with live events"
-            );
+            Err(_) => {
+                // What came before the first event held back has been counted as one gap.
+                if let Some(first) = held.first() {
+                    worker.json = Cursor::after(first.event.event_id.checked_sub(1));
+                }
+                tracing::warn!(
+                    worker = id,
+                    why = kind,
+                    "no snapshot, going on with live events"
+                );
+            }
         }
         self.metrics.snapshots.get_or_create(&Kind { kind }).inc();
-        let held = repair.into_held();
-        let starts_whole = held.first().is_some_and(|e| e.event.event_id <= 1);
+        let is_whole = is_replaced || is_first_of_all;
         if let Some((_, worker)) = self.roster.worker(id) {
-            let is_whole = is_replaced || (is_fresh && starts_whole);
             worker.owners.iter_mut().for_each(|o| o.partial = !is_whole);
         }
+        let held = repair.into_held();
         self.apply_held(id, held);
         self.saving.touch();
     }

@@ -26,11 +26,11 @@ pub enum Step {
 }
 
 impl Cursor {
-    /// As if everything before an event had been heard.
+    /// A cursor after an event.
     #[must_use]
-    pub fn before(id: u64) -> Self {
+    pub fn after(last: Option<u64>) -> Self {
         Self {
-            last: id.checked_sub(1),
+            last,
             publisher: None,
         }
     }

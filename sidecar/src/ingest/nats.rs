@@ -1,6 +1,7 @@
 //! Both planes over one NATS connection, so that a worker's events and the parts of its snapshot
 //! keep the order they were sent in.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -49,6 +50,8 @@ pub struct Source {
     json: Option<(Template, Subscriber)>,
     inbox: String,
     replies: Subscriber,
+    /// Number of the latest request to each worker: answers to earlier ones come too late.
+    asked: HashMap<WorkerId, u64>,
     arrivals: mpsc::Sender<Arrival>,
     requests: mpsc::Receiver<WorkerId>,
     metrics: Arc<Metrics>,
@@ -89,7 +92,7 @@ impl Source {
             None => None,
         };
         let inbox = client.new_inbox();
-        let replies = client.subscribe(format!("{inbox}.*")).await?;
+        let replies = client.subscribe(format!("{inbox}.*.*")).await?;
         Ok(Self {
             client,
             status,
@@ -97,6 +100,7 @@ impl Source {
             json,
             inbox,
             replies,
+            asked: HashMap::new(),
             arrivals,
             requests,
             metrics,
@@ -198,7 +202,9 @@ impl Source {
         let Some((template, _)) = &self.json else {
             return Some(());
         };
-        let reply = format!("{}.{worker}", self.inbox);
+        let number = self.asked.entry(worker).or_default();
+        *number += 1;
+        let reply = format!("{}.{worker}.{number}", self.inbox);
         let sent = self
             .client
             .publish_with_reply(template.snapshot(worker), reply, "".into())
@@ -216,10 +222,13 @@ impl Source {
 
     async fn snapshot_part(&mut self, reply: &Message) -> Option<()> {
         self.received(Plane::Json, "snapshot");
-        let worker = reply.subject.rsplit('.').next();
-        let Some(worker) = worker.and_then(|id| id.parse().ok()) else {
+        let mut tokens = reply.subject.rsplit('.').map(str::parse::<u64>);
+        let (Some(Ok(number)), Some(Ok(worker))) = (tokens.next(), tokens.next()) else {
             return Some(());
         };
+        if self.asked.get(&worker) != Some(&number) {
+            return Some(());
+        }
         let part = if reply.status == Some(StatusCode::NO_RESPONDERS) {
             Err(NoSnapshot::NoResponders)
         } else {
