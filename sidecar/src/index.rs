@@ -11,6 +11,7 @@ mod report;
 mod roster;
 mod saving;
 mod slots;
+mod subscriber;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;

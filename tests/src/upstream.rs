@@ -69,7 +69,7 @@ async fn answer(State(identity): State<Identity>, request: Request) -> Response 
     let body = body
         .collect()
         .await
-        .map(|b| b.to_bytes())
+        .map(http_body_util::Collected::to_bytes)
         .unwrap_or_default();
     let header = |(name, value): (&http::HeaderName, &http::HeaderValue)| {
         let value = String::from_utf8_lossy(value.as_bytes()).into_owned();

@@ -219,7 +219,7 @@ mod tests {
         for step in [1_u16, 3, 50] {
             let members: Vec<u16> = (0..1024)
                 .step_by(usize::from(step))
-                .map(|s| s << 2 | (s % 2) * 3)
+                .map(|s| (s << 2) | ((s % 2) * 3))
                 .collect();
             let set = [members.clone()];
             let (bytes, _) = encode(&[unit(1, 0, 1, 0)], 0, 0, |s| set[s as usize].as_slice());

@@ -6,6 +6,7 @@ use kv_core::index::Applied;
 
 use super::cursor::{Cursor, Step};
 use super::repair::{Repair, Snapshot};
+use super::report::by_kind;
 use super::{MAX_RECEIVED, Service};
 use crate::ingest::{Arrival, Decoded, NoSnapshot, Plane, Rejection, decode};
 use crate::metrics::{InPool, Kind, PlaneKind};
@@ -165,24 +166,13 @@ impl Service {
             .events
             .get_or_create(&PlaneKind { plane, kind })
             .inc();
-        self.count_applied(applied);
+        self.count_applied(&applied);
         Ok(())
     }
 
-    fn count_applied(&mut self, applied: Applied) {
-        self.counts.add(&applied);
-        let changes = [
-            ("stored", applied.stored),
-            ("duplicate", applied.duplicates),
-            ("removed", applied.removed),
-            ("unknown", applied.unknown),
-            ("orphaned", applied.orphaned),
-            ("adopted", applied.adopted),
-            ("orphan_dropped", applied.orphans_dropped),
-            ("renamed", applied.renamed),
-            ("collision", applied.collisions),
-        ];
-        for (kind, blocks) in changes {
+    fn count_applied(&mut self, applied: &Applied) {
+        self.counts.add(applied);
+        for (kind, blocks) in by_kind(applied) {
             if blocks > 0 {
                 let counter = self.metrics.changes.get_or_create(&Kind { kind });
                 counter.inc_by(u64::from(blocks));
@@ -310,7 +300,7 @@ impl Service {
             .ok_or(Rejection::UnknownRank)?;
         let (slot, tier) = (owner.slot, event.storage_tier.into());
         let applied = self.index.apply(pool, slot, tier, &event.event.data);
-        self.count_applied(applied);
+        self.count_applied(&applied);
         Ok(())
     }
 

@@ -1,11 +1,10 @@
 //! From the index to every Envoy that subscribed, each at its own pace.
 //!
-//! A subscriber takes at most [`WINDOW`] batches ahead of its acknowledgements. What it can't take
+//! A subscriber takes at most [`kv_core::wire::WINDOW`] batches ahead of its acknowledgements. What it can't take
 //! is remembered as page ids and sent later as the page is then, so a slow one costs a bounded
 //! amount of memory and holds up nobody else. The worker table keeps its place in that queue: all
 //! pages that were to be written before it are written before it.
 
-use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -13,11 +12,12 @@ use kv_core::head::Head;
 use kv_core::index::{Index, PageWrite};
 use kv_core::key;
 use kv_core::table::Table;
-use kv_core::wire::{self, Ack, BATCH_BYTES, Batch, Subscribe, WINDOW, Write};
+use kv_core::wire::{Ack, Subscribe};
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
+use super::subscriber::{Item, Pending, Subscriber};
 use crate::metrics::Metrics;
 
 /// Most subscribers at a time.
@@ -49,45 +49,6 @@ impl Refusal {
             Self::TooMany => "too_many",
         }
     }
-}
-
-/// Something to write.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Item {
-    Page(u32),
-    Table,
-}
-
-/// A batch without its acknowledgement.
-#[derive(Debug)]
-struct Sent {
-    seq: u64,
-    /// Version of the table in it.
-    table: Option<u64>,
-    /// When events that it makes visible were received, Unix nanoseconds.
-    received_ns: Vec<u64>,
-    /// Whether it ends the full sync.
-    ends_sync: bool,
-}
-
-#[derive(Debug)]
-struct Subscriber {
-    id: u64,
-    who: Subscribe,
-    out: mpsc::Sender<Bytes>,
-    seq: u64,
-    unacked: VecDeque<Sent>,
-    queue: VecDeque<Item>,
-    queued: HashSet<u32>,
-    /// Since when it is being brought up to date for the first time.
-    syncing: Option<Instant>,
-    /// Its head as last sent; `None` before the first.
-    head: Option<Head>,
-    head_due: bool,
-    received_ns: Vec<u64>,
-    table_sent: u64,
-    table_acked: u64,
-    alive: bool,
 }
 
 /// A subscriber as `/v1/index` shows it.
@@ -163,22 +124,7 @@ impl Publisher {
         }
         let id = self.next_id;
         self.next_id += 1;
-        let mut subscriber = Subscriber {
-            id,
-            who,
-            out,
-            seq: 0,
-            unacked: VecDeque::new(),
-            queue: VecDeque::new(),
-            queued: HashSet::new(),
-            syncing: Some(Instant::now()),
-            head: None,
-            head_due: true,
-            received_ns: Vec::new(),
-            table_sent: 0,
-            table_acked: 0,
-            alive: true,
-        };
+        let mut subscriber = Subscriber::new(id, who, out);
         // A page that growth split off stands after the page it came from, and is to be there
         // before that one shrinks.
         for page in index.page_ids().rev() {
@@ -371,106 +317,4 @@ impl Publisher {
 /// better than none, until this one is complete.
 fn holds_back(head: &Head, who: &Subscribe) -> bool {
     !head.ready && who.epoch.is_some_and(|epoch| epoch != head.epoch)
-}
-
-impl Subscriber {
-    fn is_open(&self) -> bool {
-        self.alive && self.unacked.len() < WINDOW
-    }
-
-    fn has_work(&self) -> bool {
-        self.head_due || !self.queue.is_empty()
-    }
-
-    fn enqueue(&mut self, page: u32) {
-        if self.queued.insert(page) {
-            self.queue.push_back(Item::Page(page));
-        }
-    }
-
-    /// Moves what is queued into a batch, as far as it fits.
-    fn fill(&mut self, batch: &mut Pending, table: &[u8], version: u64, index: &mut Index) {
-        while let Some(item) = self.queue.front().copied() {
-            match item {
-                Item::Page(id) => {
-                    let bytes = index.page(id);
-                    if !batch.fits(bytes.len()) {
-                        return;
-                    }
-                    batch.push(&key::page(id), &bytes);
-                    self.queued.remove(&id);
-                }
-                Item::Table => {
-                    if !batch.fits(table.len()) {
-                        return;
-                    }
-                    batch.push(&key::TABLE, table);
-                    batch.table = Some(version);
-                    self.table_sent = version;
-                }
-            }
-            self.queue.pop_front();
-            self.head_due = true;
-        }
-    }
-
-    /// Ends a group of batches with the head.
-    fn end(&mut self, batch: &mut Pending, head: Head, is_clean: bool) {
-        // A level counts once all its pages are out.
-        let level = match self.head {
-            Some(before) if !is_clean => before.level,
-            _ => head.level,
-        };
-        let head = Head {
-            level,
-            table_version: self.table_sent,
-            ..head
-        };
-        batch.push(&key::HEAD, &head.encode());
-        batch.ends_sync = self.syncing.is_some() && self.queue.is_empty();
-        batch.received_ns = std::mem::take(&mut self.received_ns);
-        self.head = Some(head);
-        self.head_due = false;
-    }
-
-    fn send(&mut self, batch: Pending, metrics: &Metrics) {
-        self.seq += 1;
-        let writes = batch.writes.iter().map(|(key, value)| Write { key, value });
-        let message = wire::encode(&Batch {
-            seq: self.seq,
-            writes: writes.collect(),
-        });
-        metrics.batches.inc();
-        metrics.sent.inc_by(message.len() as u64);
-        self.unacked.push_back(Sent {
-            seq: self.seq,
-            table: batch.table,
-            received_ns: batch.received_ns,
-            ends_sync: batch.ends_sync,
-        });
-        // The channel holds a whole window: it is full or closed only when the stream is broken.
-        self.alive = self.out.try_send(message.into()).is_ok();
-    }
-}
-
-/// A batch that is being put together.
-#[derive(Debug, Default)]
-struct Pending {
-    writes: Vec<(Vec<u8>, Vec<u8>)>,
-    bytes: usize,
-    table: Option<u64>,
-    received_ns: Vec<u64>,
-    ends_sync: bool,
-}
-
-impl Pending {
-    /// Whether a value fits; the first one always does.
-    fn fits(&self, bytes: usize) -> bool {
-        self.writes.is_empty() || self.bytes + bytes <= BATCH_BYTES
-    }
-
-    fn push(&mut self, key: &[u8], value: &[u8]) {
-        self.bytes += key.len() + value.len();
-        self.writes.push((key.to_vec(), value.to_vec()));
-    }
 }

@@ -49,21 +49,25 @@ impl Counts {
     }
 
     pub(super) fn add(&mut self, applied: &Applied) {
-        let changes = [
-            ("stored", applied.stored),
-            ("duplicates", applied.duplicates),
-            ("removed", applied.removed),
-            ("unknown", applied.unknown),
-            ("orphaned", applied.orphaned),
-            ("adopted", applied.adopted),
-            ("orphans_dropped", applied.orphans_dropped),
-            ("renamed", applied.renamed),
-            ("collisions", applied.collisions),
-        ];
-        for (kind, blocks) in changes {
+        for (kind, blocks) in by_kind(applied) {
             *self.blocks.entry(kind).or_default() += u64::from(blocks);
         }
     }
+}
+
+/// Blocks of an event by what was done with them.
+pub(super) fn by_kind(applied: &Applied) -> [(&'static str, u32); 9] {
+    [
+        ("stored", applied.stored),
+        ("duplicate", applied.duplicates),
+        ("removed", applied.removed),
+        ("unknown", applied.unknown),
+        ("orphaned", applied.orphaned),
+        ("adopted", applied.adopted),
+        ("orphan_dropped", applied.orphans_dropped),
+        ("renamed", applied.renamed),
+        ("collision", applied.collisions),
+    ]
 }
 
 /// Answer of `/v1/index`.
