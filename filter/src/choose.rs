@@ -1,7 +1,7 @@
 //! Choosing a worker: overlaps from the pages, loads from the lanes, the decision, the booking.
 
 use kv_core::cost::Demand;
-use kv_core::decide::{self, Candidate, Record, Request};
+use kv_core::decide::{self, Candidate, Request, Scored};
 use kv_core::key;
 use kv_core::load::Load;
 use kv_core::overlap::Overlap;
@@ -23,9 +23,6 @@ const DEEPEST: usize = 64;
 /// In a larger pool: owners scored besides, at random.
 const SAMPLED: usize = 32;
 
-/// Longest decision header, in bytes.
-const MAX_RECORD: usize = 4096;
-
 /// A request to be routed.
 #[derive(Clone, Copy, Debug)]
 pub struct Ask<'a> {
@@ -46,8 +43,19 @@ pub struct Choice<'a> {
     pub reason: Reason,
     /// What was booked.
     pub booking: Option<Booking>,
-    /// The decision record as JSON, where it was asked for.
-    pub record: Option<String>,
+    /// What was weighed.
+    pub weighed: Weighed,
+}
+
+/// The candidates of a decision.
+#[derive(Debug, Default)]
+pub struct Weighed {
+    /// Size of the prompt.
+    pub demand: Demand,
+    /// All that were scored.
+    pub scored: Vec<Scored>,
+    /// Position of the chosen one.
+    pub chosen: Option<usize>,
 }
 
 /// Chooses workers. Reused between requests, which spares allocations.
@@ -74,7 +82,6 @@ impl Chooser {
         served: &Served<'a>,
         index: Option<Index>,
         ask: &Ask<'_>,
-        want_record: bool,
     ) -> Choice<'a> {
         let pool = served.pool;
         let mode = pool.policy.mode;
@@ -107,30 +114,22 @@ impl Chooser {
             turn,
         };
         let (scored, chosen) = decide::decide(&candidates, &request, &pool.policy, &mut self.rng);
-        let picked = chosen.and_then(|i| scored.get(i));
-        let Some(picked) = picked else {
-            let reason = Reason::NoOwner;
-            let record = Record::new(pool, reason.name(), demand, &scored, None);
-            return Choice {
-                endpoint: None,
-                reason,
-                booking: None,
-                record: want_record.then(|| json(record)).flatten(),
-            };
-        };
-        let candidate = &picked.candidate;
-        let prefill = demand.uncached_tokens(&candidate.overlap, &policy);
-        let booking = served
-            .lane(candidate.owner)
-            .map(|lane| Booking::new(host, lane, prefill, demand.blocks()));
-        let record = want_record
-            .then(|| json(Record::new(pool, reason.name(), demand, &scored, chosen)))
-            .flatten();
+        let picked = chosen.and_then(|i| scored.get(i)).map(|s| s.candidate);
+        let booking = picked.and_then(|candidate| {
+            let lane = served.lane(candidate.owner)?;
+            let prefill = demand.uncached_tokens(&candidate.overlap, &policy);
+            Some(Booking::new(host, lane, prefill, demand.blocks()))
+        });
+        let owner = picked.and_then(|candidate| served.owner(candidate.owner));
         Choice {
-            endpoint: served.owner(candidate.owner).map(|o| o.endpoint.as_str()),
-            reason,
+            endpoint: owner.map(|owner| owner.endpoint.as_str()),
+            reason: owner.map_or(Reason::NoOwner, |_| reason),
             booking,
-            record,
+            weighed: Weighed {
+                demand,
+                scored,
+                chosen,
+            },
         }
     }
 
@@ -175,7 +174,7 @@ impl Chooser {
                 .reader
                 .held()
                 .filter_map(|slot| {
-                    let owner = served.position(slot)?;
+                    let owner = served.owner_in(slot)?;
                     let depth = self.reader.overlap(slot).effective(policy);
                     accepting.binary_search(&owner).ok()?;
                     Some((depth, owner))
@@ -211,16 +210,5 @@ impl Chooser {
                 .lane(owner)
                 .map_or_else(Load::default, |lane| lane.load(host)),
         }
-    }
-}
-
-/// The record as JSON that fits a header, with fewer candidates if need be.
-fn json(mut record: Record<'_>) -> Option<String> {
-    loop {
-        let json = record.to_json();
-        if json.len() <= MAX_RECORD {
-            return Some(json);
-        }
-        record.candidates.pop()?;
     }
 }

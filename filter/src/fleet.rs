@@ -2,6 +2,7 @@
 
 use kv_core::hash::{Hashing, Seed};
 use kv_core::id::{Role, Slot};
+use kv_core::policy::Mode;
 use kv_core::scan::Scan;
 use kv_core::table::{Owner, Pool, Table};
 
@@ -35,6 +36,8 @@ struct Derived {
 pub struct Served<'a> {
     /// The pool.
     pub pool: &'a Pool,
+    /// Its position in the table.
+    pub position: usize,
     /// The adapter that the request named as its model.
     pub lora: &'a str,
     /// Whether the pool names the request's model.
@@ -62,8 +65,10 @@ impl Fleet {
                 }
                 derived.lanes.push(lane);
             }
-            let turns = labelled(TURNS, &[("pool", &pool.name)]);
-            derived.turns = host.define(MetricKind::Counter, &turns);
+            if pool.policy.mode == Mode::RoundRobin {
+                let turns = labelled(TURNS, &[("pool", &pool.name)]);
+                derived.turns = host.define(MetricKind::Counter, &turns);
+            }
             derived
         };
         let pools = table.pools.iter().map(&mut derive).collect();
@@ -76,6 +81,7 @@ impl Fleet {
         let served = self.table.serve(model)?;
         Some(Served {
             pool: self.table.pools.get(served.pool)?,
+            position: served.pool,
             lora: served.lora.unwrap_or_default(),
             known: served.known,
             derived: self.pools.get(served.pool)?,
@@ -106,7 +112,7 @@ impl<'a> Served<'a> {
 
     /// Position in [`Pool::owners`] of the owner in a slot.
     #[must_use]
-    pub fn position(&self, slot: Slot) -> Option<usize> {
+    pub fn owner_in(&self, slot: Slot) -> Option<usize> {
         let owners = &self.pool.owners;
         owners.binary_search_by_key(&slot, |owner| owner.slot).ok()
     }

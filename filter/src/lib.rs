@@ -9,7 +9,7 @@
 //!
 //! - [`host`]: everything that is asked of Envoy, behind one trait; `abi` implements it.
 //! - [`vm`]: what one VM is made of, and the callbacks that Envoy calls.
-//! - [`request`], [`hold`], [`choose`]: the life of a request.
+//! - [`request`], [`hold`], [`choose`], [`record`]: the life of a request.
 //! - [`world`], [`fleet`], [`lanes`]: pages, worker table and load as this VM sees them.
 //! - [`bridge`]: the one VM of a process that copies the sidecar's writes into shared data.
 //!
@@ -36,6 +36,7 @@ pub mod host;
 pub mod lanes;
 pub mod metrics;
 pub mod reason;
+pub mod record;
 pub mod request;
 pub mod vm;
 pub mod watchdog;

@@ -198,14 +198,17 @@ impl Metrics {
         }
     }
 
-    /// Sets the gauge of staleness.
-    pub fn stale(&mut self, host: &impl Host, stale: bool) {
+    /// Sets the gauge of staleness; `true` if no other VM of the process has done so already.
+    pub fn stale(&mut self, host: &impl Host, stale: bool) -> bool {
         if self.stale.is_none() {
             self.stale = host.define(MetricKind::Gauge, STALE);
         }
-        if let Some(id) = self.stale {
-            host.record(id, stale.into());
-        }
+        let Some(id) = self.stale else {
+            return true;
+        };
+        let before = host.metric(id);
+        host.record(id, stale.into());
+        before != Some(stale.into())
     }
 }
 

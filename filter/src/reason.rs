@@ -17,7 +17,7 @@ pub enum Reason {
     Stale,
     /// By load: the prompt is text.
     Text,
-    /// By load: the body holds no prompt that can be read as one list of token ids.
+    /// By load: the body holds no single list of token ids, or a salt that can't be read.
     NoPrompt,
     /// By load: the body is not JSON.
     BadJson,

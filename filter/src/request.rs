@@ -7,7 +7,9 @@
 //!
 //! Whatever happens, what a request booked is released when it is over, once.
 
-use kv_core::scan::{Prompt, Scan, Scanner};
+use std::rc::Rc;
+
+use kv_core::scan::{Field, Prompt, Scan, Scanner};
 
 use crate::choose::Ask;
 use crate::hold;
@@ -15,6 +17,7 @@ use crate::host::{Headers, Host};
 use crate::lanes::Booking;
 use crate::metrics::{Event, Fault, Timing};
 use crate::reason::Reason;
+use crate::record::Evidence;
 use crate::vm::{Action, Router};
 
 /// Names the worker; read by Envoy's `override_host` policy.
@@ -67,7 +70,7 @@ struct Held {
 #[derive(Debug, Default)]
 struct Routed {
     booking: Option<Booking>,
-    record: Option<String>,
+    evidence: Option<Evidence>,
 }
 
 /// What a body said about where to go.
@@ -110,7 +113,6 @@ impl Request {
             State::Routed(_) | State::Over => return Action::Continue,
         }
         let now_ns = router.host.now_ns();
-        router.refresh(now_ns);
         match self.hold(router, end, now_ns) {
             Ok(held) => {
                 self.state = State::Held(Box::new(held));
@@ -164,13 +166,15 @@ impl Request {
 
     /// Response headers have come.
     pub fn on_response_headers<H: Host>(&mut self, router: &mut Router<H>) {
-        if let State::Routed(Routed {
-            record: Some(record),
-            ..
-        }) = &self.state
-            && !router
-                .host
-                .set_header(Headers::Response, DECISION, record.as_bytes())
+        let State::Routed(routed) = &mut self.state else {
+            return;
+        };
+        let Some(record) = routed.evidence.take().and_then(|e| e.to_header()) else {
+            return;
+        };
+        if !router
+            .host
+            .set_header(Headers::Response, DECISION, record.as_bytes())
         {
             router.metrics.fault(&router.host, Fault::Header);
         }
@@ -207,10 +211,15 @@ impl Request {
         end: bool,
         now_ns: u64,
     ) -> Result<Held, Reason> {
-        let fleet = router.world.fleet().ok_or(Reason::NoTable)?;
         if end {
             return Err(Reason::Passed);
         }
+        // A table as of the last tick will do: the decision reads it again.
+        let fleet = router.world.fleet().or_else(|| {
+            router.refresh(now_ns);
+            router.world.fleet()
+        });
+        let fleet = fleet.ok_or(Reason::NoTable)?;
         let settings = fleet.table.settings;
         let hold = hold::judge(&router.host, settings.body_limit)?;
         if !router.watchdog.hold(&router.host, self.context, now_ns) {
@@ -239,10 +248,9 @@ impl Request {
             since_ns, part_ns, ..
         } = *held;
         let read = match cut {
-            Some(reason) => Read::nothing(reason),
+            Some(reason) => held.cut(reason),
             None => held.read(),
         };
-        router.refresh(part_ns);
         self.route(router, read, since_ns, part_ns);
     }
 
@@ -254,14 +262,18 @@ impl Request {
         since_ns: u64,
         part_ns: u64,
     ) {
+        router.refresh(part_ns);
         let mut routed = Routed::default();
         let fleet = router.world.fleet();
         let model = read.scan.model.value().map(String::as_str);
-        let served = fleet.as_ref().and_then(|fleet| fleet.serve(model));
+        let served = fleet.as_ref().and_then(|fleet| {
+            let served = fleet.serve(model)?;
+            Some((fleet, served))
+        });
         let (pool, reason) = match &served {
             None => (NO_POOL, Reason::NoTable),
-            Some(served) => {
-                if model.is_some() && !served.known {
+            Some((fleet, served)) => {
+                if read.scan.model != Field::Absent && !served.known {
                     router.metrics.count(&router.host, Event::UnknownModel, 1);
                 }
                 let salt = read.scan.cache_salt.value().map_or("", String::as_str);
@@ -276,22 +288,18 @@ impl Request {
                     hashes,
                 };
                 let index = router.world.index(part_ns);
-                let want = fleet
-                    .as_ref()
-                    .is_some_and(|fleet| fleet.table.settings.decision_header);
-                let choice = router.chooser.choose(
-                    &router.host,
-                    &mut router.metrics,
-                    served,
-                    index,
-                    &ask,
-                    want,
-                );
-                routed = Routed {
-                    booking: choice.booking,
-                    record: choice.record,
-                };
+                let choice =
+                    router
+                        .chooser
+                        .choose(&router.host, &mut router.metrics, served, index, &ask);
                 router.send_to(&served.pool.name, choice.endpoint);
+                routed.booking = choice.booking;
+                if fleet.table.settings.decision_header {
+                    let fleet = Rc::clone(fleet);
+                    let evidence =
+                        Evidence::new(fleet, served.position, choice.reason, choice.weighed);
+                    routed.evidence = Some(evidence);
+                }
                 (served.pool.name.as_str(), choice.reason)
             }
         };
@@ -340,16 +348,30 @@ impl Held {
         }
     }
 
+    /// What a body that was not read to its end said: at most the pool.
+    fn cut(&self, reason: Reason) -> Read {
+        let mut read = Read::nothing(reason);
+        read.scan.model = self.scanner.so_far().model.clone();
+        read
+    }
+
     /// What the complete body said.
     fn read(self) -> Read {
         let scan = self.scanner.finish();
         let (true, Ok(scan)) = (self.whole, scan) else {
             return Read::nothing(Reason::BadJson);
         };
+        let readable_salt = matches!(scan.cache_salt, Field::Absent | Field::Value(_));
         let (reason, tokens) = match &scan.prompt {
             Prompt::Tokens(tokens) => {
                 let count = u32::try_from(tokens.ids().len()).unwrap_or(u32::MAX);
-                (Reason::Kv, count)
+                // Hashed without its salt, a prompt would match what it can't use.
+                let reason = if readable_salt {
+                    Reason::Kv
+                } else {
+                    Reason::NoPrompt
+                };
+                (reason, count)
             }
             // At least that many, and an owner that gets them is busy.
             Prompt::TooManyTokens => (Reason::TooManyTokens, self.token_limit),

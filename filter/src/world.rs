@@ -88,16 +88,17 @@ impl World {
             return;
         }
         self.stale = stale;
-        metrics.stale(host, stale);
-        let told = if stale {
-            (
+        if !metrics.stale(host, stale) {
+            return;
+        }
+        if stale {
+            host.log(
                 Level::Warn,
                 "the sidecar has been silent for 5 s; the index ages",
-            )
+            );
         } else {
-            (Level::Info, "the sidecar is back")
-        };
-        host.log(told.0, told.1);
+            host.log(Level::Info, "the sidecar is back");
+        }
     }
 
     fn read_table(&mut self, host: &impl Host, metrics: &mut Metrics, lanes: &mut Lanes) {

@@ -45,7 +45,7 @@ const GROUP: u8 = 32;
 const LEVEL: u8 = 6;
 /// Blocks of stores that wait for their parent.
 const MAX_ORPHANS: usize = 1 << 18;
-/// How long changes are collected before their pages are written.
+/// Least time between two writes of pages; changes are collected meanwhile.
 const COALESCE: Duration = Duration::from_millis(1);
 /// Ticks look after deadlines, beats and saving.
 const TICK: Duration = Duration::from_millis(100);
@@ -124,6 +124,7 @@ pub struct Service {
     planes: Vec<Plane>,
     counts: report::Counts,
     requests: mpsc::Sender<WorkerId>,
+    flushed: Instant,
     flush_at: Option<Instant>,
     received_ns: Vec<u64>,
     saving: saving::Saving,
@@ -178,6 +179,7 @@ impl Service {
             planes,
             counts: report::Counts::default(),
             requests,
+            flushed: Instant::now(),
             flush_at: None,
             received_ns: Vec::new(),
             saving: saving::Saving::new(config.state_dir.as_deref().map(state::file)),
@@ -203,6 +205,11 @@ impl Service {
         let mut tick = 0_u32;
         loop {
             let flush_at = self.flush_at.filter(|_| self.publisher.wants_pages());
+            // Timers are late while events stream in: the clock decides.
+            if flush_at.is_some_and(|at| at <= Instant::now()) {
+                self.flush();
+                continue;
+            }
             tokio::select! {
                 biased;
                 () = cancel.cancelled() => break,
@@ -215,9 +222,8 @@ impl Service {
                 Some(arrival) = arrivals.recv() => self.arrived(arrival),
                 () = std::future::ready(()), if self.saving.is_under_way() => self.save_step(),
             }
-            let is_due = self.flush_at.is_none() && self.index.is_dirty();
-            if is_due {
-                self.flush_at = Some(Instant::now() + COALESCE);
+            if self.flush_at.is_none() && self.index.is_dirty() {
+                self.flush_at = Some(self.flushed + COALESCE);
             }
         }
         self.save_all().await;
@@ -314,7 +320,8 @@ impl Service {
 
     fn flush(&mut self) {
         self.flush_once();
-        self.flush_at = self.index.is_dirty().then(Instant::now);
+        self.flushed = Instant::now();
+        self.flush_at = self.index.is_dirty().then_some(self.flushed);
     }
 
     fn flush_once(&mut self) {
@@ -328,7 +335,7 @@ impl Service {
     }
 
     fn tick(&mut self, tick: u32) {
-        self.end_overdue_repairs();
+        self.look_after_repairs();
         self.check_ready();
         self.save_step();
         if tick.is_multiple_of(BEAT_TICKS) {

@@ -25,6 +25,9 @@ enum Command {
     Serve {
         #[command(flatten)]
         source: Source,
+        /// Folder for the files that Envoy watches, instead of `envoy` in the state folder.
+        #[arg(long)]
+        files: Option<PathBuf>,
         /// How log lines look.
         #[arg(long, env = "KV_ROUTER_LOG_FORMAT", value_enum, default_value = "text")]
         log_format: LogFormat,
@@ -89,10 +92,14 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> anyhow::Result<ExitCode> {
     match cli.command {
-        Command::Serve { source, log_format } => {
+        Command::Serve {
+            source,
+            files,
+            log_format,
+        } => {
             log(log_format);
             let config = source.load()?;
-            serve(&source, config)?;
+            serve(&source, files, config)?;
         }
         Command::Schema => print(&format!("{:#}\n", schema()))?,
         Command::Envoy {
@@ -113,7 +120,7 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
 }
 
 #[tokio::main]
-async fn serve(source: &Source, config: Config) -> anyhow::Result<()> {
+async fn serve(source: &Source, files: Option<PathBuf>, config: Config) -> anyhow::Result<()> {
     let cancel = CancellationToken::new();
     let signals = cancel.clone();
     let mut terminate = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
@@ -128,6 +135,7 @@ async fn serve(source: &Source, config: Config) -> anyhow::Result<()> {
     let source = serve::Source {
         file: source.config.clone(),
         layers: source.layers(),
+        envoy_files: files,
     };
     serve::run(config, source, cancel).await
 }

@@ -37,6 +37,8 @@ pub struct Source {
     pub file: PathBuf,
     /// What lies over it.
     pub layers: Vec<Layer>,
+    /// Folder for the files Envoy watches, instead of one in the state folder.
+    pub envoy_files: Option<PathBuf>,
 }
 
 /// Runs until cancelled.
@@ -49,14 +51,14 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
     let listener = tokio::net::TcpListener::bind(config.admin)
         .await
         .with_context(|| format!("can't listen on admin {}", config.admin))?;
-    let files = config
-        .state_dir
-        .is_some()
-        .then(|| Files::new(&config, None))
-        .transpose()?;
-    if let Some(files) = &files {
+    let files = if source.envoy_files.is_some() || config.state_dir.is_some() {
+        let files = Files::new(&config, source.envoy_files.clone())?;
         files.write(&config)?;
-    }
+        Some(files)
+    } else {
+        tracing::warn!("without state_dir nothing is saved and no files are written for envoy");
+        None
+    };
     let (arrivals, arrived) = mpsc::channel(ARRIVALS);
     let (control, controlled) = mpsc::channel(CONTROLS);
     let (requests, requested) = mpsc::channel(REQUESTS);

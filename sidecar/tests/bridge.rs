@@ -81,6 +81,19 @@ async fn a_newer_term_ends_the_older_stream_and_an_older_one_is_refused() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn shutting_down_ends_streams() {
+    let sidecar = Sidecar::start(TWO_WORKERS).await;
+    let mut bridge = Bridge::open(&sidecar.socket(), subscribe(1, 1))
+        .await
+        .unwrap();
+    bridge.until(|head| head.ready).await;
+    let stopping = tokio::spawn(sidecar.stop());
+    while bridge.next().await.is_some() {}
+    drop(bridge);
+    stopping.await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_speaks_otherwise_is_refused_and_counted() {
     let sidecar = Sidecar::start(TWO_WORKERS).await;
     let socket = sidecar.socket();

@@ -190,6 +190,24 @@ async fn a_restarted_engine_loses_what_it_held() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_engine_whose_ids_make_no_sense_is_not_asked_with_every_event() {
+    let nats = Nats::start().await;
+    let engine = Engine::start(&nats.url(), 1).await;
+    engine.answer(5, vec![vec![]]);
+    let sidecar = Sidecar::start(&config(&nats.url(), ONE)).await;
+    connected(&sidecar).await;
+    let started = std::time::Instant::now();
+    for _ in 0..200 {
+        engine.publish(3, removed(&[1])).await;
+    }
+    sidecar
+        .index("all have come", |i| i["planes"]["json"]["messages"] == 200)
+        .await;
+    let seconds = u32::try_from(started.elapsed().as_secs()).unwrap();
+    assert!(engine.asked() <= 2 + seconds, "{} times", engine.asked());
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn without_an_answer_live_events_go_on_and_the_owner_is_shown_as_partial() {
     let nats = Nats::start().await;
     let sidecar = Sidecar::start(&config(&nats.url(), ONE)).await;

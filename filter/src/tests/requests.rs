@@ -156,7 +156,8 @@ fn an_unannounced_long_body_is_routed_by_load_once_it_is_too_long() {
 
 #[test]
 fn bodies_without_usable_ids_are_routed_by_load_and_say_why() {
-    let cases: [(&[u8], &str); 9] = [
+    let cases: [(&[u8], &str); 10] = [
+        (br#"{"prompt": [1, 2], "cache_salt": 7}"#, "no_prompt"),
         (br#"{"prompt": "hello"}"#, "text"),
         (br#"{"prompt": [[1, 2], [3, 4]]}"#, "no_prompt"),
         (br#"{"prompt": 5}"#, "no_prompt"),
@@ -302,9 +303,35 @@ fn the_model_chooses_pool_and_hashing_wherever_its_key_stands() {
     });
     assert_eq!(load.iter().sum::<u64>(), 40);
     site.over(context);
-    assert_eq!(site.host.named("kv_router_unknown_model_total"), 0);
+    // A pool without a list of models takes any name; one with a list only serves others in need.
+    let unknown = "kv_router_unknown_model_total";
     site.complete(br#"{"model":"what","prompt":[1]}"#);
-    assert_eq!(site.host.named("kv_router_unknown_model_total"), 0);
+    assert_eq!(site.host.named(unknown), 0);
+    table.pools[0].models = vec!["small".into()];
+    table.version += 1;
+    site.publish(&table, &[]);
+    site.complete(br#"{"model":"what","prompt":[1]}"#);
+    site.complete(br#"{"prompt":[1]}"#);
+    assert_eq!(site.host.named(unknown), 1);
+    assert_eq!(site.host.text(Headers::Request, POOL).unwrap(), "default");
+}
+
+#[test]
+fn a_body_cut_for_its_length_still_reaches_the_pool_it_named() {
+    let mut table = table(2, Mode::Kv);
+    table.pools.push(Pool {
+        name: "large".into(),
+        models: vec!["big".into()],
+        owners: vec![owner(9)],
+        ..pool(0, Mode::Kv)
+    });
+    let mut site = Site::new();
+    site.publish(&table, &[]);
+    let (context, _) = site.post();
+    site.part(context, br#"{"model":"big","prompt":["#, false);
+    site.part(context, &[b' '; BODY_LIMIT], false);
+    assert_eq!(site.destination(), Some(endpoint(9)));
+    assert_eq!(site.routed("large", "too_long"), 1);
 }
 
 #[test]

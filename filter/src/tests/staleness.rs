@@ -26,12 +26,20 @@ fn wait(site: &mut Site, ms: u64) {
 fn a_silent_sidecar_is_told_once_and_its_index_fades() {
     let tokens = prompt(1, 100);
     let mut site = Site::new();
+    let mut other = site.beside();
     site.publish(&table(2, Mode::Kv), &[(0, Slot(1), &tokens)]);
+    other.vm.on_tick(ROOT);
     wait(&mut site, 4_900);
     assert!(!site.host.has_metric("kv_router_stale"));
     wait(&mut site, 20_000);
     assert_eq!(site.host.named("kv_router_stale"), 1);
+    other.vm.on_tick(ROOT);
     assert_eq!(site.host.logged(Level::Warn).len(), 1);
+    assert_eq!(
+        other.host.logged(Level::Warn).len(),
+        0,
+        "one line a process"
+    );
     let context = site.complete(&body(&tokens));
     assert_eq!(site.destination(), Some(endpoint(1)));
     assert_eq!(site.routed("default", "kv"), 1);

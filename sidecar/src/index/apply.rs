@@ -3,9 +3,10 @@
 use kv_core::event::{EventData, RouterEvent, SnapshotPart};
 use kv_core::id::WorkerId;
 use kv_core::index::Applied;
+use tokio::time::Instant;
 
 use super::cursor::{Cursor, Step};
-use super::repair::{Repair, Snapshot};
+use super::repair::{PAUSE, Repair, Snapshot};
 use super::report::by_kind;
 use super::{MAX_RECEIVED, Service};
 use crate::ingest::{Arrival, Decoded, NoSnapshot, Plane, Rejection, decode};
@@ -196,7 +197,22 @@ impl Service {
         let Some((_, worker)) = self.roster.worker(id) else {
             return;
         };
-        worker.repair = Some(Repair::new(restarted, worker.repair.take()));
+        let at = Instant::now();
+        let ask_at = worker.ask_from.map_or(at, |from| from.max(at));
+        worker.repair = Some(Repair::new(ask_at, restarted, worker.repair.take()));
+        self.ask(id);
+    }
+
+    /// Asks a worker for its snapshot, if it is time.
+    fn ask(&mut self, id: WorkerId) {
+        let Some((_, worker)) = self.roster.worker(id) else {
+            return;
+        };
+        let at = Instant::now();
+        if !worker.repair.as_mut().is_some_and(|repair| repair.asks(at)) {
+            return;
+        }
+        worker.ask_from = Some(at + PAUSE);
         if self.requests.try_send(id).is_err() {
             // One request to a worker at a time: there is room unless the source has stopped.
             self.end_repair(id, Err(NoSnapshot::Disconnected));
@@ -223,15 +239,19 @@ impl Service {
         }
     }
 
-    pub(super) fn end_overdue_repairs(&mut self) {
-        let at = tokio::time::Instant::now();
-        let overdue = |w: &mut super::roster::Worker| {
-            let is_overdue = w.repair.as_ref().is_some_and(|r| r.is_overdue(at));
-            is_overdue.then_some(w.config.id)
-        };
-        let overdue: Vec<_> = self.roster.workers().filter_map(overdue).collect();
-        for id in overdue {
-            self.end_repair(id, Err(NoSnapshot::Timeout));
+    /// Asks and gives up where it is time to.
+    pub(super) fn look_after_repairs(&mut self) {
+        let at = Instant::now();
+        let repairing = self.roster.workers().filter_map(|worker| {
+            let repair = worker.repair.as_ref()?;
+            Some((worker.config.id, repair.is_overdue(at)))
+        });
+        for (id, is_overdue) in repairing.collect::<Vec<_>>() {
+            if is_overdue {
+                self.end_repair(id, Err(NoSnapshot::Timeout));
+            } else {
+                self.ask(id);
+            }
         }
     }
 

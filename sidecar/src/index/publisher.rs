@@ -15,7 +15,6 @@ use kv_core::table::Table;
 use kv_core::wire::{Ack, Subscribe};
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::Instant;
 
 use super::subscriber::{Item, Pending, Subscriber};
 use crate::metrics::Metrics;

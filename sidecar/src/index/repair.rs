@@ -9,6 +9,9 @@ use crate::ingest::NoSnapshot;
 
 /// How long all parts may take.
 pub(super) const PATIENCE: Duration = Duration::from_secs(2);
+/// Least time between two requests to a worker: one whose ids make no sense is not asked for
+/// everything with each event.
+pub(super) const PAUSE: Duration = Duration::from_secs(1);
 /// Most parts of one snapshot.
 const MAX_PARTS: u32 = 1 << 14;
 /// Most blocks of one snapshot.
@@ -19,7 +22,8 @@ const MAX_HELD: usize = 1 << 20;
 /// A snapshot under way.
 #[derive(Debug)]
 pub(super) struct Repair {
-    deadline: Instant,
+    ask_at: Instant,
+    is_asked: bool,
     parts: Vec<Option<SnapshotPart>>,
     missing: usize,
     blocks: usize,
@@ -39,14 +43,16 @@ pub(super) struct Snapshot {
 }
 
 impl Repair {
-    /// A repair that begins; `held` are events held back by one that it replaces.
+    /// A repair that asks at a given time; it goes on with the events held back by one that it
+    /// replaces.
     #[must_use]
-    pub(super) fn new(restarted: bool, before: Option<Self>) -> Self {
+    pub(super) fn new(ask_at: Instant, restarted: bool, before: Option<Self>) -> Self {
         let (held, held_size, before) = before.map_or((Vec::new(), 0, false), |r| {
             (r.held, r.held_size, r.restarted)
         });
         Self {
-            deadline: Instant::now() + PATIENCE,
+            ask_at,
+            is_asked: false,
             parts: Vec::new(),
             missing: 0,
             blocks: 0,
@@ -106,7 +112,14 @@ impl Repair {
     /// Whether its time has run out.
     #[must_use]
     pub(super) fn is_overdue(&self, at: Instant) -> bool {
-        at >= self.deadline
+        at >= self.ask_at + PATIENCE
+    }
+
+    /// Whether it is time to ask; only once.
+    pub(super) fn asks(&mut self, at: Instant) -> bool {
+        let is_due = !self.is_asked && at >= self.ask_at;
+        self.is_asked |= is_due;
+        is_due
     }
 
     /// The events held back, in order.
@@ -146,7 +159,7 @@ mod tests {
 
     #[test]
     fn parts_in_any_order_make_a_snapshot() {
-        let mut repair = Repair::new(false, None);
+        let mut repair = Repair::new(Instant::now(), false, None);
         assert_eq!(repair.take(part(2, 3, 9)), Ok(None));
         assert_eq!(repair.take(part(0, 3, 9)), Ok(None));
         let snapshot = repair.take(part(1, 3, 9)).unwrap().unwrap();
@@ -156,12 +169,12 @@ mod tests {
     #[test]
     fn parts_that_contradict_each_other_are_refused() {
         for wrong in [part(0, 3, 9), part(1, 3, 8), part(1, 4, 9), part(3, 3, 9)] {
-            let mut repair = Repair::new(false, None);
+            let mut repair = Repair::new(Instant::now(), false, None);
             assert_eq!(repair.take(part(0, 3, 9)), Ok(None));
             assert_eq!(repair.take(wrong), Err(NoSnapshot::Malformed));
         }
         assert_eq!(
-            Repair::new(false, None).take(part(0, 0, 1)),
+            Repair::new(Instant::now(), false, None).take(part(0, 0, 1)),
             Err(NoSnapshot::Malformed)
         );
     }

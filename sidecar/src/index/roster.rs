@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 
 use kv_core::id::{DpRank, OwnerId, Slot, WorkerId};
 use kv_core::table;
+use tokio::time::Instant;
 
 use super::cursor::Cursor;
 use super::repair::Repair;
@@ -32,6 +33,8 @@ pub(super) struct Worker {
     pub(super) json: Cursor,
     /// Snapshot under way.
     pub(super) repair: Option<Repair>,
+    /// Before this it is not asked for a snapshot again.
+    pub(super) ask_from: Option<Instant>,
     /// Owners, by rank.
     pub(super) owners: Vec<Owner>,
 }
@@ -159,11 +162,13 @@ impl Pool {
                 let known = old.as_ref().and_then(|w| w.owner(id.rank));
                 owners.push(known.copied().unwrap_or_else(|| Owner::new(slot)));
             }
-            let (json, repair) = old.map_or_else(Default::default, |w| (w.json, w.repair));
+            let (json, repair, ask_from) =
+                old.map_or_else(Default::default, |w| (w.json, w.repair, w.ask_from));
             let worker = Worker {
                 config: *config,
                 json,
                 repair,
+                ask_from,
                 owners,
             };
             self.workers.insert(config.id, worker);

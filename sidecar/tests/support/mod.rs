@@ -140,6 +140,7 @@ impl Sidecar {
         let source = Source {
             file,
             layers: Vec::new(),
+            envoy_files: None,
         };
         let cancel = sidecar.cancel.clone();
         sidecar.task = Some(tokio::spawn(serve::run(config, source, cancel)));

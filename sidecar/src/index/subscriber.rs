@@ -1,0 +1,180 @@
+//! One Envoy that pages go to, and the batch that is being put together for it.
+
+use std::collections::{HashSet, VecDeque};
+
+use bytes::Bytes;
+use kv_core::head::Head;
+use kv_core::index::Index;
+use kv_core::key;
+use kv_core::wire::{self, BATCH_BYTES, Batch, Subscribe, WINDOW, Write};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+
+use crate::metrics::Metrics;
+
+/// Something to write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Item {
+    Page(u32),
+    Table,
+}
+
+/// A batch without its acknowledgement.
+#[derive(Debug)]
+pub(super) struct Sent {
+    pub(super) seq: u64,
+    /// Version of the table in it.
+    pub(super) table: Option<u64>,
+    /// When events that it makes visible were received, Unix nanoseconds.
+    pub(super) received_ns: Vec<u64>,
+    /// Whether it ends the full sync.
+    pub(super) ends_sync: bool,
+}
+
+/// An Envoy that is being fed.
+#[derive(Debug)]
+pub(super) struct Subscriber {
+    pub(super) id: u64,
+    pub(super) who: Subscribe,
+    pub(super) out: mpsc::Sender<Bytes>,
+    pub(super) seq: u64,
+    pub(super) unacked: VecDeque<Sent>,
+    pub(super) queue: VecDeque<Item>,
+    pub(super) queued: HashSet<u32>,
+    /// Since when it is being brought up to date for the first time.
+    pub(super) syncing: Option<Instant>,
+    /// Its head as last sent; `None` before the first.
+    pub(super) head: Option<Head>,
+    pub(super) head_due: bool,
+    pub(super) received_ns: Vec<u64>,
+    pub(super) table_sent: u64,
+    pub(super) table_acked: u64,
+    pub(super) alive: bool,
+}
+
+impl Subscriber {
+    pub(super) fn new(id: u64, who: Subscribe, out: mpsc::Sender<Bytes>) -> Self {
+        Self {
+            id,
+            who,
+            out,
+            seq: 0,
+            unacked: VecDeque::new(),
+            queue: VecDeque::new(),
+            queued: HashSet::new(),
+            syncing: Some(Instant::now()),
+            head: None,
+            head_due: true,
+            received_ns: Vec::new(),
+            table_sent: 0,
+            table_acked: 0,
+            alive: true,
+        }
+    }
+
+    pub(super) fn is_open(&self) -> bool {
+        self.alive && self.unacked.len() < WINDOW
+    }
+
+    pub(super) fn has_work(&self) -> bool {
+        self.head_due || !self.queue.is_empty()
+    }
+
+    pub(super) fn enqueue(&mut self, page: u32) {
+        if self.queued.insert(page) {
+            self.queue.push_back(Item::Page(page));
+        }
+    }
+
+    /// Moves what is queued into a batch, as far as it fits.
+    pub(super) fn fill(
+        &mut self,
+        batch: &mut Pending,
+        table: &[u8],
+        version: u64,
+        index: &mut Index,
+    ) {
+        while let Some(item) = self.queue.front().copied() {
+            match item {
+                Item::Page(id) => {
+                    let bytes = index.page(id);
+                    if !batch.fits(bytes.len()) {
+                        return;
+                    }
+                    batch.push(&key::page(id), &bytes);
+                    self.queued.remove(&id);
+                }
+                Item::Table => {
+                    if !batch.fits(table.len()) {
+                        return;
+                    }
+                    batch.push(&key::TABLE, table);
+                    batch.table = Some(version);
+                    self.table_sent = version;
+                }
+            }
+            self.queue.pop_front();
+            self.head_due = true;
+        }
+    }
+
+    /// Ends a group of batches with the head.
+    pub(super) fn end(&mut self, batch: &mut Pending, head: Head, is_clean: bool) {
+        // A level counts once all its pages are out.
+        let level = match self.head {
+            Some(before) if !is_clean => before.level,
+            _ => head.level,
+        };
+        let head = Head {
+            level,
+            table_version: self.table_sent,
+            ..head
+        };
+        batch.push(&key::HEAD, &head.encode());
+        batch.ends_sync = self.syncing.is_some() && self.queue.is_empty();
+        batch.received_ns = std::mem::take(&mut self.received_ns);
+        self.head = Some(head);
+        self.head_due = false;
+    }
+
+    pub(super) fn send(&mut self, batch: Pending, metrics: &Metrics) {
+        self.seq += 1;
+        let writes = batch.writes.iter().map(|(key, value)| Write { key, value });
+        let message = wire::encode(&Batch {
+            seq: self.seq,
+            writes: writes.collect(),
+        });
+        metrics.batches.inc();
+        metrics.sent.inc_by(message.len() as u64);
+        self.unacked.push_back(Sent {
+            seq: self.seq,
+            table: batch.table,
+            received_ns: batch.received_ns,
+            ends_sync: batch.ends_sync,
+        });
+        // The channel holds a whole window: it is full or closed only when the stream is broken.
+        self.alive = self.out.try_send(message.into()).is_ok();
+    }
+}
+
+/// A batch that is being put together.
+#[derive(Debug, Default)]
+pub(super) struct Pending {
+    writes: Vec<(Vec<u8>, Vec<u8>)>,
+    bytes: usize,
+    table: Option<u64>,
+    received_ns: Vec<u64>,
+    ends_sync: bool,
+}
+
+impl Pending {
+    /// Whether a value fits; the first one always does.
+    pub(super) fn fits(&self, bytes: usize) -> bool {
+        self.writes.is_empty() || self.bytes + bytes <= BATCH_BYTES
+    }
+
+    pub(super) fn push(&mut self, key: &[u8], value: &[u8]) {
+        self.bytes += key.len() + value.len();
+        self.writes.push((key.to_vec(), value.to_vec()));
+    }
+}
