@@ -8,6 +8,10 @@ pub const FORMAT: u8 = 1;
 pub const HEAD: [u8; 2] = [FORMAT, b'h'];
 /// The [`crate::table::Table`].
 pub const TABLE: [u8; 2] = [FORMAT, b't'];
+/// The [`crate::loads::Loads`] of this process.
+pub const LOADS: [u8; 2] = [FORMAT, b'c'];
+/// Number of the bridge's current stream: VMs report whole when it changes.
+pub const STREAM: [u8; 2] = [FORMAT, b's'];
 /// The bridge's lease ([`crate::lease`]).
 pub const LEASE: [u8; 2] = [FORMAT, b'l'];
 /// Time stamp of VMs that carry no traffic, the preferred bridges.
@@ -27,5 +31,5 @@ pub fn page(id: u32) -> [u8; 6] {
 /// Whether the publisher may write this key through the bridge.
 #[must_use]
 pub fn is_published(key: &[u8]) -> bool {
-    matches!(key, [FORMAT, b'h' | b't'] | [FORMAT, b'p', _, _, _, _])
+    matches!(key, [FORMAT, b'h' | b't' | b'c'] | [FORMAT, b'p', _, _, _, _])
 }

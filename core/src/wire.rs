@@ -6,8 +6,12 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Version of these messages.
-pub const PROTOCOL: u8 = 1;
+/// Version of these messages. Version 1 is the same without [`Up::Reports`] and [`Up::Lanes`].
+pub const PROTOCOL: u8 = 2;
+/// Oldest version that is understood.
+pub const OLDEST: u8 = 1;
+/// Envoy's shared queue in which VMs leave reports for the bridge.
+pub const QUEUE: &str = "kv_router_reports";
 /// gRPC service of the stream.
 pub const SERVICE: &str = "kv.router.v1.Bridge";
 /// gRPC method of the stream.
@@ -18,12 +22,16 @@ pub const WINDOW: usize = 4;
 pub const BATCH_BYTES: usize = 48 << 10;
 
 /// From the bridge to the sidecar.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Up {
     /// First message of a stream.
     Subscribe(Subscribe),
     /// A batch has been written.
     Ack(Ack),
+    /// Reports of VMs, each an encoded [`crate::report::Report`].
+    Reports(Vec<Vec<u8>>),
+    /// The lanes of all owners in use, as Envoy's gauges show them.
+    Lanes(Vec<crate::report::Sum>),
 }
 
 /// Who is talking, and what Envoy holds.
@@ -82,7 +90,7 @@ pub enum WireError {
     #[error("empty message")]
     Empty,
     /// Another protocol version.
-    #[error("protocol version {0}, expected {PROTOCOL}")]
+    #[error("protocol version {0}, expected {OLDEST} to {PROTOCOL}")]
     Version(u8),
     /// Bytes that don't decode.
     #[error("malformed message of {0} bytes")]
@@ -104,8 +112,20 @@ impl WireError {
 /// Version byte and message.
 #[must_use]
 pub fn encode<T: Serialize>(message: &T) -> Vec<u8> {
+    encode_for(PROTOCOL, message)
+}
+
+/// The message for a peer that speaks `version`, which must have the message.
+#[must_use]
+pub fn encode_for<T: Serialize>(version: u8, message: &T) -> Vec<u8> {
     // Serialising to a growing vector cannot fail for the types of this module.
-    postcard::to_extend(message, vec![PROTOCOL]).unwrap_or_default()
+    postcard::to_extend(message, vec![version]).unwrap_or_default()
+}
+
+/// Version of a message.
+#[must_use]
+pub fn version(bytes: &[u8]) -> Option<u8> {
+    bytes.first().copied()
 }
 
 /// The inverse of [`encode`].
@@ -115,7 +135,7 @@ pub fn encode<T: Serialize>(message: &T) -> Vec<u8> {
 pub fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Result<T, WireError> {
     match bytes.split_first() {
         None => Err(WireError::Empty),
-        Some((&PROTOCOL, rest)) => {
+        Some((OLDEST..=PROTOCOL, rest)) => {
             postcard::from_bytes(rest).map_err(|_| WireError::Malformed(bytes.len()))
         }
         Some((&version, _)) => Err(WireError::Version(version)),

@@ -1,0 +1,270 @@
+//! What the VMs of one Envoy process have added to its lanes, as reported.
+//!
+//! Per owner the lanes hold the sum over all VMs that ever ran in the process. A VM reports its own
+//! sums whole, so a lost report is made good by the next. A VM that falls silent keeps its last
+//! sums here for ever; whatever it added after them shows up as a difference between ledger and
+//! lanes once both have been quiet, and is then entered as well.
+
+use hashbrown::HashMap;
+
+use crate::load::Load;
+use crate::report::{OwnerKey, Report};
+
+/// How long neither lanes nor reports of an owner may have changed before a difference between
+/// them counts as a leak.
+const QUIET_MS: u64 = 2_000;
+
+/// Two lanes, modulo 2^64.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lanes {
+    /// Lane A.
+    pub a: u64,
+    /// Lane B.
+    pub b: u64,
+}
+
+impl Lanes {
+    /// The load they hold.
+    #[must_use]
+    pub fn load(&self) -> Load {
+        Load::from_lanes(self.a, self.b)
+    }
+
+    fn plus(self, other: Self) -> Self {
+        Self {
+            a: self.a.wrapping_add(other.a),
+            b: self.b.wrapping_add(other.b),
+        }
+    }
+
+    fn minus(self, other: Self) -> Self {
+        Self {
+            a: self.a.wrapping_sub(other.a),
+            b: self.b.wrapping_sub(other.b),
+        }
+    }
+}
+
+/// How a report follows the one before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Continuity {
+    /// It is the next one, or complete.
+    Next,
+    /// Reports before it were lost: steps are missing until a complete one comes.
+    Gap,
+    /// It came before.
+    Repeated,
+}
+
+#[derive(Debug, Default)]
+struct Vm {
+    sequence: u64,
+    heard_ms: u64,
+    sums: HashMap<OwnerKey, Lanes>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Owner {
+    /// Sums of VMs that are gone, and leaks found.
+    settled: Lanes,
+    /// Lanes as Envoy last showed them.
+    seen: Lanes,
+    /// Since when they, and the reports, are as they are.
+    quiet_since_ms: u64,
+}
+
+/// The ledger of one process.
+#[derive(Debug, Default)]
+pub struct Ledger {
+    vms: HashMap<u64, Vm>,
+    owners: HashMap<OwnerKey, Owner>,
+}
+
+impl Ledger {
+    /// Enters a report's sums. Says whether its steps may be applied.
+    pub fn report(&mut self, report: &Report, now_ms: u64) -> Continuity {
+        let vm = self.vms.entry(report.vm).or_default();
+        if report.sequence <= vm.sequence {
+            return Continuity::Repeated;
+        }
+        let is_next = report.sequence == vm.sequence + 1 || report.complete;
+        vm.sequence = report.sequence;
+        vm.heard_ms = now_ms;
+        for sum in &report.sums {
+            let lanes = Lanes { a: sum.a, b: sum.b };
+            if vm.sums.insert(sum.owner, lanes) != Some(lanes) {
+                self.owners.entry(sum.owner).or_default().quiet_since_ms = now_ms;
+            }
+        }
+        if is_next {
+            Continuity::Next
+        } else {
+            Continuity::Gap
+        }
+    }
+
+    /// What the lanes of an owner are known to hold.
+    #[must_use]
+    pub fn booked(&self, owner: &OwnerKey) -> Lanes {
+        let settled = self
+            .owners
+            .get(owner)
+            .map_or_else(Lanes::default, |o| o.settled);
+        let sums = self.vms.values().filter_map(|vm| vm.sums.get(owner));
+        sums.fold(settled, |sum, lanes| sum.plus(*lanes))
+    }
+
+    /// Compares with the lanes as Envoy shows them. Returns what was entered as leaked, if
+    /// anything.
+    pub fn compare(&mut self, owner: OwnerKey, seen: Lanes, now_ms: u64) -> Option<Lanes> {
+        let booked = self.booked(&owner);
+        let entry = self.owners.entry(owner).or_default();
+        if entry.seen != seen {
+            entry.seen = seen;
+            entry.quiet_since_ms = now_ms;
+            return None;
+        }
+        let is_quiet = now_ms.saturating_sub(entry.quiet_since_ms) >= QUIET_MS;
+        let leak = seen.minus(booked);
+        if !is_quiet || leak == Lanes::default() {
+            return None;
+        }
+        entry.settled = entry.settled.plus(leak);
+        Some(leak)
+    }
+
+    /// Settles VMs that were last heard before `before_ms`, and names them: their bookings are
+    /// nobody's.
+    pub fn retire(&mut self, before_ms: u64) -> Vec<u64> {
+        let mut retired = Vec::new();
+        for (id, vm) in self.vms.extract_if(|_, vm| vm.heard_ms < before_ms) {
+            for (owner, lanes) in vm.sums {
+                let entry = self.owners.entry(owner).or_default();
+                entry.settled = entry.settled.plus(lanes);
+            }
+            retired.push(id);
+        }
+        retired
+    }
+
+    /// VMs heard of.
+    pub fn vms(&self) -> impl Iterator<Item = u64> + '_ {
+        self.vms.keys().copied()
+    }
+
+    /// Owners that were ever booked on.
+    pub fn owners(&self) -> impl Iterator<Item = OwnerKey> + '_ {
+        self.owners.keys().copied()
+    }
+
+    /// Forgets owners that left the worker table.
+    pub fn keep(&mut self, mut is_known: impl FnMut(&OwnerKey) -> bool) {
+        self.owners.retain(|owner, _| is_known(owner));
+        for vm in self.vms.values_mut() {
+            vm.sums.retain(|owner, _| is_known(owner));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::id::OwnerId;
+    use crate::load::Leg;
+    use crate::report::Sum;
+
+    const OWNER: OwnerKey = OwnerKey {
+        pool: 0,
+        id: OwnerId { worker: 1, rank: 0 },
+    };
+
+    /// A VM and the gauges it shares with others.
+    struct Vm {
+        id: u64,
+        sequence: u64,
+        sum: Sum,
+    }
+
+    impl Vm {
+        fn new(id: u64) -> Self {
+            Self {
+                id,
+                sequence: 0,
+                sum: Sum::new(OWNER),
+            }
+        }
+
+        fn book(&mut self, gauges: &mut Lanes) -> Leg {
+            let (leg, delta) = Leg::book(100, 7);
+            self.add(delta, gauges);
+            leg
+        }
+
+        fn add(&mut self, delta: crate::load::Delta, gauges: &mut Lanes) {
+            self.sum.add(delta);
+            gauges.a = gauges.a.wrapping_add_signed(delta.a);
+            gauges.b = gauges.b.wrapping_add_signed(delta.b);
+        }
+
+        fn report(&mut self) -> Report {
+            self.sequence += 1;
+            Report {
+                vm: self.id,
+                sequence: self.sequence,
+                sums: vec![self.sum],
+                ..Report::default()
+            }
+        }
+    }
+
+    #[test]
+    fn reported_sums_equal_the_lanes_though_reports_are_lost_or_repeated() {
+        let (mut ledger, mut gauges) = (Ledger::default(), Lanes::default());
+        let (mut one, mut two) = (Vm::new(1), Vm::new(2));
+        let mut leg = one.book(&mut gauges);
+        two.book(&mut gauges);
+        let first = one.report();
+        assert_eq!(ledger.report(&first, 0), Continuity::Next);
+        assert_eq!(ledger.report(&first, 1), Continuity::Repeated);
+        assert_eq!(ledger.report(&two.report(), 2), Continuity::Next);
+        assert_eq!(ledger.booked(&OWNER), gauges);
+        one.add(leg.first_token(), &mut gauges);
+        one.report();
+        one.add(leg.release(), &mut gauges);
+        assert_eq!(ledger.report(&one.report(), 3), Continuity::Gap);
+        assert_eq!(ledger.booked(&OWNER), gauges);
+        assert_eq!(ledger.booked(&OWNER).load().waiting, 1);
+    }
+
+    #[test]
+    fn a_dead_vm_keeps_its_sums_and_its_unreported_rest_is_found() {
+        let (mut ledger, mut gauges) = (Ledger::default(), Lanes::default());
+        let mut vm = Vm::new(1);
+        vm.book(&mut gauges);
+        ledger.report(&vm.report(), 0);
+        vm.book(&mut gauges);
+        assert_eq!(ledger.retire(1), [1]);
+        assert_eq!(ledger.booked(&OWNER).load().waiting, 1);
+        // The lanes show one more; it counts once all has been quiet for a while.
+        assert_eq!(ledger.compare(OWNER, gauges, 1_000), None);
+        assert_eq!(ledger.compare(OWNER, gauges, 2_000), None);
+        let leak = ledger.compare(OWNER, gauges, 3_000).unwrap();
+        assert_eq!(leak.load().waiting, 1);
+        assert_eq!(ledger.booked(&OWNER), gauges);
+        assert_eq!(ledger.compare(OWNER, gauges, 9_000), None);
+    }
+
+    #[test]
+    fn traffic_is_never_taken_for_a_leak() {
+        let (mut ledger, mut gauges) = (Ledger::default(), Lanes::default());
+        let mut vm = Vm::new(1);
+        for now_ms in (0..20_000).step_by(500) {
+            let mut leg = vm.book(&mut gauges);
+            // Shown before it is reported.
+            assert_eq!(ledger.compare(OWNER, gauges, now_ms), None);
+            ledger.report(&vm.report(), now_ms);
+            vm.add(leg.release(), &mut gauges);
+            ledger.report(&vm.report(), now_ms);
+        }
+    }
+}

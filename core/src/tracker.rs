@@ -1,0 +1,517 @@
+//! The true load: every booking of every proxy, and what they add up to per owner.
+//!
+//! Blocks are counted once per owner however many requests share them; requests and prefill
+//! tokens are sums. Everything is synchronous; ids and time are arguments.
+
+use hashbrown::HashMap;
+
+use crate::report::OwnerKey;
+
+/// Who made a booking, and its number there: a filter VM, another router, the select service.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BookingId {
+    /// The source.
+    pub source: u64,
+    /// The request.
+    pub request: u64,
+}
+
+/// A booking as the tracker keeps it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Booking {
+    /// Prompt tokens to compute; none once the first token has come.
+    pub prefill_tokens: u32,
+    /// Whether the first token has come.
+    pub decoding: bool,
+    /// Sequence hashes of its blocks.
+    pub hashes: Vec<u64>,
+    /// Blocks whose hashes are not known: nobody shares them.
+    pub private_blocks: u32,
+}
+
+/// The load of an owner.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ActiveLoad {
+    /// Prompt tokens still to be prefilled.
+    pub prefill_tokens: u64,
+    /// Requests without a first token.
+    pub waiting: u32,
+    /// Requests past their first token.
+    pub decoding: u32,
+    /// Distinct blocks in use.
+    pub blocks: u64,
+}
+
+#[derive(Debug, Default)]
+struct Owner {
+    load: ActiveLoad,
+    /// Requests by block in use.
+    blocks: HashMap<u64, u32>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    owner: OwnerKey,
+    booking: Booking,
+    touched_ms: u64,
+}
+
+/// Which parts of the load count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Tracking {
+    /// Prefill tokens (`--router-track-prefill-tokens`).
+    pub prefill_tokens: bool,
+    /// Blocks (`--router-track-active-blocks`).
+    pub active_blocks: bool,
+    /// Whether requests share blocks (`--router-assume-kv-reuse`).
+    pub kv_reuse: bool,
+}
+
+impl Default for Tracking {
+    fn default() -> Self {
+        Self {
+            prefill_tokens: true,
+            active_blocks: true,
+            kv_reuse: true,
+        }
+    }
+}
+
+/// A booking that was not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TrackError {
+    /// The id is in use.
+    #[error("request {0} is booked already")]
+    Duplicate(u64),
+    /// Too many bookings.
+    #[error("{0} requests are booked already")]
+    Full(usize),
+}
+
+impl TrackError {
+    /// Label for metrics.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Duplicate(_) => "duplicate",
+            Self::Full(_) => "full",
+        }
+    }
+}
+
+/// All bookings.
+#[derive(Debug)]
+pub struct Tracker {
+    entries: HashMap<BookingId, Entry>,
+    owners: HashMap<OwnerKey, Owner>,
+    tracking: Tracking,
+    capacity: usize,
+}
+
+impl Tracker {
+    /// A tracker of at most `capacity` bookings.
+    #[must_use]
+    pub fn new(tracking: Tracking, capacity: usize) -> Self {
+        Self {
+            entries: HashMap::new(),
+            owners: HashMap::new(),
+            tracking,
+            capacity,
+        }
+    }
+
+    /// Books a request.
+    ///
+    /// # Errors
+    /// When its id is in use, or too many are booked.
+    pub fn book(
+        &mut self,
+        id: BookingId,
+        owner: OwnerKey,
+        mut booking: Booking,
+        now_ms: u64,
+    ) -> Result<(), TrackError> {
+        if self.entries.contains_key(&id) {
+            return Err(TrackError::Duplicate(id.request));
+        }
+        if self.entries.len() >= self.capacity {
+            return Err(TrackError::Full(self.capacity));
+        }
+        if !self.tracking.prefill_tokens || booking.decoding {
+            booking.prefill_tokens = 0;
+        }
+        if !self.tracking.active_blocks {
+            booking.hashes = Vec::new();
+            booking.private_blocks = 0;
+        }
+        if !self.tracking.kv_reuse {
+            let blocks = u32::try_from(booking.hashes.len()).unwrap_or(u32::MAX);
+            booking.private_blocks = booking.private_blocks.saturating_add(blocks);
+            booking.hashes = Vec::new();
+        }
+        self.owners.entry(owner).or_default().add(&booking);
+        let entry = Entry {
+            owner,
+            booking,
+            touched_ms: now_ms,
+        };
+        self.entries.insert(id, entry);
+        Ok(())
+    }
+
+    /// The request goes to another owner. Whether it is booked.
+    pub fn relocate(&mut self, id: &BookingId, to: OwnerKey, now_ms: u64) -> bool {
+        self.change(id, now_ms, |entry, owners| {
+            release(owners, entry);
+            entry.owner = to;
+            owners.entry(to).or_default().add(&entry.booking);
+        })
+    }
+
+    /// The first token has come: prefill is done. Whether it is booked.
+    pub fn first_token(&mut self, id: &BookingId, now_ms: u64) -> bool {
+        self.change(id, now_ms, |entry, owners| {
+            release(owners, entry);
+            entry.booking.prefill_tokens = 0;
+            entry.booking.decoding = true;
+            owners.entry(entry.owner).or_default().add(&entry.booking);
+        })
+    }
+
+    /// The answer has grown by complete blocks of its own. Whether it is booked.
+    pub fn grow(&mut self, id: &BookingId, blocks: u32, now_ms: u64) -> bool {
+        self.change(id, now_ms, |entry, owners| {
+            release(owners, entry);
+            let private = &mut entry.booking.private_blocks;
+            *private = private.saturating_add(blocks);
+            owners.entry(entry.owner).or_default().add(&entry.booking);
+        })
+    }
+
+    fn change(
+        &mut self,
+        id: &BookingId,
+        now_ms: u64,
+        step: impl FnOnce(&mut Entry, &mut HashMap<OwnerKey, Owner>),
+    ) -> bool {
+        let Some(entry) = self.entries.get_mut(id) else {
+            return false;
+        };
+        entry.touched_ms = now_ms;
+        step(entry, &mut self.owners);
+        true
+    }
+
+    /// The request is over. Whether it was booked.
+    pub fn free(&mut self, id: &BookingId) -> bool {
+        let entry = self.entries.remove(id);
+        entry.is_some_and(|entry| {
+            release(&mut self.owners, &entry);
+            true
+        })
+    }
+
+    /// Frees every booking of a source for which `keep` is false, and returns how many.
+    pub fn retain(&mut self, source: u64, mut keep: impl FnMut(u64) -> bool) -> usize {
+        let owners = &mut self.owners;
+        let before = self.entries.len();
+        self.entries.retain(|id, entry| {
+            let stays = id.source != source || keep(id.request);
+            if !stays {
+                release(owners, entry);
+            }
+            stays
+        });
+        before - self.entries.len()
+    }
+
+    /// Frees bookings without any step since `before_ms`, and returns how many.
+    pub fn expire(&mut self, before_ms: u64) -> usize {
+        let owners = &mut self.owners;
+        let before = self.entries.len();
+        self.entries.retain(|_, entry| {
+            let stays = entry.touched_ms >= before_ms;
+            if !stays {
+                release(owners, entry);
+            }
+            stays
+        });
+        before - self.entries.len()
+    }
+
+    /// The load of an owner.
+    #[must_use]
+    pub fn load(&self, owner: &OwnerKey) -> ActiveLoad {
+        self.owners
+            .get(owner)
+            .map_or_else(ActiveLoad::default, |o| o.load)
+    }
+
+    /// Owners with load.
+    pub fn loads(&self) -> impl Iterator<Item = (OwnerKey, ActiveLoad)> + '_ {
+        self.owners.iter().map(|(key, owner)| (*key, owner.load))
+    }
+
+    /// How many leading blocks of a prompt are in use on an owner.
+    #[must_use]
+    pub fn shared_blocks(&self, owner: &OwnerKey, prompt: &[u64]) -> usize {
+        let Some(owner) = self.owners.get(owner) else {
+            return 0;
+        };
+        let in_use = prompt
+            .iter()
+            .take_while(|hash| owner.blocks.contains_key(*hash));
+        in_use.count()
+    }
+
+    /// Requests that use each block of an owner.
+    pub fn blocks_in_use(&self, owner: &OwnerKey) -> impl Iterator<Item = (u64, u32)> + '_ {
+        let blocks = self.owners.get(owner).map(|o| &o.blocks);
+        blocks
+            .into_iter()
+            .flatten()
+            .map(|(hash, uses)| (*hash, *uses))
+    }
+
+    /// Bookings.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.entries.len()
+    }
+
+    /// Whether nothing is booked.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+}
+
+/// Takes a booking off its owner; an owner without load is forgotten.
+fn release(owners: &mut HashMap<OwnerKey, Owner>, entry: &Entry) {
+    if let Some(owner) = owners.get_mut(&entry.owner) {
+        owner.subtract(&entry.booking);
+        if owner.load == ActiveLoad::default() {
+            owners.remove(&entry.owner);
+        }
+    }
+}
+
+impl Owner {
+    fn add(&mut self, booking: &Booking) {
+        self.load.prefill_tokens += u64::from(booking.prefill_tokens);
+        self.load.blocks += u64::from(booking.private_blocks);
+        *self.requests(booking) += 1;
+        for hash in &booking.hashes {
+            let uses = self.blocks.entry(*hash).or_default();
+            self.load.blocks += u64::from(*uses == 0);
+            *uses += 1;
+        }
+    }
+
+    /// The inverse of [`Owner::add`].
+    fn subtract(&mut self, booking: &Booking) {
+        self.load.prefill_tokens -= u64::from(booking.prefill_tokens);
+        self.load.blocks -= u64::from(booking.private_blocks);
+        *self.requests(booking) -= 1;
+        for hash in &booking.hashes {
+            if let Some(uses) = self.blocks.get_mut(hash) {
+                *uses -= 1;
+                if *uses == 0 {
+                    self.blocks.remove(hash);
+                    self.load.blocks -= 1;
+                }
+            }
+        }
+    }
+
+    fn requests(&mut self, booking: &Booking) -> &mut u32 {
+        if booking.decoding {
+            &mut self.load.decoding
+        } else {
+            &mut self.load.waiting
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use super::*;
+    use crate::id::OwnerId;
+    use crate::rng::Rng;
+
+    fn owner(worker: u64) -> OwnerKey {
+        OwnerKey {
+            pool: 0,
+            id: OwnerId { worker, rank: 0 },
+        }
+    }
+
+    fn id(request: u64) -> BookingId {
+        BookingId {
+            source: request % 3,
+            request,
+        }
+    }
+
+    fn booking(prefill_tokens: u32, hashes: &[u64]) -> Booking {
+        Booking {
+            prefill_tokens,
+            hashes: hashes.to_vec(),
+            ..Booking::default()
+        }
+    }
+
+    #[test]
+    fn shared_blocks_count_once() {
+        let mut tracker = Tracker::new(Tracking::default(), 10);
+        tracker
+            .book(id(1), owner(7), booking(64, &[1, 2, 3]), 0)
+            .unwrap();
+        tracker
+            .book(id(2), owner(7), booking(32, &[1, 2, 9]), 0)
+            .unwrap();
+        let load = ActiveLoad {
+            prefill_tokens: 96,
+            waiting: 2,
+            decoding: 0,
+            blocks: 4,
+        };
+        assert_eq!(tracker.load(&owner(7)), load);
+        assert_eq!(tracker.shared_blocks(&owner(7), &[1, 2, 3, 4]), 3);
+        assert!(tracker.first_token(&id(1), 5));
+        assert!(tracker.free(&id(2)));
+        let load = ActiveLoad {
+            prefill_tokens: 0,
+            waiting: 0,
+            decoding: 1,
+            blocks: 3,
+        };
+        assert_eq!(tracker.load(&owner(7)), load);
+        assert!(!tracker.free(&id(2)));
+    }
+
+    #[test]
+    fn ids_are_unique_and_bookings_bounded() {
+        let mut tracker = Tracker::new(Tracking::default(), 1);
+        tracker.book(id(1), owner(7), booking(1, &[]), 0).unwrap();
+        let twice = tracker.book(id(1), owner(7), booking(1, &[]), 0);
+        assert_eq!(twice, Err(TrackError::Duplicate(1)));
+        let over = tracker.book(id(2), owner(7), booking(1, &[]), 0);
+        assert_eq!(over, Err(TrackError::Full(1)));
+    }
+
+    #[test]
+    fn what_is_not_tracked_does_not_count() {
+        let all_off = Tracking {
+            prefill_tokens: false,
+            active_blocks: false,
+            kv_reuse: true,
+        };
+        let mut tracker = Tracker::new(all_off, 9);
+        tracker.book(id(1), owner(7), booking(64, &[1]), 0).unwrap();
+        let load = ActiveLoad {
+            waiting: 1,
+            ..ActiveLoad::default()
+        };
+        assert_eq!(tracker.load(&owner(7)), load);
+        let mut tracker = Tracker::new(
+            Tracking {
+                kv_reuse: false,
+                ..Tracking::default()
+            },
+            9,
+        );
+        tracker
+            .book(id(1), owner(7), booking(0, &[1, 2]), 0)
+            .unwrap();
+        tracker
+            .book(id(2), owner(7), booking(0, &[1, 2]), 0)
+            .unwrap();
+        assert_eq!(tracker.load(&owner(7)).blocks, 4);
+    }
+
+    /// Bookings kept the obvious way: load is what they add up to.
+    fn naive(bookings: &BTreeMap<u64, (u64, Booking)>) -> BTreeMap<u64, ActiveLoad> {
+        let mut loads: BTreeMap<u64, (ActiveLoad, BTreeSet<u64>)> = BTreeMap::new();
+        for (worker, booking) in bookings.values() {
+            let (load, blocks) = loads.entry(*worker).or_default();
+            load.prefill_tokens += u64::from(booking.prefill_tokens);
+            load.waiting += u32::from(!booking.decoding);
+            load.decoding += u32::from(booking.decoding);
+            load.blocks += u64::from(booking.private_blocks);
+            blocks.extend(&booking.hashes);
+        }
+        let total = |(worker, (mut load, blocks)): (u64, (ActiveLoad, BTreeSet<u64>))| {
+            load.blocks += blocks.len() as u64;
+            (worker, load)
+        };
+        loads.into_iter().map(total).collect()
+    }
+
+    #[test]
+    fn load_is_what_the_bookings_add_up_to_over_random_histories() {
+        for seed in 0..50 {
+            let mut rng = Rng::new(seed);
+            let mut tracker = Tracker::new(Tracking::default(), 1000);
+            let mut bookings: BTreeMap<u64, (u64, Booking)> = BTreeMap::new();
+            for step in 0..500 {
+                let request = rng.below(40) as u64;
+                let worker = rng.below(4) as u64;
+                match rng.below(7) {
+                    0..3 => {
+                        let hashes: Vec<u64> = (0..rng.below(6) as u64).collect();
+                        let booking = booking(rng.below(100) as u32, &hashes);
+                        let booked =
+                            tracker.book(id(request), owner(worker), booking.clone(), step);
+                        assert_eq!(booked.is_ok(), !bookings.contains_key(&request));
+                        bookings.entry(request).or_insert((worker, booking));
+                    }
+                    3 => {
+                        tracker.first_token(&id(request), step);
+                        if let Some((_, booking)) = bookings.get_mut(&request) {
+                            booking.prefill_tokens = 0;
+                            booking.decoding = true;
+                        }
+                    }
+                    4 => {
+                        tracker.relocate(&id(request), owner(worker), step);
+                        if let Some((at, _)) = bookings.get_mut(&request) {
+                            *at = worker;
+                        }
+                    }
+                    5 => {
+                        tracker.grow(&id(request), 2, step);
+                        if let Some((_, booking)) = bookings.get_mut(&request) {
+                            booking.private_blocks += 2;
+                        }
+                    }
+                    _ => {
+                        tracker.free(&id(request));
+                        bookings.remove(&request);
+                    }
+                }
+                let seen = tracker.loads().map(|(key, load)| (key.id.worker, load));
+                assert_eq!(seen.collect::<BTreeMap<_, _>>(), naive(&bookings));
+            }
+            let expired = tracker.expire(u64::MAX);
+            assert_eq!(expired, bookings.len());
+            assert_eq!(tracker.loads().count(), 0);
+        }
+    }
+
+    #[test]
+    fn a_source_keeps_only_what_it_claims() {
+        let mut tracker = Tracker::new(Tracking::default(), 100);
+        for request in 0..9 {
+            tracker
+                .book(id(request), owner(1), booking(1, &[]), request)
+                .unwrap();
+        }
+        assert_eq!(tracker.retain(1, |request| request == 4), 2);
+        assert_eq!(tracker.load(&owner(1)).waiting, 7);
+        assert_eq!(tracker.expire(3), 2);
+        assert_eq!(tracker.len(), 5);
+    }
+}
