@@ -18,8 +18,6 @@ pub const LEASE: [u8; 2] = [FORMAT, b'l'];
 pub const IDLE: [u8; 2] = [FORMAT, b'i'];
 /// Nonce of the Envoy process, written by the first VM.
 pub const PROCESS: [u8; 2] = [FORMAT, b'n'];
-/// Counter that numbers the VMs of a process.
-pub const VMS: [u8; 2] = [FORMAT, b'v'];
 
 /// Key of a page.
 #[must_use]

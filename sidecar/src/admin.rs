@@ -7,8 +7,9 @@ mod load;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use axum::extract::{DefaultBodyLimit, State};
+use axum::extract::{ConnectInfo, DefaultBodyLimit, Request, State};
 use axum::http::{StatusCode, header};
+use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -60,19 +61,35 @@ impl Admin {
     }
 }
 
-/// The routes.
+/// The routes. `/v1` shows content, so it answers only peers on this machine; serve it with
+/// connection info.
 pub fn router(admin: Admin) -> Router {
+    let content = Router::new()
+        .route("/v1/workers", get(workers))
+        .route("/v1/index", get(index))
+        .route("/v1/explain", post(explain::explain))
+        .route_layer(from_fn(only_local));
     Router::new()
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
-        .route("/v1/workers", get(workers))
-        .route("/v1/index", get(index))
-        .route("/v1/explain", post(explain::explain))
+        .merge(content)
         .fallback(async || AdminError::NoSuchPath)
         .method_not_allowed_fallback(async || AdminError::WrongMethod)
         .layer(DefaultBodyLimit::max(LONGEST_BODY))
         .with_state(admin)
+}
+
+async fn only_local(
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
+    request: Request,
+    next: Next,
+) -> Result<Response, AdminError> {
+    if peer.ip().to_canonical().is_loopback() {
+        Ok(next.run(request).await)
+    } else {
+        Err(AdminError::NotLocal)
+    }
 }
 
 async fn ready(State(admin): State<Admin>) -> Result<Response, AdminError> {

@@ -171,7 +171,7 @@ impl Config {
         differs("state_dir", self.state_dir != next.state_dir);
         differs("filter_wasm", self.filter_wasm != next.filter_wasm);
         differs("nats", self.nats != next.nats);
-        let pools = "pools: their names, order and kv_cache_block_size";
+        let pools = "pools: their names, order, kv_cache_block_size and kv_events";
         differs(pools, self.shape() != next.shape());
         keys
     }
@@ -191,8 +191,10 @@ impl Config {
         }
     }
 
-    fn shape(&self) -> Vec<(&str, u32)> {
+    fn shape(&self) -> Vec<(&str, u32, bool)> {
         let pools = self.pools.iter();
-        pools.map(|p| (p.name.as_str(), p.block_size)).collect()
+        pools
+            .map(|p| (p.name.as_str(), p.block_size, p.kv_events))
+            .collect()
     }
 }

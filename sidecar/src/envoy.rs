@@ -17,7 +17,7 @@ pub const SIDECAR_CLUSTER: &str = "kv_router_sidecar";
 /// Name of the filter, its extension configuration, root id and VM id.
 pub const FILTER: &str = "kv_router";
 /// Labels in the names of the filter's metrics.
-pub const LABELS: [&str; 4] = ["pool", "reason", "worker", "kind"];
+pub const LABELS: [&str; 3] = ["pool", "reason", "kind"];
 /// Type of the filter's configuration.
 const WASM_TYPE: &str = "type.googleapis.com/envoy.extensions.filters.http.wasm.v3.Wasm";
 /// Requests, connections and retries that a cluster takes at a time.

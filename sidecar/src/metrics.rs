@@ -84,8 +84,11 @@ metrics! {
     blocks: Gauge = Gauge::default(), "index_blocks", None, "Distinct blocks";
     /// `kv_router_index_owner_blocks`: blocks counted once for each owner.
     owner_blocks: Gauge = Gauge::default(), "index_owner_blocks", None, "Blocks times owners";
-    /// `kv_router_index_orphans`: stores that wait for their parent.
-    orphans: Gauge = Gauge::default(), "index_orphans", None, "Stores waiting for their parent";
+    /// `kv_router_index_orphans`: blocks of stores that wait for their parent.
+    orphans: Gauge = Gauge::default(), "index_orphans", None, "Blocks waiting for their parent";
+    /// `kv_router_index_left_out_units`: units that did not fit into their page; above 0 some
+    /// overlaps are seen too short.
+    left_out_units: Gauge = Gauge::default(), "index_left_out_units", None, "Units that did not fit into their page";
     /// `kv_router_index_pages`: pages, each a key in Envoy's shared data.
     pages: Gauge = Gauge::default(), "index_pages", None, "Pages";
     /// `kv_router_nats_connected`: 1 while connected. At 0 the index ages.
@@ -98,7 +101,7 @@ metrics! {
     /// `kv_router_bridge_subscribers`: Envoys that are being fed.
     subscribers: Gauge = Gauge::default(), "bridge_subscribers", None, "Envoys being fed";
     /// `kv_router_bridge_subscriptions_total{kind}`: streams opened, kind `accepted` or why refused:
-    /// `version`, `format`, `term`, `malformed`, `empty`, `silent`.
+    /// `version`, `format`, `term`, `too_many`, `malformed`, `empty`, `silent`.
     subscriptions: Family<Kind, Counter> = Family::default(), "bridge_subscriptions", None, "Streams opened";
     /// `kv_router_bridge_batches_total`: batches sent.
     batches: Counter = Counter::default(), "bridge_batches", None, "Batches sent";

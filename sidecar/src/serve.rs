@@ -93,6 +93,7 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
     ));
     let admin_cancel = cancel.clone();
     tasks.spawn(async move {
+        let app = app.into_make_service_with_connect_info::<std::net::SocketAddr>();
         axum::serve(listener, app)
             .with_graceful_shutdown(admin_cancel.cancelled_owned())
             .await

@@ -3,6 +3,7 @@
 //! File: `KVRSTATE`, version u8, XXH3-64 of the payload as u64 LE, payload (postcard of [`State`]).
 
 use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use kv_core::id::OwnerId;
@@ -130,24 +131,30 @@ pub fn save(file: &Path, state: &State) -> Result<(), StateError> {
     })?;
     let sum = xxh3_64(&bytes[HEADER..]).to_le_bytes();
     bytes[HEADER - sum.len()..HEADER].copy_from_slice(&sum);
-    replace(file, &bytes).map_err(|error| StateError::Io {
+    // It holds the pools' secrets.
+    replace(file, &bytes, 0o600).map_err(|error| StateError::Io {
         file: file.into(),
         error,
     })
 }
 
-/// Writes beside the file, syncs and renames.
+/// Writes beside the file, with these permissions, syncs and renames.
 ///
 /// # Errors
 /// When the system refuses.
-pub fn replace(file: &Path, bytes: &[u8]) -> std::io::Result<()> {
+pub fn replace(file: &Path, bytes: &[u8], mode: u32) -> std::io::Result<()> {
     if let Some(dir) = file.parent() {
         std::fs::create_dir_all(dir)?;
     }
     // `serve` and `envoy` may write the same file at once.
     let mut beside = file.as_os_str().to_owned();
     beside.push(format!(".{}", std::process::id()));
-    let mut out = std::fs::File::create(&beside)?;
+    let mut out = std::fs::File::options()
+        .create(true)
+        .truncate(true)
+        .write(true)
+        .mode(mode)
+        .open(&beside)?;
     out.write_all(bytes)?;
     out.sync_all()?;
     std::fs::rename(&beside, file)

@@ -198,7 +198,7 @@ fn a_reload_takes_workers_and_policies_and_names_what_needs_a_restart() {
     let needed = before.restart_needed(&resized);
     assert_eq!(
         needed,
-        ["pools: their names, order and kv_cache_block_size"]
+        ["pools: their names, order, kv_cache_block_size and kv_events"]
     );
     assert_eq!(before.reloaded(resized).pools, before.pools);
 }

@@ -150,3 +150,54 @@ async fn the_mode_changes_without_touching_envoy() {
     let (_, decision) = stack.complete(&prompt(1, 64)).await.expect("an answer");
     assert_eq!(decision["reason"], "random");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_prompt_of_a_million_tokens_is_indexed_without_a_gap() {
+    let setup = Setup {
+        threads: 1,
+        workers: vec![],
+        more: json!({}),
+    };
+    let mut stack = Stack::start(&setup).await;
+    let mut engines = Vec::new();
+    for (id, encoding) in [(1, dynamo()), (2, json_plane())] {
+        let events = Some(EventPlane {
+            url: stack.nats.url(),
+            encoding,
+        });
+        let blocks = 70_000;
+        let config = Config {
+            worker_id: id,
+            instant: true,
+            blocks,
+            events,
+            ..Config::default()
+        };
+        engines.push(Engine::start(config).await.expect("an engine starts"));
+    }
+    let version = stack.table_version().await;
+    let worker = |e: &Engine| json!({"id": e.worker_id(), "endpoint": e.address()});
+    let workers: Vec<Value> = engines.iter().map(worker).collect();
+    stack.configure(|config| config["workers"] = workers.into());
+    stack.table_after(version).await;
+    let tokens: Vec<u32> = (0..1_000_000).collect();
+    // The first goes anywhere; the busy one is left for the second.
+    let (first, second) = tokio::join!(stack.complete(&tokens), stack.complete(&tokens));
+    let worker = |r: Result<(Value, Value), String>| r.expect("an answer").1["worker"].clone();
+    assert_ne!(worker(first), worker(second));
+    let whole = async || {
+        let index = stack.sidecar.index().await?;
+        let held = index["stats"]["owner_blocks"].as_u64();
+        if held >= Some(2 * 62_500) {
+            Ok(index)
+        } else {
+            Err(index.to_string())
+        }
+    };
+    let index = kv_tests::wait::until("all blocks", whole).await;
+    assert_eq!(
+        (&index["gaps"], &index["repairs"]),
+        (&json!(0), &json!(0)),
+        "{index}"
+    );
+}

@@ -11,6 +11,8 @@ pub(super) enum AdminError {
     NoSuchPath,
     #[error("the path does not take this method")]
     WrongMethod,
+    #[error("this path answers only peers on this machine")]
+    NotLocal,
     #[error("the sidecar is shutting down")]
     ShuttingDown,
     #[error("the body is not valid: {0}")]
@@ -26,6 +28,7 @@ impl AdminError {
         match self {
             Self::NoSuchPath => "no_such_path",
             Self::WrongMethod => "wrong_method",
+            Self::NotLocal => "not_local",
             Self::ShuttingDown => "shutting_down",
             Self::Body(_) => "invalid_body",
             Self::NoSuchPool(_) => "no_such_pool",
@@ -37,6 +40,7 @@ impl AdminError {
         match self {
             Self::NoSuchPath => StatusCode::NOT_FOUND,
             Self::WrongMethod => StatusCode::METHOD_NOT_ALLOWED,
+            Self::NotLocal => StatusCode::FORBIDDEN,
             Self::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
             Self::NoSuchPool(_) => StatusCode::NOT_FOUND,
             Self::Body(_) => StatusCode::BAD_REQUEST,

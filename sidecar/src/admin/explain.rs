@@ -6,7 +6,7 @@ use axum::extract::State;
 use kv_core::cost::Demand;
 use kv_core::decide::{Candidate, Record, Request, Scored, decide};
 use kv_core::hash::{Hashing, Seed, sequence_hashes};
-use kv_core::id::{DpRank, Tier, WorkerId};
+use kv_core::id::{DpRank, Role, Tier, WorkerId};
 use kv_core::policy::{Mode, Policy};
 use kv_core::rng::Rng;
 use kv_core::scan::{Prompt, Scanner};
@@ -160,10 +160,11 @@ fn answer<'a>(
     }
 }
 
-/// Owners that take requests.
+/// Owners that take whole requests, as the filter chooses among them.
 fn candidates(found: &Overlaps, loads: Option<&Loads>) -> Vec<Candidate> {
     let pool = &found.pool;
-    let owners = pool.owners.iter().enumerate().filter(|(_, o)| o.accepting);
+    let takes = |o: &kv_core::table::Owner| o.accepting && o.role == Role::Aggregated;
+    let owners = pool.owners.iter().enumerate().filter(|(_, o)| takes(o));
     let candidate = |(position, owner): (usize, &kv_core::table::Owner)| {
         let held = found.overlaps.iter().find(|(slot, _)| *slot == owner.slot);
         Candidate {

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::Path;
 
-use kv_core::id::Slot;
+use kv_core::id::{Role, Slot};
 use kv_core::policy::Policy;
 use kv_core::table::Settings;
 
@@ -93,9 +93,11 @@ impl Check {
         let urls: Vec<&str> = url.split(',').map(str::trim).collect();
         for one in &urls {
             if !url.is_empty() && one.parse::<async_nats::ServerAddr>().is_err() {
+                // What stands before the @ may be a password.
+                let shown = one.rsplit('@').next().unwrap_or_default();
                 self.refuse(
                     "nats.url",
-                    one,
+                    shown,
                     "must be a NATS URL such as nats://host:4222",
                 );
             }
@@ -175,6 +177,11 @@ impl Check {
         if owners > u64::from(Slot::MAX) {
             let why = format!("must make at most {} owners (workers x ranks)", Slot::MAX);
             self.refuse(path("workers"), owners, &why);
+        }
+        let takes = |w: &file::Worker| w.role == Role::Aggregated;
+        if !pool.workers.is_empty() && !pool.workers.iter().any(takes) {
+            let why = "must have a worker of role aggregated: requests are sent whole";
+            self.refuse(path("workers"), "[...]", why);
         }
         let workers = pool.workers.iter().enumerate().map(|(i, worker)| {
             let path = |key: &str| format!("{prefix}workers[{i}].{key}");

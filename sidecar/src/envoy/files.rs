@@ -86,7 +86,7 @@ fn write(file: &Path, text: &str) -> Result<(), FilesError> {
     if std::fs::read(file).is_ok_and(|before| before == text.as_bytes()) {
         return Ok(());
     }
-    replace(file, text.as_bytes()).map_err(|error| FilesError::Io {
+    replace(file, text.as_bytes(), 0o644).map_err(|error| FilesError::Io {
         file: file.into(),
         error,
     })

@@ -6,7 +6,7 @@ use kv_core::index::Applied;
 use tokio::time::Instant;
 
 use super::cursor::{Cursor, Step};
-use super::repair::{PAUSE, Repair, Snapshot};
+use super::repair::{PAUSE, RETRY, Repair, Snapshot};
 use super::report::by_kind;
 use super::{MAX_RECEIVED, Service};
 use crate::ingest::{Arrival, Decoded, NoSnapshot, Plane, Rejection, decode};
@@ -34,10 +34,11 @@ impl Service {
             } => {
                 self.counts.plane(plane).messages += 1;
                 self.saving.touch();
-                if self.received_ns.len() < MAX_RECEIVED {
+                self.events(plane, decoded);
+                // Nothing that a flush would show has no time of being shown.
+                if self.index.is_dirty() && self.received_ns.len() < MAX_RECEIVED {
                     self.received_ns.push(received_ns);
                 }
-                self.events(plane, decoded);
             }
             Arrival::Snapshot { worker, part } => self.snapshot(worker, part),
         }
@@ -220,7 +221,7 @@ impl Service {
     }
 
     /// Whether events of a worker are wanted; those of an unknown one are to be counted as such.
-    fn takes_events(&mut self, id: WorkerId) -> bool {
+    pub(super) fn takes_events(&mut self, id: WorkerId) -> bool {
         let pool = self.roster.worker(id).map(|(pool, _)| pool);
         let pool = pool.and_then(|pool| self.roster.pools.get(pool));
         pool.is_none_or(|pool| pool.config.kv_events)
@@ -239,9 +240,22 @@ impl Service {
         }
     }
 
-    /// Asks and gives up where it is time to.
+    /// Asks, gives up and asks again where it is time to.
     pub(super) fn look_after_repairs(&mut self) {
         let at = Instant::now();
+        // Only workers that use the plane: others would never answer.
+        let again = self.roster.workers().filter(|worker| {
+            worker.repair.is_none()
+                && worker.json.last.is_some()
+                && worker.owners.iter().any(|owner| owner.partial)
+                && worker.ask_from.is_none_or(|from| at >= from + RETRY)
+        });
+        let again: Vec<_> = again.map(|worker| worker.config.id).collect();
+        if self.connected.contains(&Plane::Json) {
+            for id in again {
+                self.begin_repair(id, false);
+            }
+        }
         let repairing = self.roster.workers().filter_map(|worker| {
             let repair = worker.repair.as_ref()?;
             Some((worker.config.id, repair.is_overdue(at)))
@@ -326,7 +340,7 @@ impl Service {
 
     fn apply_held(&mut self, id: WorkerId, held: Vec<RouterEvent>) {
         for event in held {
-            let Some((_, worker)) = self.roster.worker(id) else {
+            let Some((pool, worker)) = self.roster.worker(id) else {
                 return;
             };
             let step = worker.json.step(event.event.event_id, None);
@@ -334,11 +348,12 @@ impl Service {
                 // The snapshot includes it.
                 continue;
             }
-            if step == Step::Gap
-                && let Some(owner) = worker.owner_mut(event.event.dp_rank)
-            {
-                owner.gaps += 1;
-                owner.partial = true;
+            if step == Step::Gap {
+                if let Some(owner) = worker.owner_mut(event.event.dp_rank) {
+                    owner.gaps += 1;
+                    owner.partial = true;
+                }
+                self.count_gap(pool);
             }
             if let Err(rejection) = self.apply(Plane::Json, &event) {
                 self.reject(Plane::Json, rejection);

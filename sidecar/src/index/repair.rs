@@ -12,6 +12,8 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(2);
 /// Least time between two requests to a worker: one whose ids make no sense is not asked for
 /// everything with each event.
 pub(super) const PAUSE: Duration = Duration::from_secs(1);
+/// How long after a request without an answer a worker is asked again.
+pub(super) const RETRY: Duration = Duration::from_secs(30);
 /// Most parts of one snapshot.
 const MAX_PARTS: u32 = 1 << 14;
 /// Most blocks of one snapshot.

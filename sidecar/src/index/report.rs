@@ -81,7 +81,7 @@ pub struct IndexReport {
     pub ready: bool,
     /// Whether its contents came from the state folder.
     pub restored: bool,
-    /// Whether every page is written and acknowledged by every subscriber.
+    /// Whether somebody subscribed, and every page is written and acknowledged by every subscriber.
     pub settled: bool,
     /// Workers whose snapshot is awaited.
     pub repairs: usize,
@@ -157,7 +157,9 @@ impl Service {
             table_version: self.table_version,
             ready: self.ready,
             restored: self.is_restored,
-            settled: !self.index.is_dirty() && subscribers.iter().all(is_idle),
+            settled: !self.index.is_dirty()
+                && !subscribers.is_empty()
+                && subscribers.iter().all(is_idle),
             repairs: self.roster.workers().filter(|w| w.repair.is_some()).count(),
             stats: self.index.stats(),
             counts: self.counts.clone(),
@@ -226,6 +228,7 @@ impl Service {
         self.metrics.blocks.set(stats.blocks as i64);
         self.metrics.owner_blocks.set(stats.owner_blocks as i64);
         self.metrics.orphans.set(stats.orphans as i64);
+        self.metrics.left_out_units.set(stats.left_out_units as i64);
         self.metrics.pages.set(i64::from(stats.pages));
         let owners = self.roster.workers().flat_map(|w| w.owners.iter());
         let partial = owners.filter(|o| o.partial).count();

@@ -158,6 +158,9 @@ impl Service {
     }
 
     fn restore_owner(&mut self, state: &OwnerState) {
+        if !self.takes_events(state.id.worker) {
+            return;
+        }
         let Some((pool, worker)) = self.roster.worker(state.id.worker) else {
             return;
         };
