@@ -3,7 +3,7 @@
 //! ```text
 //! credit = overlap_score_credit x device + host_weight x host + disk_weight x (disk + external)
 //! cost   = prefill_load_scale x max(0, (active_prefill + isl) / block_size - credit)
-//!        + active_blocks + request_blocks
+//!        + active_blocks + request_blocks - blocks of it in use there already
 //!        + decode_active_request_weight x active_requests
 //! ```
 
@@ -43,16 +43,22 @@ pub struct Cost {
     pub prefill: f64,
     /// Credit for cached blocks, before scaling.
     pub credit: f64,
-    /// Blocks in use there plus this request's.
+    /// Blocks in use there once this request is there too.
     pub decode: f64,
     /// The term for the number of requests.
     pub requests: f64,
 }
 
 impl Cost {
-    /// The cost of one owner.
+    /// The cost of one owner, on which `shared_blocks` of the request are in use already.
     #[must_use]
-    pub fn new(demand: Demand, overlap: &Overlap, load: &Load, policy: &Policy) -> Self {
+    pub fn new(
+        demand: Demand,
+        overlap: &Overlap,
+        load: &Load,
+        shared_blocks: u32,
+        policy: &Policy,
+    ) -> Self {
         let [device, host, disk, external] = overlap.by_tier().map(f64::from);
         let credit = policy.overlap_score_credit * device
             + policy.host_cache_hit_weight * host
@@ -62,7 +68,8 @@ impl Cost {
         Self {
             prefill: policy.prefill_load_scale * (blocks - credit).max(0.0),
             credit,
-            decode: f64::from(load.blocks) + f64::from(demand.blocks()),
+            decode: f64::from(load.blocks)
+                + f64::from(demand.blocks().saturating_sub(shared_blocks)),
             requests: policy.decode_active_request_weight * f64::from(load.requests()),
         }
     }
@@ -88,7 +95,7 @@ mod tests {
 
     fn total(device: u32, load: Load) -> f64 {
         let overlap = Overlap { depth: [device; 4] };
-        Cost::new(DEMAND, &overlap, &load, &Policy::default()).total()
+        Cost::new(DEMAND, &overlap, &load, 0, &Policy::default()).total()
     }
 
     #[test]
@@ -134,7 +141,20 @@ mod tests {
             overlap_score_credit: 3.0,
             ..Policy::default()
         };
-        let cost = Cost::new(DEMAND, &overlap, &Load::default(), &policy);
+        let cost = Cost::new(DEMAND, &overlap, &Load::default(), 0, &policy);
         assert_eq!((cost.prefill, cost.total()), (0.0, 4.0));
+    }
+
+    #[test]
+    fn blocks_in_use_already_are_not_counted_twice() {
+        let load = Load {
+            blocks: 10,
+            ..Load::default()
+        };
+        let decode = |shared| {
+            let none = Overlap::default();
+            Cost::new(DEMAND, &none, &load, shared, &Policy::default()).decode
+        };
+        assert_eq!([0, 3, 4, 9].map(decode), [14.0, 11.0, 10.0, 10.0]);
     }
 }

@@ -8,7 +8,7 @@ use crate::cost::{Cost, Demand};
 use crate::id::{DpRank, Tier, WorkerId};
 use crate::load::Load;
 use crate::overlap::Overlap;
-use crate::pick::pick;
+use crate::pick::{lesser_of_two, pick};
 use crate::policy::{Mode, Policy};
 use crate::rng::Rng;
 use crate::table::Pool;
@@ -25,6 +25,8 @@ pub struct Candidate {
     pub overlap: Overlap,
     /// Its load.
     pub load: Load,
+    /// Blocks of the request that are in use there already.
+    pub shared_blocks: u32,
 }
 
 /// A candidate and its cost.
@@ -47,8 +49,29 @@ pub struct Request {
     pub turn: u64,
 }
 
-/// Scores candidates and chooses one. Owners whose lanes are saturated don't take part unless all
-/// are. Returns the chosen position in the returned list.
+/// Scores candidates. Owners whose lanes are saturated don't take part unless all are.
+#[must_use]
+pub fn score(candidates: &[Candidate], request: &Request, policy: &Policy) -> Vec<Scored> {
+    let policy = policy.trusted(request.trust);
+    let score = |c: &Candidate| Scored {
+        candidate: *c,
+        cost: Cost::new(
+            request.demand,
+            &c.overlap,
+            &c.load,
+            c.shared_blocks,
+            &policy,
+        ),
+    };
+    let fit = |c: &&Candidate| !c.load.is_saturated();
+    let scored: Vec<Scored> = candidates.iter().filter(fit).map(score).collect();
+    if scored.is_empty() {
+        return candidates.iter().map(score).collect();
+    }
+    scored
+}
+
+/// Scores candidates and chooses one. Returns the chosen position in the returned list.
 #[must_use]
 pub fn decide(
     candidates: &[Candidate],
@@ -56,31 +79,65 @@ pub fn decide(
     policy: &Policy,
     rng: &mut Rng,
 ) -> (Vec<Scored>, Option<usize>) {
-    let policy = policy.trusted(request.trust);
-    let score = |c: &Candidate| Scored {
-        candidate: *c,
-        cost: Cost::new(request.demand, &c.overlap, &c.load, &policy),
-    };
-    let fit = |c: &&Candidate| !c.load.is_saturated();
-    let mut scored: Vec<Scored> = candidates.iter().filter(fit).map(score).collect();
-    if scored.is_empty() {
-        scored = candidates.iter().map(score).collect();
-    }
+    let scored = score(candidates, request, policy);
+    let compared = || -> Vec<f64> { scored.iter().map(|s| s.compared(policy.mode)).collect() };
     let chosen = match policy.mode {
-        Mode::Kv => {
-            let costs: Vec<f64> = scored.iter().map(|s| s.cost.total()).collect();
-            pick(&costs, policy.temperature, rng)
-        }
+        Mode::Kv => pick(&compared(), policy.temperature, rng),
         Mode::RoundRobin => request
             .turn
             .checked_rem(scored.len() as u64)
             .and_then(|i| usize::try_from(i).ok()),
         Mode::Random => (!scored.is_empty()).then(|| rng.below(scored.len())),
+        Mode::LeastLoaded => pick(&compared(), 0.0, rng),
+        Mode::PowerOfTwo => lesser_of_two(&compared(), rng),
     };
     (scored, chosen)
 }
 
+/// Position of the best candidate other than the chosen one, among those for which `fits` holds.
+/// Ties share.
+#[must_use]
+pub fn second(
+    scored: &[Scored],
+    chosen: usize,
+    mode: Mode,
+    rng: &mut Rng,
+    mut fits: impl FnMut(&Candidate) -> bool,
+) -> Option<usize> {
+    let (positions, costs): (Vec<usize>, Vec<f64>) = scored
+        .iter()
+        .enumerate()
+        .filter(|(i, s)| *i != chosen && fits(&s.candidate))
+        .map(|(i, s)| (i, s.compared(mode)))
+        .unzip();
+    positions.get(pick(&costs, 0.0, rng)?).copied()
+}
+
+impl Scored {
+    /// What a mode compares: the cost, or for modes that know no cost the number of requests.
+    #[must_use]
+    pub fn compared(&self, mode: Mode) -> f64 {
+        match mode {
+            Mode::Kv => self.cost.total(),
+            Mode::RoundRobin | Mode::Random | Mode::LeastLoaded | Mode::PowerOfTwo => {
+                f64::from(self.candidate.load.requests())
+            }
+        }
+    }
+}
+
 impl Policy {
+    /// Whether the choice is the least of what was compared, so that it can be told from the
+    /// loads alone whether it is still good.
+    #[must_use]
+    pub fn takes_least(&self) -> bool {
+        match self.mode {
+            Mode::Kv => self.temperature <= 0.0,
+            Mode::LeastLoaded => true,
+            Mode::RoundRobin | Mode::Random | Mode::PowerOfTwo => false,
+        }
+    }
+
     /// The policy with its overlap credits scaled by `trust`.
     #[must_use]
     pub fn trusted(&self, trust: f64) -> Self {
@@ -137,6 +194,8 @@ pub struct Considered<'a> {
     pub prefill_tokens: u32,
     /// Blocks in use there.
     pub active_blocks: u32,
+    /// Blocks of the request among them.
+    pub shared_blocks: u32,
     /// Requests there.
     pub requests: u32,
     /// Prefill term of the cost, in blocks.
@@ -180,6 +239,7 @@ impl<'a> Record<'a> {
                 overlap: s.candidate.overlap.by_tier(),
                 prefill_tokens: s.candidate.load.prefill_tokens,
                 active_blocks: s.candidate.load.blocks,
+                shared_blocks: s.candidate.shared_blocks,
                 requests: s.candidate.load.requests(),
                 prefill_cost: s.cost.prefill,
                 decode_cost: s.cost.decode,
@@ -217,6 +277,7 @@ mod tests {
             owner,
             overlap: Overlap { depth: [*depth; 4] },
             load: Load::default(),
+            shared_blocks: 0,
         };
         overlaps.iter().enumerate().map(make).collect()
     }
@@ -244,6 +305,42 @@ mod tests {
         let list = candidates(&[2, 9, 4]);
         assert_eq!(choose(&list, &REQUEST, Mode::Kv), 1);
         assert_eq!(choose(&list, &REQUEST, Mode::RoundRobin), 2);
+    }
+
+    #[test]
+    fn modes_by_requests_look_at_nothing_else() {
+        let mut list = candidates(&[9, 2, 0]);
+        for (candidate, decoding) in list.iter_mut().zip([3, 1, 2]) {
+            candidate.load.decoding = decoding;
+        }
+        list[1].load.blocks = 1_000;
+        assert_eq!(choose(&list, &REQUEST, Mode::LeastLoaded), 1);
+        assert_ne!(choose(&list, &REQUEST, Mode::PowerOfTwo), 0);
+    }
+
+    #[test]
+    fn the_second_is_the_best_of_the_others_that_fit() {
+        let list = candidates(&[8, 9, 4, 8]);
+        let policy = Policy::default();
+        let mut rng = Rng::new(3);
+        let (scored, chosen) = decide(&list, &REQUEST, &policy, &mut rng);
+        assert_eq!(chosen, Some(1));
+        let mut seconds = [0; 4];
+        for _ in 0..100 {
+            let i = second(&scored, 1, Mode::Kv, &mut rng, |_| true).unwrap();
+            seconds[i] += 1;
+        }
+        assert!(seconds[0] > 20 && seconds[3] > 20, "{seconds:?}");
+        let fits = |c: &Candidate| c.owner == 2;
+        assert_eq!(second(&scored, 1, Mode::Kv, &mut rng, fits), Some(2));
+        assert_eq!(second(&scored, 1, Mode::Kv, &mut rng, |_| false), None);
+    }
+
+    #[test]
+    fn blocks_in_use_already_make_an_owner_cheaper() {
+        let mut list = candidates(&[0, 0]);
+        list[1].shared_blocks = 3;
+        assert_eq!(choose(&list, &REQUEST, Mode::Kv), 1);
     }
 
     #[test]

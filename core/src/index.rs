@@ -341,6 +341,21 @@ impl Index {
         found
     }
 
+    /// Sequence hashes from a prompt's first block to the one with this hash; `None` for a block
+    /// that the index does not have.
+    #[must_use]
+    pub fn chain(&self, pool: usize, hash: u64) -> Option<Vec<u64>> {
+        let mut at = self.tree.find(u16::try_from(pool).ok()?, hash)?;
+        let mut chain = Vec::new();
+        while at != NIL {
+            let node = self.tree.node(at);
+            chain.push(node.sequence);
+            at = node.parent;
+        }
+        chain.reverse();
+        Some(chain)
+    }
+
     /// The next pages to write, in the order in which a reader may see them. Bounded per call:
     /// call again while [`Index::is_dirty`].
     pub fn flush(&mut self) -> Vec<PageWrite> {

@@ -29,5 +29,8 @@ pub fn page(id: u32) -> [u8; 6] {
 /// Whether the publisher may write this key through the bridge.
 #[must_use]
 pub fn is_published(key: &[u8]) -> bool {
-    matches!(key, [FORMAT, b'h' | b't' | b'c'] | [FORMAT, b'p', _, _, _, _])
+    matches!(
+        key,
+        [FORMAT, b'h' | b't' | b'c'] | [FORMAT, b'p', _, _, _, _]
+    )
 }

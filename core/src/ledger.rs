@@ -14,6 +14,9 @@ use crate::report::{OwnerKey, Report};
 /// them counts as a leak.
 const QUIET_MS: u64 = 2_000;
 
+/// VMs without a sign of life whose sums are kept apart, at most.
+const MAX_SILENT: usize = 64;
+
 /// Two lanes, modulo 2^64.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Lanes {
@@ -60,6 +63,8 @@ pub enum Continuity {
 struct Vm {
     sequence: u64,
     heard_ms: u64,
+    /// Whether its bookings count for nothing because it fell silent.
+    is_retired: bool,
     sums: HashMap<OwnerKey, Lanes>,
 }
 
@@ -87,7 +92,10 @@ impl Ledger {
         if report.sequence <= vm.sequence {
             return Continuity::Repeated;
         }
-        let is_next = report.sequence == vm.sequence + 1 || report.complete;
+        // One that was taken for dead has to list its bookings again.
+        let is_known = report.sequence == vm.sequence + 1 && !vm.is_retired;
+        let is_next = is_known || report.complete;
+        vm.is_retired &= !is_next;
         vm.sequence = report.sequence;
         vm.heard_ms = now_ms;
         for sum in &report.sums {
@@ -133,28 +141,50 @@ impl Ledger {
         Some(leak)
     }
 
-    /// Settles VMs that were last heard before `before_ms`, and names them: their bookings are
-    /// nobody's.
+    /// Retires VMs that were last heard before `before_ms`, and names them: their bookings are
+    /// nobody's. Their sums count on, and go on from there should they come back.
     pub fn retire(&mut self, before_ms: u64) -> Vec<u64> {
         let mut retired = Vec::new();
-        for (id, vm) in self.vms.extract_if(|_, vm| vm.heard_ms < before_ms) {
-            for (owner, lanes) in vm.sums {
-                let entry = self.owners.entry(owner).or_default();
-                entry.settled = entry.settled.plus(lanes);
+        for (id, vm) in &mut self.vms {
+            if !vm.is_retired && vm.heard_ms < before_ms {
+                vm.is_retired = true;
+                retired.push(*id);
             }
-            retired.push(id);
         }
+        self.settle();
         retired
     }
 
-    /// VMs heard of.
-    pub fn vms(&self) -> impl Iterator<Item = u64> + '_ {
-        self.vms.keys().copied()
+    /// Adds up the longest silent VMs, once there are too many.
+    fn settle(&mut self) {
+        let silent = |(id, vm): (&u64, &Vm)| vm.is_retired.then_some((vm.heard_ms, *id));
+        let mut silent: Vec<(u64, u64)> = self.vms.iter().filter_map(silent).collect();
+        silent.sort_unstable();
+        let excess = silent.len().saturating_sub(MAX_SILENT);
+        for (_, id) in silent.into_iter().take(excess) {
+            for (owner, lanes) in self.vms.remove(&id).into_iter().flat_map(|vm| vm.sums) {
+                let entry = self.owners.entry(owner).or_default();
+                entry.settled = entry.settled.plus(lanes);
+            }
+        }
     }
 
-    /// Owners that were ever booked on.
+    /// VMs heard of that are not retired.
+    pub fn vms(&self) -> impl Iterator<Item = u64> + '_ {
+        let live = self.vms.iter().filter(|(_, vm)| !vm.is_retired);
+        live.map(|(id, _)| *id)
+    }
+
+    /// Owners that were ever booked on or shown.
     pub fn owners(&self) -> impl Iterator<Item = OwnerKey> + '_ {
         self.owners.keys().copied()
+    }
+
+    /// The lanes of an owner as Envoy last showed them.
+    #[must_use]
+    pub fn seen(&self, owner: &OwnerKey) -> Lanes {
+        let owner = self.owners.get(owner);
+        owner.map_or_else(Lanes::default, |o| o.seen)
     }
 
     /// Forgets owners that left the worker table.
@@ -252,6 +282,42 @@ mod tests {
         assert_eq!(leak.load().waiting, 1);
         assert_eq!(ledger.booked(&OWNER), gauges);
         assert_eq!(ledger.compare(OWNER, gauges, 9_000), None);
+    }
+
+    #[test]
+    fn a_vm_that_comes_back_counts_once_and_lists_its_bookings_first() {
+        let (mut ledger, mut gauges) = (Ledger::default(), Lanes::default());
+        let mut vm = Vm::new(1);
+        let mut leg = vm.book(&mut gauges);
+        ledger.report(&vm.report(), 0);
+        assert_eq!(ledger.retire(1), [1]);
+        assert!(ledger.retire(1).is_empty());
+        assert_eq!(ledger.vms().count(), 0);
+        vm.add(leg.first_token(), &mut gauges);
+        assert_eq!(ledger.report(&vm.report(), 5), Continuity::Gap);
+        assert_eq!(ledger.booked(&OWNER), gauges);
+        let whole = Report {
+            complete: true,
+            ..vm.report()
+        };
+        assert_eq!(ledger.report(&whole, 6), Continuity::Next);
+        vm.add(leg.release(), &mut gauges);
+        assert_eq!(ledger.report(&vm.report(), 7), Continuity::Next);
+        assert_eq!(ledger.booked(&OWNER), Lanes::default());
+        assert_eq!(ledger.vms().collect::<Vec<_>>(), [1]);
+    }
+
+    #[test]
+    fn sums_of_many_dead_vms_are_added_up() {
+        let (mut ledger, mut gauges) = (Ledger::default(), Lanes::default());
+        for id in 0..200 {
+            let mut vm = Vm::new(id);
+            vm.book(&mut gauges);
+            ledger.report(&vm.report(), id);
+        }
+        assert_eq!(ledger.retire(1_000).len(), 200);
+        assert_eq!(ledger.vms.len(), MAX_SILENT);
+        assert_eq!(ledger.booked(&OWNER), gauges);
     }
 
     #[test]

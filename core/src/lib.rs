@@ -15,6 +15,7 @@
 )]
 #![forbid(unsafe_code)]
 
+pub mod approximate;
 pub mod cost;
 pub mod decide;
 pub mod event;

@@ -74,6 +74,15 @@ impl Loads {
         };
         postcard::from_bytes(rest).ok()
     }
+
+    /// Epoch and version of encoded loads, without decoding the rest.
+    #[must_use]
+    pub fn peek(bytes: &[u8]) -> Option<(u32, u64)> {
+        let (&FORMAT, rest) = bytes.split_first()? else {
+            return None;
+        };
+        postcard::take_from_bytes(rest).ok().map(|(head, _)| head)
+    }
 }
 
 impl PoolLoads {
@@ -200,6 +209,7 @@ mod tests {
             version: 2,
             pools: vec![pool.clone()],
         };
+        assert_eq!(Loads::peek(&loads.encode()), Some((1, 2)));
         assert_eq!(Loads::decode(&loads.encode()), Some(loads));
         assert_eq!(pool.in_use(&[11, 22, 33, 44]), [(Slot(1), 2), (Slot(2), 3)]);
         assert_eq!(pool.in_use(&[11]), []);

@@ -13,6 +13,24 @@ pub fn pick(costs: &[f64], temperature: f64, rng: &mut Rng) -> Option<usize> {
     }
 }
 
+/// Position of the lesser of two costs at two distinct random positions, the first of them where
+/// they are equal; `None` for no costs.
+#[must_use]
+pub fn lesser_of_two(costs: &[f64], rng: &mut Rng) -> Option<usize> {
+    if costs.len() < 2 {
+        return (!costs.is_empty()).then_some(0);
+    }
+    let first = rng.below(costs.len());
+    let other = rng.below(costs.len() - 1);
+    // The other positions, in order.
+    let second = other + usize::from(other >= first);
+    Some(if costs.get(second) < costs.get(first) {
+        second
+    } else {
+        first
+    })
+}
+
 fn minimum(costs: &[f64], rng: &mut Rng) -> Option<usize> {
     let mut best: Option<(usize, f64)> = None;
     let mut ties = 0;
@@ -56,7 +74,7 @@ fn softmax(costs: &[f64], temperature: f64, rng: &mut Rng) -> Option<usize> {
 
 #[cfg(test)]
 mod tests {
-    use super::pick;
+    use super::{lesser_of_two, pick};
     use crate::rng::Rng;
 
     fn shares<const N: usize>(costs: [f64; N], temperature: f64) -> [f64; N] {
@@ -92,5 +110,24 @@ mod tests {
         assert!((a - b).abs() < 0.04);
         assert_eq!(pick(&[], 0.0, &mut Rng::new(0)), None);
         assert_eq!(pick(&[], 1.0, &mut Rng::new(0)), None);
+    }
+
+    #[test]
+    fn the_lesser_of_two_is_never_the_greatest() {
+        let mut rng = Rng::new(7);
+        let mut counts = [0; 3];
+        for _ in 0..3_000 {
+            counts[lesser_of_two(&[2.0, 1.0, 3.0], &mut rng).unwrap()] += 1;
+        }
+        assert_eq!(counts[2], 0);
+        // 1.0 wins in two of the three pairs.
+        assert!((1_900..2_100).contains(&counts[1]), "{counts:?}");
+        assert_eq!(lesser_of_two(&[5.0], &mut rng), Some(0));
+        assert_eq!(lesser_of_two(&[], &mut rng), None);
+        let mut equal = [0; 4];
+        for _ in 0..4_000 {
+            equal[lesser_of_two(&[1.0; 4], &mut rng).unwrap()] += 1;
+        }
+        assert!(equal.iter().all(|n| (850..1_150).contains(n)), "{equal:?}");
     }
 }

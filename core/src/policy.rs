@@ -15,6 +15,10 @@ pub enum Mode {
     RoundRobin,
     /// Any worker with equal chance.
     Random,
+    /// The worker with the fewest requests.
+    LeastLoaded,
+    /// Of two workers at random, the one with fewer requests.
+    PowerOfTwo,
 }
 
 impl Mode {
@@ -25,6 +29,8 @@ impl Mode {
             Self::Kv => "kv",
             Self::RoundRobin => "round-robin",
             Self::Random => "random",
+            Self::LeastLoaded => "least-loaded",
+            Self::PowerOfTwo => "power-of-two",
         }
     }
 }

@@ -3,9 +3,13 @@
 //! Blocks are counted once per owner however many requests share them; requests and prefill
 //! tokens are sums. Everything is synchronous; ids and time are arguments.
 
+mod blocks;
+
 use hashbrown::HashMap;
 
+use crate::load::Load;
 use crate::report::OwnerKey;
+use blocks::Blocks;
 
 /// Who made a booking, and its number there: a filter VM, another router, the select service.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -23,7 +27,9 @@ pub struct Booking {
     pub prefill_tokens: u32,
     /// Whether the first token has come.
     pub decoding: bool,
-    /// Sequence hashes of its blocks.
+    /// Blocks of the prompt before those of `hashes`.
+    pub start: u32,
+    /// Sequence hashes of its blocks, in the order of the prompt.
     pub hashes: Vec<u64>,
     /// Blocks whose hashes are not known: nobody shares them.
     pub private_blocks: u32,
@@ -42,11 +48,24 @@ pub struct ActiveLoad {
     pub blocks: u64,
 }
 
+impl From<ActiveLoad> for Load {
+    /// The load as lanes hold it; fields end at their greatest value.
+    fn from(load: ActiveLoad) -> Self {
+        let wide = |n: u64| u32::try_from(n).unwrap_or(u32::MAX);
+        let narrow = |n: u32| u16::try_from(n).unwrap_or(u16::MAX);
+        Self {
+            prefill_tokens: wide(load.prefill_tokens),
+            waiting: narrow(load.waiting),
+            decoding: narrow(load.decoding),
+            blocks: wide(load.blocks),
+        }
+    }
+}
+
 #[derive(Debug, Default)]
 struct Owner {
     load: ActiveLoad,
-    /// Requests by block in use.
-    blocks: HashMap<u64, u32>,
+    blocks: Blocks,
 }
 
 #[derive(Debug)]
@@ -171,20 +190,24 @@ impl Tracker {
     /// The first token has come: prefill is done. Whether it is booked.
     pub fn first_token(&mut self, id: &BookingId, now_ms: u64) -> bool {
         self.change(id, now_ms, |entry, owners| {
-            release(owners, entry);
-            entry.booking.prefill_tokens = 0;
-            entry.booking.decoding = true;
-            owners.entry(entry.owner).or_default().add(&entry.booking);
+            let owner = owners.entry(entry.owner).or_default();
+            let booking = &mut entry.booking;
+            owner.load.prefill_tokens -= u64::from(booking.prefill_tokens);
+            *owner.requests(booking) -= 1;
+            booking.prefill_tokens = 0;
+            booking.decoding = true;
+            *owner.requests(booking) += 1;
         })
     }
 
     /// The answer has grown by complete blocks of its own. Whether it is booked.
     pub fn grow(&mut self, id: &BookingId, blocks: u32, now_ms: u64) -> bool {
         self.change(id, now_ms, |entry, owners| {
-            release(owners, entry);
             let private = &mut entry.booking.private_blocks;
+            let before = *private;
             *private = private.saturating_add(blocks);
-            owners.entry(entry.owner).or_default().add(&entry.booking);
+            let owner = owners.entry(entry.owner).or_default();
+            owner.load.blocks += u64::from(*private - before);
         })
     }
 
@@ -200,6 +223,11 @@ impl Tracker {
         entry.touched_ms = now_ms;
         step(entry, &mut self.owners);
         true
+    }
+
+    /// The request is still there. Whether it is booked.
+    pub fn touch(&mut self, id: &BookingId, now_ms: u64) -> bool {
+        self.change(id, now_ms, |_, _| ())
     }
 
     /// The request is over. Whether it was booked.
@@ -260,17 +288,46 @@ impl Tracker {
         };
         let in_use = prompt
             .iter()
-            .take_while(|hash| owner.blocks.contains_key(*hash));
+            .take_while(|hash| owner.blocks.uses(**hash) > 0);
         in_use.count()
     }
 
     /// Requests that use each block of an owner.
     pub fn blocks_in_use(&self, owner: &OwnerKey) -> impl Iterator<Item = (u64, u32)> + '_ {
-        let blocks = self.owners.get(owner).map(|o| &o.blocks);
-        blocks
-            .into_iter()
-            .flatten()
-            .map(|(hash, uses)| (*hash, *uses))
+        let owner = self.owners.get(owner);
+        owner.into_iter().flat_map(|o| o.blocks.iter())
+    }
+
+    /// Whether some request on an owner uses a block.
+    #[must_use]
+    pub fn is_in_use(&self, owner: &OwnerKey, hash: u64) -> bool {
+        let owner = self.owners.get(owner);
+        owner.is_some_and(|o| o.blocks.uses(hash) > 0)
+    }
+
+    /// The longest prefixes that two or more requests on one owner share: owner, sequence hash of
+    /// the last block, number of blocks.
+    pub fn shared_prefixes(&self) -> impl Iterator<Item = (OwnerKey, u64, u32)> + '_ {
+        let ends = |(key, owner): (&OwnerKey, &'_ Owner)| {
+            let key = *key;
+            let ends: Vec<_> = owner.blocks.ends().collect();
+            ends.into_iter()
+                .map(move |(hash, depth)| (key, hash, depth))
+        };
+        self.owners.iter().flat_map(ends)
+    }
+
+    /// A booking and its owner.
+    #[must_use]
+    pub fn get(&self, id: &BookingId) -> Option<(OwnerKey, &Booking)> {
+        let entry = self.entries.get(id)?;
+        Some((entry.owner, &entry.booking))
+    }
+
+    /// All bookings and their owners.
+    pub fn bookings(&self) -> impl Iterator<Item = (&BookingId, OwnerKey, &Booking)> + '_ {
+        let entries = self.entries.iter();
+        entries.map(|(id, entry)| (id, entry.owner, &entry.booking))
     }
 
     /// Bookings.
@@ -301,11 +358,7 @@ impl Owner {
         self.load.prefill_tokens += u64::from(booking.prefill_tokens);
         self.load.blocks += u64::from(booking.private_blocks);
         *self.requests(booking) += 1;
-        for hash in &booking.hashes {
-            let uses = self.blocks.entry(*hash).or_default();
-            self.load.blocks += u64::from(*uses == 0);
-            *uses += 1;
-        }
+        self.load.blocks += self.blocks.add(booking.start, &booking.hashes);
     }
 
     /// The inverse of [`Owner::add`].
@@ -313,15 +366,7 @@ impl Owner {
         self.load.prefill_tokens -= u64::from(booking.prefill_tokens);
         self.load.blocks -= u64::from(booking.private_blocks);
         *self.requests(booking) -= 1;
-        for hash in &booking.hashes {
-            if let Some(uses) = self.blocks.get_mut(hash) {
-                *uses -= 1;
-                if *uses == 0 {
-                    self.blocks.remove(hash);
-                    self.load.blocks -= 1;
-                }
-            }
-        }
+        self.load.blocks -= self.blocks.subtract(&booking.hashes);
     }
 
     fn requests(&mut self, booking: &Booking) -> &mut u32 {
@@ -390,6 +435,25 @@ mod tests {
         };
         assert_eq!(tracker.load(&owner(7)), load);
         assert!(!tracker.free(&id(2)));
+    }
+
+    #[test]
+    fn prefixes_shared_on_an_owner_are_told_with_their_length() {
+        let mut tracker = Tracker::new(Tracking::default(), 10);
+        for (request, worker, last) in [(1, 7, 3), (2, 7, 9), (3, 8, 3)] {
+            let booking = booking(0, &[1, 2, last]);
+            tracker
+                .book(id(request), owner(worker), booking, 0)
+                .unwrap();
+        }
+        let shared: Vec<_> = tracker.shared_prefixes().collect();
+        assert_eq!(shared, [(owner(7), 2, 2)]);
+        assert!(tracker.is_in_use(&owner(8), 2));
+        assert!(!tracker.is_in_use(&owner(8), 9));
+        assert_eq!(tracker.get(&id(3)).unwrap().0, owner(8));
+        assert_eq!(tracker.bookings().count(), 3);
+        tracker.free(&id(1));
+        assert_eq!(tracker.shared_prefixes().count(), 0);
     }
 
     #[test]

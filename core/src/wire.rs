@@ -28,7 +28,7 @@ pub enum Up {
     Subscribe(Subscribe),
     /// A batch has been written.
     Ack(Ack),
-    /// Reports of VMs, each an encoded [`crate::report::Report`].
+    /// Reports of VMs, each a [`crate::report::Report`] put through [`encode`].
     Reports(Vec<Vec<u8>>),
     /// The lanes of all owners in use, as Envoy's gauges show them.
     Lanes(Vec<crate::report::Sum>),

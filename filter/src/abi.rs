@@ -10,7 +10,7 @@ use std::alloc::Layout;
 use std::cell::RefCell;
 use std::ptr::null_mut;
 
-use crate::host::{Expect, Headers, Host, Level, MetricId, MetricKind, Shared, Token};
+use crate::host::{Expect, Headers, Host, Level, MetricId, MetricKind, Queue, Shared, Token};
 use crate::vm::{Action, Vm};
 
 const OK: u32 = 0;
@@ -73,6 +73,16 @@ unsafe extern "C" {
         value_size: usize,
         version: u32,
     ) -> u32;
+    fn proxy_register_shared_queue(name: *const u8, size: usize, queue: *mut u32) -> u32;
+    fn proxy_resolve_shared_queue(
+        vm_id: *const u8,
+        vm_id_size: usize,
+        name: *const u8,
+        size: usize,
+        queue: *mut u32,
+    ) -> u32;
+    fn proxy_enqueue_shared_queue(queue: u32, data: *const u8, size: usize) -> u32;
+    fn proxy_dequeue_shared_queue(queue: u32, data: *mut *mut u8, size: *mut usize) -> u32;
     fn proxy_define_metric(kind: u32, name: *const u8, size: usize, id: *mut u32) -> u32;
     fn proxy_increment_metric(id: u32, delta: i64) -> u32;
     fn proxy_record_metric(id: u32, value: u64) -> u32;
@@ -183,6 +193,36 @@ impl Host for Envoy {
                 version,
             ) == OK
         }
+    }
+
+    fn register_queue(&self, name: &str) -> Option<Queue> {
+        let mut queue = 0;
+        let status =
+            unsafe { proxy_register_shared_queue(name.as_ptr(), name.len(), &raw mut queue) };
+        (status == OK).then_some(Queue(queue))
+    }
+
+    fn resolve_queue(&self, name: &str) -> Option<Queue> {
+        let vm_id = self.property(b"plugin_vm_id").unwrap_or_default();
+        let mut queue = 0;
+        let status = unsafe {
+            proxy_resolve_shared_queue(
+                vm_id.as_ptr(),
+                vm_id.len(),
+                name.as_ptr(),
+                name.len(),
+                &raw mut queue,
+            )
+        };
+        (status == OK).then_some(Queue(queue))
+    }
+
+    fn enqueue(&self, queue: Queue, item: &[u8]) -> bool {
+        unsafe { proxy_enqueue_shared_queue(queue.0, item.as_ptr(), item.len()) == OK }
+    }
+
+    fn dequeue(&self, queue: Queue) -> Option<Vec<u8>> {
+        bytes(|data, size| unsafe { proxy_dequeue_shared_queue(queue.0, data, size) })
     }
 
     fn header(&self, map: Headers, name: &str) -> Option<Vec<u8>> {
@@ -355,6 +395,11 @@ extern "C" fn proxy_on_tick(root: u32) {
         }
         vm.on_tick(root);
     });
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn proxy_on_queue_ready(root: u32, queue: u32) {
+    vm((), |vm| vm.on_queue_ready(root, Queue(queue)));
 }
 
 #[unsafe(no_mangle)]

@@ -1,7 +1,8 @@
 //! The bridge: copies the sidecar's writes into Envoy's shared data.
 //!
 //! One root context of one VM of the process does so, chosen by [`kv_core::lease`]. It only copies
-//! bytes; the order of the writes is the sidecar's.
+//! bytes; the order of the writes is the sidecar's. In the other direction it passes on the VMs'
+//! reports ([`crate::relay`]).
 
 use kv_core::head::Head;
 use kv_core::key::{self, FORMAT};
@@ -9,13 +10,19 @@ use kv_core::lease::{Election, Holder, Move, MoveKind, Sight};
 use kv_core::wire::{self, Ack, Batch, METHOD, SERVICE, Subscribe, Up, WireError};
 
 use crate::config::Config;
+use crate::fleet::Fleet;
 use crate::host::{Expect, Host, Level, Token};
 use crate::metrics::{Event, Fault, Metrics};
+use crate::relay::Relay;
 
 /// Ticks for which an idle VM's stamp counts.
 const FRESH_TICKS: u64 = 3;
 /// First and longest wait before the stream is opened again.
 const BACKOFF_NS: (u64, u64) = (100_000_000, 2_000_000_000);
+
+/// How long a sidecar may be silent, which writes once a second, until nothing more is sent to it:
+/// Envoy would keep it all.
+const SILENT_NS: u64 = 5_000_000_000;
 
 /// Who this VM is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -68,6 +75,9 @@ pub struct Bridge {
     fresh_ns: u64,
     link: Link,
     backoff_ns: u64,
+    /// When the stream was opened or last brought a message.
+    heard_ns: u64,
+    relay: Relay,
 }
 
 impl Bridge {
@@ -86,6 +96,8 @@ impl Bridge {
             fresh_ns: FRESH_TICKS * ns(config.tick_ms),
             link: Link::Down { retry_ns: 0 },
             backoff_ns: BACKOFF_NS.0,
+            heard_ns: 0,
+            relay: Relay::default(),
         }
     }
 
@@ -102,6 +114,31 @@ impl Bridge {
                 self.retry(now_ns);
             }
             (_, Link::Down { .. }) | (Some(_), Link::Up(_)) => {}
+        }
+        self.relay(host, metrics);
+    }
+
+    /// Passes on the reports that are in the queue.
+    pub fn relay(&mut self, host: &impl Host, metrics: &mut Metrics) {
+        // A leader that was away for longer than its lease leaves the queue to the next one.
+        let lease = host.shared(&key::LEASE).unwrap_or_default();
+        if !self.election.holds(&lease.bytes) {
+            return;
+        }
+        let stream = self.listener(host.now_ns());
+        if !self.relay.drain(host, metrics, stream) {
+            self.lose(host, metrics);
+        }
+    }
+
+    /// Shows the sidecar the lanes, when that is due.
+    pub fn show_lanes(&mut self, host: &impl Host, metrics: &mut Metrics, fleet: &Fleet) {
+        let now_ns = host.now_ns();
+        if self.election.leads().is_some()
+            && let Some(stream) = self.listener(now_ns)
+            && !self.relay.show(host, stream, fleet, now_ns)
+        {
+            self.lose(host, metrics);
         }
     }
 
@@ -137,6 +174,7 @@ impl Bridge {
             self.link = Link::Given(token);
             return;
         }
+        self.heard_ns = host.now_ns();
         let message = host.message(size);
         match wire::decode::<Batch<'_>>(&message) {
             Ok(batch) => self.write_batch(host, metrics, token, &batch),
@@ -173,6 +211,7 @@ impl Bridge {
                 metrics.count(host, Event::Lease, 1);
                 host.log(Level::Info, &format!("bridge leads in term {term}"));
                 self.backoff_ns = BACKOFF_NS.0;
+                self.relay.register(host);
                 if let Link::Down { retry_ns } = &mut self.link {
                     *retry_ns = 0;
                 }
@@ -200,6 +239,7 @@ impl Bridge {
             return;
         };
         self.link = Link::Up(token);
+        self.heard_ns = now_ns;
         let head = host.shared(&key::HEAD);
         let head = head.and_then(|shared| Head::decode(&shared.bytes));
         let vm_id = host.property(b"plugin_vm_id").unwrap_or_default();
@@ -212,6 +252,24 @@ impl Bridge {
             level: head.map_or(0, |head| head.level),
         });
         self.say(host, metrics, token, &subscribe);
+        // Every VM reports whole to it.
+        host.set_shared(&key::STREAM, &host.random().to_le_bytes(), Expect::Anything);
+    }
+
+    /// The stream, if somebody listens at its other end.
+    fn listener(&self, now_ns: u64) -> Option<Token> {
+        match self.link {
+            Link::Up(token) if now_ns.saturating_sub(self.heard_ns) < SILENT_NS => Some(token),
+            Link::Up(_) | Link::Given(_) | Link::Down { .. } => None,
+        }
+    }
+
+    /// The stream takes no more messages.
+    fn lose(&mut self, host: &impl Host, metrics: &mut Metrics) {
+        metrics.fault(host, Fault::Closed);
+        if let Link::Up(token) = self.link {
+            self.link = Link::Given(token);
+        }
     }
 
     fn write_batch(
@@ -247,8 +305,7 @@ impl Bridge {
 
     fn say(&mut self, host: &impl Host, metrics: &mut Metrics, token: Token, message: &Up) {
         if !host.send(token, &wire::encode(message)) {
-            metrics.fault(host, Fault::Closed);
-            self.link = Link::Given(token);
+            self.lose(host, metrics);
         }
     }
 

@@ -2,17 +2,19 @@
 
 use kv_core::cost::Demand;
 use kv_core::decide::{self, Candidate, Request, Scored};
+use kv_core::id::Slot;
 use kv_core::key;
-use kv_core::load::Load;
+use kv_core::load::{Delta, Load};
+use kv_core::loads::PoolLoads;
 use kv_core::overlap::Overlap;
 use kv_core::policy::{Mode, Policy};
 use kv_core::reader::{Reader, View};
 use kv_core::rng::Rng;
 
+use crate::bookings::{Bookings, Place, Tentative};
 use crate::fleet::Served;
 use crate::host::Host;
-use crate::lanes::Booking;
-use crate::metrics::{Metrics, Timing};
+use crate::metrics::{Event, Metrics, Timing};
 use crate::reason::Reason;
 use crate::world::Index;
 
@@ -22,6 +24,8 @@ const SCORE_ALL: usize = 128;
 const DEEPEST: usize = 64;
 /// In a larger pool: owners scored besides, at random.
 const SAMPLED: usize = 32;
+/// Bookings of one request that are undone, at most.
+const MAX_UNDONE: u32 = 2;
 
 /// A request to be routed.
 #[derive(Clone, Copy, Debug)]
@@ -34,15 +38,31 @@ pub struct Ask<'a> {
     pub hashes: &'a [u64],
 }
 
+/// What the sidecar has published for a pool.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Published<'a> {
+    /// The pages, if they may be used.
+    pub index: Option<Index>,
+    /// What to correct the lanes by, if it may be used.
+    pub loads: Option<&'a PoolLoads>,
+}
+
 /// Where a request goes.
 #[derive(Debug)]
-pub struct Choice<'a> {
-    /// Endpoint of the chosen worker; `None` leaves the choice to Envoy.
-    pub endpoint: Option<&'a str>,
+pub struct Choice {
+    /// Endpoints of the chosen worker and of the one to try after it; `None` leaves the choice to
+    /// Envoy.
+    pub endpoints: Option<String>,
+    /// Position of the chosen owner in its pool.
+    pub owner: Option<usize>,
     /// Why.
     pub reason: Reason,
     /// What was booked.
-    pub booking: Option<Booking>,
+    pub booking: Option<Tentative>,
+    /// The longest prefix of the prompt that some owner holds: its blocks, and the hash of the last.
+    pub prefix: Option<(u32, u64)>,
+    /// Share of the overlaps that counted.
+    pub trust: f64,
     /// What was weighed.
     pub weighed: Weighed,
 }
@@ -62,6 +82,10 @@ pub struct Weighed {
 pub struct Chooser {
     reader: Reader,
     rng: Rng,
+    /// By candidate: what the first lane of its owner held when its load was read.
+    read: Vec<u64>,
+    /// Leading blocks of the prompt that are in use, ascending by slot.
+    in_use: Vec<(Slot, u32)>,
 }
 
 impl Chooser {
@@ -71,24 +95,27 @@ impl Chooser {
         Self {
             reader: Reader::new(),
             rng: Rng::new(seed),
+            read: Vec::new(),
+            in_use: Vec::new(),
         }
     }
 
     /// Chooses a worker of a pool and books the request on it.
-    pub fn choose<'a>(
+    pub fn choose(
         &mut self,
         host: &impl Host,
         metrics: &mut Metrics,
-        served: &Served<'a>,
-        index: Option<Index>,
+        bookings: &mut Bookings,
+        served: &Served<'_>,
+        published: &Published<'_>,
         ask: &Ask<'_>,
-    ) -> Choice<'a> {
+    ) -> Choice {
         let pool = served.pool;
         let mode = pool.policy.mode;
         let mut reason = ask.reason.under(mode);
         let mut trust = 1.0;
         let looked_up = reason == Reason::Kv && {
-            match index {
+            match published.index {
                 None => reason = Reason::NoIndex,
                 Some(index) if index.trust <= 0.0 => reason = Reason::Stale,
                 Some(index) => {
@@ -98,39 +125,157 @@ impl Chooser {
             }
             reason == Reason::Kv
         };
+        self.in_use.clear();
+        if let Some(loads) = published.loads.filter(|_| mode == Mode::Kv) {
+            self.in_use = loads.in_use(ask.hashes);
+            self.in_use.sort_unstable();
+        }
         let policy = pool.policy.trusted(trust);
-        let candidates = self.candidates(host, served, looked_up, &policy);
-        let demand = Demand {
-            tokens: ask.tokens,
-            block_size: pool.block_size,
-        };
-        let turn = match mode {
-            Mode::RoundRobin => served.turn(host),
-            Mode::Kv | Mode::Random => 0,
-        };
+        let candidates = self.candidates(served, looked_up, &policy);
         let request = Request {
-            demand,
+            demand: Demand {
+                tokens: ask.tokens,
+                block_size: pool.block_size,
+            },
             trust,
-            turn,
+            turn: match mode {
+                Mode::RoundRobin => served.turn(host),
+                Mode::Kv | Mode::Random | Mode::LeastLoaded | Mode::PowerOfTwo => 0,
+            },
         };
-        let (scored, chosen) = decide::decide(&candidates, &request, &pool.policy, &mut self.rng);
-        let picked = chosen.and_then(|i| scored.get(i)).map(|s| s.candidate);
-        let booking = picked.and_then(|candidate| {
-            let lane = served.lane(candidate.owner)?;
-            let prefill = demand.uncached_tokens(&candidate.overlap, &policy);
-            Some(Booking::new(host, lane, prefill, demand.blocks()))
-        });
-        let owner = picked.and_then(|candidate| served.owner(candidate.owner));
+        let mut round = Round {
+            served,
+            loads: published.loads,
+            request,
+            candidates,
+        };
+        let (weighed, booking) = self.book(host, metrics, bookings, &mut round);
+        let picked = weighed.picked().map(|s| s.candidate.owner);
         Choice {
-            endpoint: owner.map(|owner| owner.endpoint.as_str()),
-            reason: owner.map_or(Reason::NoOwner, |_| reason),
+            endpoints: picked.and_then(|_| self.endpoints(served, &weighed)),
+            owner: picked,
+            reason: picked.map_or(Reason::NoOwner, |_| reason),
             booking,
-            weighed: Weighed {
+            prefix: looked_up.then(|| self.prefix(ask.hashes)).flatten(),
+            trust,
+            weighed,
+        }
+    }
+
+    /// Decides and books. Another VM may have read the same loads at the same time: where the lane
+    /// shows that one was quicker, the choice has to stand against the load as it is then.
+    fn book(
+        &mut self,
+        host: &impl Host,
+        metrics: &mut Metrics,
+        bookings: &mut Bookings,
+        round: &mut Round<'_>,
+    ) -> (Weighed, Option<Tentative>) {
+        let policy = &round.served.pool.policy;
+        let demand = round.request.demand;
+        self.read_loads(host, round, None);
+        let mut undone = 0;
+        loop {
+            let (scored, chosen) =
+                decide::decide(&round.candidates, &round.request, policy, &mut self.rng);
+            let weighed = Weighed {
                 demand,
                 scored,
                 chosen,
-            },
+            };
+            let picked = weighed.picked().map(|s| s.candidate);
+            let booked = picked.and_then(|picked| {
+                let place = round.served.place(picked.owner)?;
+                let trusted = policy.trusted(round.request.trust);
+                let prefill = demand.uncached_tokens(&picked.overlap, &trusted);
+                Some((
+                    picked,
+                    place,
+                    bookings.hold(host, place, prefill, demand.blocks()),
+                ))
+            });
+            let Some((picked, place, booking)) = booked else {
+                return (weighed, None);
+            };
+            let settled = undone == MAX_UNDONE || !policy.takes_least();
+            if settled || !self.was_raced(host, round, place, &picked, booking.delta()) {
+                return (weighed, Some(booking));
+            }
+            metrics.count(host, Event::Raced, 1);
+            self.read_loads(host, round, Some((picked.owner, booking.delta())));
+            if round.is_least(picked.owner) {
+                return (weighed, Some(booking));
+            }
+            metrics.count(host, Event::Undone, 1);
+            booking.undo(bookings, host);
+            undone += 1;
         }
+    }
+
+    /// Whether the lane of the chosen owner shows more than what was read and booked.
+    fn was_raced(
+        &self,
+        host: &impl Host,
+        round: &Round<'_>,
+        place: Place,
+        picked: &Candidate,
+        delta: Delta,
+    ) -> bool {
+        let mut read = round.candidates.iter().zip(&self.read);
+        let before = read.find(|(candidate, _)| candidate.owner == picked.owner);
+        before.is_some_and(|(_, a)| a.wrapping_add_signed(delta.a) != place.lane.read_a(host))
+    }
+
+    /// Reads the loads of all candidates, without what was just booked on one of them.
+    fn read_loads(
+        &mut self,
+        host: &impl Host,
+        round: &mut Round<'_>,
+        booked: Option<(usize, Delta)>,
+    ) {
+        self.read.clear();
+        for candidate in &mut round.candidates {
+            let place = round.served.place(candidate.owner);
+            let mut lanes = place.map_or_else(Default::default, |place| place.lane.read(host));
+            if let Some((owner, delta)) = booked
+                && owner == candidate.owner
+            {
+                lanes.a = lanes.a.wrapping_sub_signed(delta.a);
+                lanes.b = lanes.b.wrapping_sub_signed(delta.b);
+            }
+            self.read.push(lanes.a);
+            let owner = round.served.owner(candidate.owner);
+            candidate.load = match round.loads.zip(owner) {
+                Some((loads, owner)) => loads.correction(owner.slot).apply(&lanes.load()),
+                None => lanes.load(),
+            };
+        }
+    }
+
+    /// The chosen worker's endpoint, and the best one's of the others.
+    fn endpoints(&mut self, served: &Served<'_>, weighed: &Weighed) -> Option<String> {
+        let endpoint =
+            |candidate: &Candidate| Some(served.owner(candidate.owner)?.endpoint.as_str());
+        let chosen = weighed.chosen?;
+        let mut endpoints = endpoint(&weighed.picked()?.candidate)?.to_owned();
+        let mode = served.pool.policy.mode;
+        let elsewhere = |c: &Candidate| endpoint(c).is_some_and(|e| e != endpoints);
+        let second = decide::second(&weighed.scored, chosen, mode, &mut self.rng, elsewhere);
+        if let Some(second) = second.and_then(|i| endpoint(&weighed.scored.get(i)?.candidate)) {
+            endpoints.extend([",", second]);
+        }
+        Some(endpoints)
+    }
+
+    /// The longest prefix that some owner holds, after a lookup.
+    fn prefix(&self, hashes: &[u64]) -> Option<(u32, u64)> {
+        let depth = |slot| {
+            let [.., all] = self.reader.overlap(slot).depth;
+            all
+        };
+        let depth = self.reader.held().map(depth).max()?;
+        let last = usize::try_from(depth).ok()?.checked_sub(1)?;
+        Some((depth, *hashes.get(last)?))
     }
 
     /// Leaves in the reader what every owner holds of the prompt.
@@ -155,17 +300,16 @@ impl Chooser {
         metrics.time(host, Timing::Lookup, since_ns, host.now_ns());
     }
 
-    /// The owners to score, with overlap and load.
+    /// The owners to score, with overlap and without load.
     fn candidates(
         &mut self,
-        host: &impl Host,
         served: &Served<'_>,
         looked_up: bool,
         policy: &Policy,
     ) -> Vec<Candidate> {
         let accepting = served.accepting();
         if accepting.len() <= SCORE_ALL || policy.mode != Mode::Kv {
-            let make = |owner: &usize| self.candidate(host, served, looked_up, *owner);
+            let make = |owner: &usize| self.candidate(served, looked_up, *owner);
             return accepting.iter().map(make).collect();
         }
         let mut owners = Vec::with_capacity(DEEPEST + SAMPLED);
@@ -191,24 +335,51 @@ impl Chooser {
         }
         owners.sort_unstable();
         owners.dedup();
-        let make = |owner: &usize| self.candidate(host, served, looked_up, *owner);
+        let make = |owner: &usize| self.candidate(served, looked_up, *owner);
         owners.iter().map(make).collect()
     }
 
-    fn candidate(
-        &self,
-        host: &impl Host,
-        served: &Served<'_>,
-        looked_up: bool,
-        owner: usize,
-    ) -> Candidate {
-        let slot = served.owner(owner).map(|o| o.slot).filter(|_| looked_up);
+    fn candidate(&self, served: &Served<'_>, looked_up: bool, owner: usize) -> Candidate {
+        let slot = served.owner(owner).map(|o| o.slot);
+        let held = slot.filter(|_| looked_up);
+        let shared = slot.and_then(|slot| {
+            let at = self.in_use.binary_search_by_key(&slot, |(s, _)| *s).ok()?;
+            self.in_use.get(at)
+        });
         Candidate {
             owner,
-            overlap: slot.map_or_else(Overlap::default, |slot| self.reader.overlap(slot)),
-            load: served
-                .lane(owner)
-                .map_or_else(Load::default, |lane| lane.load(host)),
+            overlap: held.map_or_else(Overlap::default, |slot| self.reader.overlap(slot)),
+            load: Load::default(),
+            shared_blocks: shared.map_or(0, |(_, depth)| *depth),
         }
+    }
+}
+
+/// One decision under way.
+struct Round<'a> {
+    served: &'a Served<'a>,
+    loads: Option<&'a PoolLoads>,
+    request: Request,
+    candidates: Vec<Candidate>,
+}
+
+impl Round<'_> {
+    /// Whether no candidate is better than this one.
+    fn is_least(&self, owner: usize) -> bool {
+        let policy = &self.served.pool.policy;
+        let scored = decide::score(&self.candidates, &self.request, policy);
+        let own = scored.iter().find(|s| s.candidate.owner == owner);
+        own.is_some_and(|own| {
+            let own = own.compared(policy.mode);
+            scored.iter().all(|s| own <= s.compared(policy.mode))
+        })
+    }
+}
+
+impl Weighed {
+    /// The chosen one.
+    #[must_use]
+    pub fn picked(&self) -> Option<&Scored> {
+        self.scored.get(self.chosen?)
     }
 }

@@ -1,10 +1,10 @@
 //! Envoy for tests: VMs of one process around shared data and metrics, recording what they do.
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::rc::Rc;
 
-use crate::host::{Expect, Headers, Host, Level, MetricId, MetricKind, Shared, Token};
+use crate::host::{Expect, Headers, Host, Level, MetricId, MetricKind, Queue, Shared, Token};
 
 /// One VM's Envoy. Clones are the same VM.
 #[derive(Clone, Default)]
@@ -20,6 +20,17 @@ struct Process {
     shared: RefCell<HashMap<Vec<u8>, Shared>>,
     writes: Cell<u32>,
     metrics: RefCell<BTreeMap<String, u64>>,
+    queues: RefCell<Vec<Line>>,
+    /// Adds to a gauge by another thread, to be made before the next read of one.
+    meanwhile: RefCell<VecDeque<Option<(String, i64)>>>,
+}
+
+/// A shared queue.
+struct Line {
+    name: String,
+    /// The VM that is told of arrivals.
+    told: Rc<Local>,
+    items: VecDeque<Vec<u8>>,
 }
 
 #[derive(Default)]
@@ -42,6 +53,7 @@ struct Context {
     body: Vec<u8>,
     received: u64,
     resumed: u32,
+    upstream: Option<(String, u64)>,
 }
 
 /// A stream that a VM opened.
@@ -61,6 +73,8 @@ impl Default for Process {
             shared: RefCell::default(),
             writes: Cell::new(0),
             metrics: RefCell::default(),
+            queues: RefCell::default(),
+            meanwhile: RefCell::default(),
         }
     }
 }
@@ -107,6 +121,32 @@ impl Fake {
     pub(crate) fn text(&self, map: Headers, name: &str) -> Option<String> {
         let value = self.header(map, name)?;
         Some(String::from_utf8(value).unwrap())
+    }
+
+    /// The current request has reached this worker, at this attempt.
+    pub(crate) fn reach(&self, address: &str, attempt: u64) {
+        self.context(|context| context.upstream = Some((address.to_owned(), attempt)));
+    }
+
+    /// Items in the queue of a name.
+    pub(crate) fn queued(&self, name: &str) -> usize {
+        let queues = self.process.queues.borrow();
+        let queue = queues.iter().find(|queue| queue.name == name);
+        queue.map_or(0, |queue| queue.items.len())
+    }
+
+    /// Whether this VM is the one that is told of arrivals in a queue.
+    pub(crate) fn is_told_of(&self, name: &str) -> bool {
+        let queues = self.process.queues.borrow();
+        let queue = queues.iter().find(|queue| queue.name == name);
+        queue.is_some_and(|queue| Rc::ptr_eq(&queue.told, &self.vm))
+    }
+
+    /// Lets another thread add to a gauge, after `reads` more reads of gauges.
+    pub(crate) fn meanwhile(&self, reads: usize, name: &str, delta: i64) {
+        let mut meanwhile = self.process.meanwhile.borrow_mut();
+        meanwhile.extend((0..reads).map(|_| None));
+        meanwhile.push_back(Some((name.to_owned(), delta)));
     }
 
     pub(crate) fn resumed(&self, context: u32) -> u32 {
@@ -222,6 +262,14 @@ impl Host for Fake {
                 let received = self.context(|context| context.received);
                 Some((200 + received).to_le_bytes().to_vec())
             }
+            b"upstream\0address" => {
+                let upstream = self.context(|context| context.upstream.clone());
+                upstream.map(|(address, _)| address.into_bytes())
+            }
+            b"upstream\0request_attempt_count" => {
+                let upstream = self.context(|context| context.upstream.clone());
+                upstream.map(|(_, attempt)| attempt.to_le_bytes().to_vec())
+            }
             _ => None,
         }
     }
@@ -254,6 +302,41 @@ impl Host for Fake {
             shared.insert(key.to_vec(), value);
         }
         fits
+    }
+
+    fn register_queue(&self, name: &str) -> Option<Queue> {
+        let mut queues = self.process.queues.borrow_mut();
+        let told = Rc::clone(&self.vm);
+        let at = queues.iter().position(|queue| queue.name == name);
+        if let Some(at) = at {
+            queues[at].told = told;
+        } else {
+            queues.push(Line {
+                name: name.to_owned(),
+                told,
+                items: VecDeque::new(),
+            });
+        }
+        let at = at.unwrap_or(queues.len() - 1);
+        Some(Queue(u32::try_from(at).unwrap()))
+    }
+
+    fn resolve_queue(&self, name: &str) -> Option<Queue> {
+        let queues = self.process.queues.borrow();
+        let at = queues.iter().position(|queue| queue.name == name)?;
+        Some(Queue(u32::try_from(at).unwrap()))
+    }
+
+    fn enqueue(&self, queue: Queue, item: &[u8]) -> bool {
+        let mut queues = self.process.queues.borrow_mut();
+        queues[queue.0 as usize].items.push_back(item.to_vec());
+        true
+    }
+
+    fn dequeue(&self, queue: Queue) -> Option<Vec<u8>> {
+        self.process.queues.borrow_mut()[queue.0 as usize]
+            .items
+            .pop_front()
     }
 
     fn header(&self, map: Headers, name: &str) -> Option<Vec<u8>> {
@@ -317,6 +400,12 @@ impl Host for Fake {
     }
 
     fn metric(&self, metric: MetricId) -> Option<u64> {
+        let meanwhile = self.process.meanwhile.borrow_mut().pop_front();
+        if let Some(Some((name, delta))) = meanwhile
+            && let Some(value) = self.process.metrics.borrow_mut().get_mut(&name)
+        {
+            *value = value.wrapping_add_signed(delta);
+        }
         self.value(metric, |_, value| *value)
     }
 

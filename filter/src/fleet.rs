@@ -1,13 +1,16 @@
 //! The worker table with what this VM derives from it once per version.
 
+use hashbrown::HashMap;
 use kv_core::hash::{Hashing, Seed};
 use kv_core::id::{Role, Slot};
 use kv_core::policy::Mode;
+use kv_core::report::OwnerKey;
 use kv_core::scan::Scan;
 use kv_core::table::{Owner, Pool, Table};
 
+use crate::bookings::Place;
 use crate::host::{Host, MetricId, MetricKind};
-use crate::lanes::{Lane, Lanes};
+use crate::lanes::Lanes;
 use crate::metrics::{Fault, Metrics, labelled};
 
 /// Counter by `pool` of decisions of the round-robin mode: the cursor that all threads share.
@@ -27,7 +30,9 @@ struct Derived {
     /// Positions in [`Pool::owners`] of those that take requests.
     accepting: Vec<usize>,
     /// In the order of [`Pool::owners`].
-    lanes: Vec<Option<Lane>>,
+    places: Vec<Option<Place>>,
+    /// Position in [`Pool::owners`] of the first owner at an endpoint.
+    by_endpoint: HashMap<String, usize>,
     turns: Option<MetricId>,
 }
 
@@ -50,7 +55,7 @@ impl Fleet {
     /// the first request that.
     pub fn new(host: &impl Host, metrics: &mut Metrics, lanes: &mut Lanes, table: Table) -> Self {
         lanes.trim(&table);
-        let mut derive = |pool: &Pool| {
+        let mut derive = |(position, pool): (u16, &Pool)| {
             let mut derived = Derived::default();
             for (i, owner) in pool.owners.iter().enumerate() {
                 let sound = owner.endpoint.bytes().all(|b| b.is_ascii_graphic());
@@ -63,7 +68,14 @@ impl Fleet {
                 if lane.is_none() {
                     metrics.fault(host, Fault::Lane);
                 }
-                derived.lanes.push(lane);
+                derived.places.push(lane.map(|lane| Place {
+                    lane,
+                    owner: OwnerKey {
+                        pool: position,
+                        id: owner.id,
+                    },
+                }));
+                derived.by_endpoint.entry_ref(&owner.endpoint).or_insert(i);
             }
             if pool.policy.mode == Mode::RoundRobin {
                 let turns = labelled(TURNS, &[("pool", &pool.name)]);
@@ -71,7 +83,7 @@ impl Fleet {
             }
             derived
         };
-        let pools = table.pools.iter().map(&mut derive).collect();
+        let pools = (0..).zip(&table.pools).map(&mut derive).collect();
         Self { table, pools }
     }
 
@@ -86,6 +98,25 @@ impl Fleet {
             known: served.known,
             derived: self.pools.get(served.pool)?,
         })
+    }
+
+    /// The pool of a name, for requests of no particular model.
+    #[must_use]
+    pub fn named(&self, name: &str) -> Option<Served<'_>> {
+        let position = self.table.pools.iter().position(|pool| pool.name == name)?;
+        Some(Served {
+            pool: self.table.pools.get(position)?,
+            position,
+            lora: "",
+            known: true,
+            derived: self.pools.get(position)?,
+        })
+    }
+
+    /// Where requests may be booked.
+    pub fn places(&self) -> impl Iterator<Item = Place> + '_ {
+        let places = self.pools.iter().flat_map(|derived| &derived.places);
+        places.copied().flatten()
     }
 
     /// How to hash a prompt, as far as its body has said.
@@ -123,10 +154,16 @@ impl<'a> Served<'a> {
         self.pool.owners.get(position)
     }
 
-    /// Its gauges.
+    /// Where requests for it are booked.
     #[must_use]
-    pub fn lane(&self, position: usize) -> Option<Lane> {
-        self.derived.lanes.get(position).copied().flatten()
+    pub fn place(&self, position: usize) -> Option<Place> {
+        self.derived.places.get(position).copied().flatten()
+    }
+
+    /// Position of the first owner at an endpoint.
+    #[must_use]
+    pub fn owner_at(&self, endpoint: &str) -> Option<usize> {
+        self.derived.by_endpoint.get(endpoint).copied()
     }
 
     /// The next turn of the round-robin mode.

@@ -47,6 +47,10 @@ pub struct MetricId(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Token(pub u32);
 
+/// A queue that the VMs of one `vm_id` share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Queue(pub u32);
+
 /// A value in shared data.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Shared {
@@ -92,6 +96,16 @@ pub trait Host {
     fn shared(&self, key: &[u8]) -> Option<Shared>;
     /// Writes shared data; `false` if `expect` did not hold or Envoy refused.
     fn set_shared(&self, key: &[u8], value: &[u8], expect: Expect) -> bool;
+
+    /// Makes the current root context the one that is told of arrivals in a queue. What is in the
+    /// queue stays.
+    fn register_queue(&self, name: &str) -> Option<Queue>;
+    /// A queue that some VM has registered.
+    fn resolve_queue(&self, name: &str) -> Option<Queue>;
+    /// Appends to a queue.
+    fn enqueue(&self, queue: Queue, item: &[u8]) -> bool;
+    /// Takes the first item of a queue; `None` from an empty one.
+    fn dequeue(&self, queue: Queue) -> Option<Vec<u8>>;
 
     /// First value of a header.
     fn header(&self, map: Headers, name: &str) -> Option<Vec<u8>>;

@@ -6,7 +6,8 @@
 
 use hashbrown::HashMap;
 use kv_core::id::OwnerId;
-use kv_core::load::{Delta, Leg, Load};
+use kv_core::ledger::Lanes as Raw;
+use kv_core::load::Delta;
 use kv_core::table::Table;
 
 use crate::host::{Host, MetricId, MetricKind};
@@ -22,14 +23,23 @@ pub struct Lane {
 }
 
 impl Lane {
-    /// The owner's load.
+    /// What they hold.
     #[must_use]
-    pub fn load(self, host: &impl Host) -> Load {
-        let read = |id| host.metric(id).unwrap_or(0);
-        Load::from_lanes(read(self.a), read(self.b))
+    pub fn read(self, host: &impl Host) -> Raw {
+        Raw {
+            a: self.read_a(host),
+            b: host.metric(self.b).unwrap_or(0),
+        }
     }
 
-    fn add(self, host: &impl Host, delta: Delta) {
+    /// What the first of them holds.
+    #[must_use]
+    pub fn read_a(self, host: &impl Host) -> u64 {
+        host.metric(self.a).unwrap_or(0)
+    }
+
+    /// Adds to them. Only [`crate::bookings`] does, which reports the same.
+    pub(crate) fn add(self, host: &impl Host, delta: Delta) {
         for (id, by) in [(self.a, delta.a), (self.b, delta.b)] {
             if by != 0 {
                 host.add(id, by);
@@ -60,6 +70,9 @@ impl Lanes {
             a: define('a')?,
             b: define('b')?,
         };
+        // Reading them makes this VM one of those that keep them alive: a gauge ends with the last
+        // VM that has touched it, and what was booked on it with it.
+        let _ = lane.read(host);
         owners.insert(owner, lane);
         Some(lane)
     }
@@ -78,62 +91,12 @@ impl Lanes {
     }
 }
 
-/// A leg of a request and where it is booked.
-#[derive(Debug)]
-pub struct Booking {
-    lane: Lane,
-    leg: Leg,
-}
-
-impl Booking {
-    /// Books a request with this much prefill to do and these blocks to hold.
-    pub fn new(host: &impl Host, lane: Lane, prefill_tokens: u32, blocks: u32) -> Self {
-        let (leg, delta) = Leg::book(prefill_tokens, blocks);
-        lane.add(host, delta);
-        Self { lane, leg }
-    }
-
-    /// The first token has come. Counts once.
-    pub fn first_token(&mut self, host: &impl Host) {
-        self.lane.add(host, self.leg.first_token());
-    }
-
-    /// The request is over. Counts once.
-    pub fn release(&mut self, host: &impl Host) {
-        self.lane.add(host, self.leg.release());
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{Booking, Lanes};
+    use super::Lanes;
     use crate::fake::Fake;
     use kv_core::id::OwnerId;
-    use kv_core::load::Load;
     use kv_core::table::{Owner, Pool, Table};
-
-    const ID: OwnerId = OwnerId { worker: 7, rank: 1 };
-
-    #[test]
-    fn vms_of_a_process_see_each_others_bookings() {
-        let one = Fake::default();
-        let two = one.beside();
-        let lane = Lanes::default().of(&one, "p.q", ID).unwrap();
-        let seen = Lanes::default().of(&two, "p.q", ID).unwrap();
-        let mut booking = Booking::new(&one, lane, 100, 7);
-        let load = Load {
-            prefill_tokens: 100,
-            waiting: 1,
-            decoding: 0,
-            blocks: 7,
-        };
-        assert_eq!(seen.load(&two), load);
-        booking.first_token(&one);
-        booking.release(&one);
-        booking.release(&one);
-        assert_eq!(seen.load(&two), Load::default());
-        assert!(one.has_metric("kv_router_lane_b.p.q.7.1"));
-    }
 
     #[test]
     fn owners_that_left_are_forgotten_when_they_are_many() {

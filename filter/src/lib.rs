@@ -9,9 +9,12 @@
 //!
 //! - [`host`]: everything that is asked of Envoy, behind one trait; `abi` implements it.
 //! - [`vm`]: what one VM is made of, and the callbacks that Envoy calls.
-//! - [`request`], [`hold`], [`choose`], [`record`]: the life of a request.
-//! - [`world`], [`fleet`], [`lanes`]: pages, worker table and load as this VM sees them.
-//! - [`bridge`]: the one VM of a process that copies the sidecar's writes into shared data.
+//! - [`request`], [`hold`], [`choose`], [`routed`], [`record`]: the life of a request.
+//! - [`world`], [`fleet`], [`lanes`], [`correction`]: pages, worker table and load as this VM sees
+//!   them.
+//! - [`bookings`], [`outbox`]: what this VM has added to the load, and its reports of it.
+//! - [`bridge`], [`relay`]: the one VM of a process that copies the sidecar's writes into shared
+//!   data and passes the reports of all VMs on to it.
 //!
 //! A panic would take a whole Envoy thread out of routing, so nothing here can panic.
 
@@ -27,17 +30,22 @@
 
 #[cfg(target_arch = "wasm32")]
 mod abi;
+pub mod bookings;
 pub mod bridge;
 pub mod choose;
 pub mod config;
+pub mod correction;
 pub mod fleet;
 pub mod hold;
 pub mod host;
 pub mod lanes;
 pub mod metrics;
+pub mod outbox;
 pub mod reason;
 pub mod record;
+pub mod relay;
 pub mod request;
+pub mod routed;
 pub mod vm;
 pub mod watchdog;
 pub mod world;

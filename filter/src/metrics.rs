@@ -20,6 +20,13 @@ pub const LABELS: [&str; 3] = ["pool", "reason", "kind"];
 /// any reason but `kv` and `passed` says what keeps requests from being routed by cache.
 pub const REQUESTS: &str = "kv_router_requests_total";
 
+/// Counter of requests that the chosen worker has answered, by `pool` and `reason`, beside
+/// [`REQUESTS`]. *Use*: its share there. *Action*: [`MISSED`] says what became of the rest.
+pub const INTENDED: &str = "kv_router_routed_as_intended_total";
+
+/// Counter of requests that the chosen worker has not answered, by `reason` ([`Miss::name`]).
+pub const MISSED: &str = "kv_router_missed_total";
+
 /// Counter of things that went wrong, by `kind` ([`Fault::kind`]). *Action*: each kind says what;
 /// all should stand still.
 pub const FAULTS: &str = "kv_router_faults_total";
@@ -47,10 +54,25 @@ pub enum Event {
     /// `kv_router_unknown_model_total`: requests for a model that no pool names, served by the
     /// first pool.
     UnknownModel,
+    /// `kv_router_reports_total`: reports of VMs sent to the sidecar.
+    Report,
+    /// `kv_router_reports_dropped_total`: reports dropped because no sidecar listened. The VMs
+    /// report whole when one does.
+    ReportDropped,
+    /// `kv_router_report_steps_dropped_total`: steps of requests dropped because no bridge took
+    /// reports. *Action*: no VM of this Envoy could become the bridge.
+    StepDropped,
+    /// `kv_router_reports_complete_total`: reports of all bookings of a VM.
+    Complete,
+    /// `kv_router_bookings_raced_total`: bookings between whose decision and whose entry in the
+    /// lanes the load of the chosen worker changed.
+    Raced,
+    /// `kv_router_bookings_undone_total`: bookings undone because that made another worker better.
+    Undone,
 }
 
 impl Event {
-    const COUNT: usize = 5;
+    const COUNT: usize = 11;
 
     fn name(self) -> &'static str {
         match self {
@@ -59,6 +81,41 @@ impl Event {
             Self::Refused => "kv_router_bridge_refused_total",
             Self::Lease => "kv_router_bridge_leases_total",
             Self::UnknownModel => "kv_router_unknown_model_total",
+            Self::Report => "kv_router_reports_total",
+            Self::ReportDropped => "kv_router_reports_dropped_total",
+            Self::StepDropped => "kv_router_report_steps_dropped_total",
+            Self::Complete => "kv_router_reports_complete_total",
+            Self::Raced => "kv_router_bookings_raced_total",
+            Self::Undone => "kv_router_bookings_undone_total",
+        }
+    }
+}
+
+/// Why the chosen worker has not answered a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Miss {
+    /// Envoy sent the request again, because the chosen worker took no requests.
+    Retried,
+    /// Envoy sent the request elsewhere at once. *Action*: the workers' cluster lacks the
+    /// `override_host` policy or the worker.
+    OverrideMissed,
+    /// No worker was chosen, Envoy's own policy did.
+    Unattributed,
+    /// No worker has answered: the client left, or none could be reached.
+    Unanswered,
+}
+
+impl Miss {
+    const COUNT: usize = 4;
+
+    /// Metric label.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Retried => "retried",
+            Self::OverrideMissed => "override_missed",
+            Self::Unattributed => "unattributed",
+            Self::Unanswered => "unanswered",
         }
     }
 }
@@ -95,6 +152,8 @@ pub enum Fault {
     Head,
     /// The worker table is broken; the last good one counts.
     Table,
+    /// The published loads are broken; lanes count as they are.
+    Loads,
     /// A worker's endpoint can't stand in a header; the worker gets no requests.
     Endpoint,
     /// Envoy did not define a load gauge; that owner's load is unknown.
@@ -122,6 +181,7 @@ impl Fault {
         match self {
             Self::Head => "head",
             Self::Table => "table",
+            Self::Loads => "loads",
             Self::Endpoint => "endpoint",
             Self::Lane => "lane",
             Self::Header => "header",
@@ -142,8 +202,16 @@ pub struct Metrics {
     timings: [Option<MetricId>; Timing::COUNT],
     /// By kind, of which there are few.
     faults: Vec<(&'static str, Option<MetricId>)>,
-    requests: HashMap<String, [Option<MetricId>; Reason::COUNT]>,
+    requests: HashMap<String, ByPool>,
+    missed: [Option<MetricId>; Miss::COUNT],
     stale: Option<MetricId>,
+}
+
+/// Counters of one pool, by reason.
+#[derive(Debug, Default)]
+struct ByPool {
+    requests: [Option<MetricId>; Reason::COUNT],
+    intended: [Option<MetricId>; Reason::COUNT],
 }
 
 impl Metrics {
@@ -185,17 +253,38 @@ impl Metrics {
 
     /// Counts a routed request.
     pub fn request(&mut self, host: &impl Host, pool: &str, reason: Reason) {
+        let (pool, slots) = self.pool(pool);
+        if let Some(slot) = slots.requests.get_mut(reason.index()) {
+            count(host, slot, REQUESTS, pool, reason);
+        }
+    }
+
+    /// Counts a request that the chosen worker has answered.
+    pub fn intended(&mut self, host: &impl Host, pool: &str, reason: Reason) {
+        let (pool, slots) = self.pool(pool);
+        if let Some(slot) = slots.intended.get_mut(reason.index()) {
+            count(host, slot, INTENDED, pool, reason);
+        }
+    }
+
+    /// Counts a request that the chosen worker has not answered.
+    pub fn missed(&mut self, host: &impl Host, miss: Miss) {
+        let define = || {
+            let labels = [("reason", miss.name())];
+            host.define(MetricKind::Counter, &labelled(MISSED, &labels))
+        };
+        if let Some(slot) = self.missed.get_mut(miss as usize) {
+            add(host, slot, 1, define);
+        }
+    }
+
+    fn pool<'a>(&mut self, pool: &'a str) -> (&'a str, &mut ByPool) {
         let pool = if self.requests.len() < MAX_POOLS || self.requests.contains_key(pool) {
             pool
         } else {
             "other"
         };
-        let slots = self.requests.entry_ref(pool).or_default();
-        if let Some(slot) = slots.get_mut(reason.index()) {
-            let labels = [("pool", pool), ("reason", reason.name())];
-            let define = || host.define(MetricKind::Counter, &labelled(REQUESTS, &labels));
-            add(host, slot, 1, define);
-        }
+        (pool, self.requests.entry_ref(pool).or_default())
     }
 
     /// Sets the gauge of staleness; `true` if no other VM of the process has done so already.
@@ -210,6 +299,12 @@ impl Metrics {
         host.record(id, stale.into());
         before != Some(stale.into())
     }
+}
+
+fn count(host: &impl Host, slot: &mut Option<MetricId>, name: &str, pool: &str, reason: Reason) {
+    let labels = [("pool", pool), ("reason", reason.name())];
+    let define = || host.define(MetricKind::Counter, &labelled(name, &labels));
+    add(host, slot, 1, define);
 }
 
 fn add(

@@ -11,6 +11,10 @@ pub enum Reason {
     RoundRobin,
     /// At random, as the pool's mode asks.
     Random,
+    /// By the number of requests, as the pool's mode asks.
+    LeastLoaded,
+    /// By the number of requests of two at random, as the pool's mode asks.
+    PowerOfTwo,
     /// By load: no complete set of pages of the table's epoch is there.
     NoIndex,
     /// By load: the sidecar has been silent for so long that the pages count for nothing.
@@ -37,7 +41,7 @@ pub enum Reason {
 
 impl Reason {
     /// Number of reasons.
-    pub const COUNT: usize = 14;
+    pub const COUNT: usize = 16;
 
     /// The reason as an index below [`Reason::COUNT`].
     #[must_use]
@@ -52,6 +56,8 @@ impl Reason {
             Self::Kv => "kv",
             Self::RoundRobin => "round-robin",
             Self::Random => "random",
+            Self::LeastLoaded => "least-loaded",
+            Self::PowerOfTwo => "power-of-two",
             Self::NoIndex => "no_index",
             Self::Stale => "stale",
             Self::Text => "text",
@@ -76,6 +82,8 @@ impl Reason {
             }
             (_, Mode::RoundRobin) => Self::RoundRobin,
             (_, Mode::Random) => Self::Random,
+            (_, Mode::LeastLoaded) => Self::LeastLoaded,
+            (_, Mode::PowerOfTwo) => Self::PowerOfTwo,
         }
     }
 }

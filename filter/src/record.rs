@@ -1,8 +1,10 @@
-//! The decision record on a response.
+//! What a decision rested on, for the response and for the sidecar.
 
 use std::rc::Rc;
 
-use kv_core::decide::{RECORDED, Record};
+use kv_core::decide::{RECORDED, Record, Scored};
+use kv_core::report;
+use kv_core::table::Pool;
 
 use crate::choose::Weighed;
 use crate::fleet::Fleet;
@@ -22,10 +24,9 @@ pub struct Evidence {
 }
 
 impl Evidence {
-    /// Keeps the chosen candidate and the best of the others. `pool` is its position in the table.
+    /// `pool` is its position in the table.
     #[must_use]
-    pub fn new(fleet: Rc<Fleet>, pool: usize, reason: Reason, mut weighed: Weighed) -> Self {
-        keep_best(&mut weighed);
+    pub fn new(fleet: Rc<Fleet>, pool: usize, reason: Reason, weighed: Weighed) -> Self {
         Self {
             fleet,
             pool,
@@ -54,8 +55,27 @@ impl Evidence {
     }
 }
 
-/// Cuts the list to as many as a record names, without sorting it.
-fn keep_best(weighed: &mut Weighed) {
+/// The candidates as the sidecar is told of them: the chosen one first, the others in no order.
+/// `weighed` is cut by [`keep_best`].
+#[must_use]
+pub fn told(pool: &Pool, weighed: &Weighed) -> Vec<report::Weighed> {
+    let tell = |s: &Scored| {
+        let owner = pool.owners.get(s.candidate.owner)?;
+        Some(report::Weighed {
+            owner: owner.id,
+            overlap: s.candidate.overlap.by_tier(),
+            prefill_tokens: s.candidate.load.prefill_tokens,
+            active_blocks: s.candidate.load.blocks,
+            shared_blocks: s.candidate.shared_blocks,
+            requests: s.candidate.load.requests(),
+            cost: s.cost.total(),
+        })
+    };
+    weighed.scored.iter().filter_map(tell).collect()
+}
+
+/// Cuts the list to as many as a record names, the chosen one first, without sorting it.
+pub fn keep_best(weighed: &mut Weighed) {
     let scored = &mut weighed.scored;
     if let Some(chosen) = &mut weighed.chosen
         && *chosen < scored.len()
@@ -67,7 +87,7 @@ fn keep_best(weighed: &mut Weighed) {
         return;
     }
     if let [_, others @ ..] = scored.as_mut_slice() {
-        let cost = |s: &kv_core::decide::Scored| s.cost.total();
+        let cost = |s: &Scored| s.cost.total();
         others.select_nth_unstable_by(RECORDED - 1, |a, b| cost(a).total_cmp(&cost(b)));
     }
     scored.truncate(RECORDED);
@@ -89,6 +109,7 @@ mod tests {
                 owner,
                 overlap: Overlap::default(),
                 load: Load::default(),
+                shared_blocks: 0,
             },
             cost: Cost {
                 prefill: *cost,

@@ -11,13 +11,12 @@ use std::rc::Rc;
 
 use kv_core::scan::{Field, Prompt, Scan, Scanner};
 
-use crate::choose::Ask;
+use crate::choose::{Ask, Published};
 use crate::hold;
 use crate::host::{Headers, Host};
-use crate::lanes::Booking;
 use crate::metrics::{Event, Fault, Timing};
 use crate::reason::Reason;
-use crate::record::Evidence;
+use crate::routed::Routed;
 use crate::vm::{Action, Router};
 
 /// Names the worker; read by Envoy's `override_host` policy.
@@ -29,9 +28,6 @@ pub const DECISION: &str = "x-kv-router-decision";
 
 /// Headers that only this filter may set on a request.
 const OURS: [&str; 3] = [DESTINATION, POOL, DECISION];
-
-/// Pool label of requests for which no pool is known.
-const NO_POOL: &str = "none";
 
 /// One request.
 #[derive(Debug)]
@@ -65,12 +61,6 @@ struct Held {
     taken: usize,
     /// Whether Envoy handed out all bytes it announced.
     whole: bool,
-}
-
-#[derive(Debug, Default)]
-struct Routed {
-    booking: Option<Booking>,
-    evidence: Option<Evidence>,
 }
 
 /// What a body said about where to go.
@@ -166,41 +156,26 @@ impl Request {
 
     /// Response headers have come.
     pub fn on_response_headers<H: Host>(&mut self, router: &mut Router<H>) {
-        let State::Routed(routed) = &mut self.state else {
-            return;
-        };
-        let Some(record) = routed.evidence.take().and_then(|e| e.to_header()) else {
-            return;
-        };
-        if !router
-            .host
-            .set_header(Headers::Response, DECISION, record.as_bytes())
-        {
-            router.metrics.fault(&router.host, Fault::Header);
+        if let State::Routed(routed) = &mut self.state {
+            routed.on_response_headers(router);
         }
     }
 
     /// A part of the response body has come.
     pub fn on_response_body<H: Host>(&mut self, router: &mut Router<H>, size: usize) {
-        if let State::Routed(Routed {
-            booking: Some(booking),
-            ..
-        }) = &mut self.state
+        if let State::Routed(routed) = &mut self.state
             && size > 0
         {
-            booking.first_token(&router.host);
+            routed.on_first_token(router);
         }
     }
 
     /// The request is over, whatever happened.
     pub fn on_over<H: Host>(&mut self, router: &mut Router<H>) {
         match std::mem::replace(&mut self.state, State::Over) {
-            State::Routed(Routed {
-                booking: Some(mut booking),
-                ..
-            }) => booking.release(&router.host),
+            State::Routed(routed) => routed.on_over(router),
             State::Held(_) => router.watchdog.over(self.context),
-            State::Routed(_) | State::Fresh | State::Over => {}
+            State::Fresh | State::Over => {}
         }
     }
 
@@ -263,15 +238,14 @@ impl Request {
         part_ns: u64,
     ) {
         router.refresh(part_ns);
-        let mut routed = Routed::default();
-        let fleet = router.world.fleet();
         let model = read.scan.model.value().map(String::as_str);
+        let fleet = router.world.fleet();
         let served = fleet.as_ref().and_then(|fleet| {
             let served = fleet.serve(model)?;
             Some((fleet, served))
         });
-        let (pool, reason) = match &served {
-            None => (NO_POOL, Reason::NoTable),
+        let routed = match &served {
+            None => Routed::nowhere(),
             Some((fleet, served)) => {
                 if read.scan.model != Field::Absent && !served.known {
                     router.metrics.count(&router.host, Event::UnknownModel, 1);
@@ -287,25 +261,28 @@ impl Request {
                     tokens: read.tokens,
                     hashes,
                 };
-                let index = router.world.index(part_ns);
-                let choice =
-                    router
-                        .chooser
-                        .choose(&router.host, &mut router.metrics, served, index, &ask);
-                router.send_to(&served.pool.name, choice.endpoint);
-                routed.booking = choice.booking;
-                if fleet.table.settings.decision_header {
-                    let fleet = Rc::clone(fleet);
-                    let evidence =
-                        Evidence::new(fleet, served.position, choice.reason, choice.weighed);
-                    routed.evidence = Some(evidence);
-                }
-                (served.pool.name.as_str(), choice.reason)
+                let loads = router.world.loads();
+                let published = Published {
+                    index: router.world.index(part_ns),
+                    loads: loads.as_ref().and_then(|l| l.pools.get(served.position)),
+                };
+                let choice = router.chooser.choose(
+                    &router.host,
+                    &mut router.metrics,
+                    &mut router.bookings,
+                    served,
+                    &published,
+                    &ask,
+                );
+                router.send_to(&served.pool.name, choice.endpoints.as_deref());
+                Routed::new(router, Rc::clone(fleet), served, &ask, choice)
             }
         };
-        self.state = State::Routed(routed);
         let metrics = &mut router.metrics;
-        metrics.request(&router.host, pool, reason);
+        metrics.request(&router.host, routed.pool(), routed.reason());
+        self.state = State::Routed(routed);
+        // Part of what routing takes.
+        router.bookings.settle(&router.host);
         let now_ns = router.host.now_ns();
         metrics.time(&router.host, Timing::Decision, since_ns, now_ns);
         metrics.time(&router.host, Timing::AfterBody, part_ns, now_ns);
@@ -313,13 +290,13 @@ impl Request {
 }
 
 impl<H: Host> Router<H> {
-    /// Tells Envoy where to send the request.
-    fn send_to(&mut self, pool: &str, endpoint: Option<&str>) {
+    /// Tells Envoy where to send the request: to the first of the endpoints that takes it.
+    fn send_to(&mut self, pool: &str, endpoints: Option<&str>) {
         let set = |name, value: &str| {
             self.host
                 .set_header(Headers::Request, name, value.as_bytes())
         };
-        let named = endpoint.is_none_or(|endpoint| set(DESTINATION, endpoint));
+        let named = endpoints.is_none_or(|endpoints| set(DESTINATION, endpoints));
         if !(set(POOL, pool) && named) {
             self.metrics.fault(&self.host, Fault::Header);
         }

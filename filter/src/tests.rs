@@ -1,7 +1,9 @@
 //! Whole VMs against the fake host.
 
 mod bridge;
+mod load;
 mod noise;
+mod reports;
 mod requests;
 mod staleness;
 
@@ -11,12 +13,14 @@ use kv_core::head::Head;
 use kv_core::id::{OwnerId, Role, Slot, Tier};
 use kv_core::index::{Index, IndexConfig};
 use kv_core::key;
+use kv_core::ledger::Lanes;
 use kv_core::load::Load;
 use kv_core::policy::{Mode, Policy};
 use kv_core::table::{Owner, Pool, Settings, Table};
+use kv_core::wire::QUEUE;
 
 use crate::fake::Fake;
-use crate::host::{Expect, Headers, Host, MetricKind};
+use crate::host::{Expect, Headers, Host, Queue};
 use crate::vm::{Action, Vm};
 
 const ROOT: u32 = 1;
@@ -141,11 +145,28 @@ impl Site {
     fn tick(&mut self) {
         self.host.advance_ms(50);
         self.vm.on_tick(ROOT);
+        self.told();
     }
 
+    /// Envoy tells of arrivals in the queue.
+    fn told(&mut self) {
+        if self.host.is_told_of(QUEUE) && self.host.queued(QUEUE) > 0 {
+            self.vm.on_queue_ready(ROOT, Queue(0));
+        }
+    }
+
+    /// The endpoint of the chosen worker.
     fn destination(&self) -> Option<String> {
-        self.host
-            .text(Headers::Request, crate::request::DESTINATION)
+        self.destinations().into_iter().next()
+    }
+
+    fn destinations(&self) -> Vec<String> {
+        let header = self
+            .host
+            .text(Headers::Request, crate::request::DESTINATION);
+        let header = header.unwrap_or_default();
+        let named = header.split(',').filter(|e| !e.is_empty());
+        named.map(str::to_owned).collect()
     }
 
     fn routed(&self, pool: &str, reason: &str) -> u64 {
@@ -159,12 +180,19 @@ impl Site {
     }
 
     fn load(&self, worker: u64) -> Load {
+        self.lanes(worker).load()
+    }
+
+    /// What the lanes of a worker hold.
+    fn lanes(&self, worker: u64) -> Lanes {
         let lane = |lane: &str| {
             let name = format!("kv_router_lane_{lane}.default.{worker}.0");
-            let id = self.host.define(MetricKind::Gauge, &name);
-            self.host.metric(id.unwrap()).unwrap()
+            self.host.named(&name)
         };
-        Load::from_lanes(lane("a"), lane("b"))
+        Lanes {
+            a: lane("a"),
+            b: lane("b"),
+        }
     }
 
     /// Asserts that no lane of the process holds anything.

@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 
 use hashbrown::HashMap;
 
+use crate::bookings::Bookings;
 use crate::bridge::{Bridge, Identity, stamp_idle};
 use crate::choose::Chooser;
 use crate::config::Config;
-use crate::host::{Host, Level, Token};
+use crate::host::{Host, Level, Queue, Token};
 use crate::lanes::Lanes;
 use crate::metrics::{Fault, Metrics};
 use crate::request::Request;
@@ -34,6 +35,8 @@ pub struct Router<H> {
     pub world: World,
     /// Load gauges.
     pub lanes: Lanes,
+    /// What its requests have booked.
+    pub bookings: Bookings,
     /// Chooses workers.
     pub chooser: Chooser,
     /// Whether requests may be held.
@@ -43,8 +46,13 @@ pub struct Router<H> {
 impl<H: Host> Router<H> {
     /// Brings the published state up to date.
     pub fn refresh(&mut self, now_ns: u64) {
-        self.world
-            .refresh(&self.host, &mut self.metrics, &mut self.lanes, now_ns);
+        let (host, metrics, lanes) = (&self.host, &mut self.metrics, &mut self.lanes);
+        let replaced = self.world.refresh(host, metrics, lanes, now_ns);
+        if let Some(before) = replaced
+            && let Some(fleet) = self.world.fleet()
+        {
+            self.bookings.follow(&before.table, &fleet.table);
+        }
     }
 }
 
@@ -71,6 +79,7 @@ impl<H: Host> Vm<H> {
                 metrics: Metrics::default(),
                 world: World::default(),
                 lanes: Lanes::default(),
+                bookings: Bookings::default(),
                 chooser: Chooser::new(seed),
                 watchdog: Watchdog::default(),
             },
@@ -94,7 +103,8 @@ impl<H: Host> Vm<H> {
     /// The VM starts. Called for each root context.
     pub fn on_start(&mut self) -> bool {
         let host = &self.router.host;
-        self.identity.get_or_insert_with(|| Identity::seed(host));
+        let identity = self.identity.get_or_insert_with(|| Identity::seed(host));
+        self.router.bookings.set_vm(identity.vm);
         true
     }
 
@@ -140,7 +150,19 @@ impl<H: Host> Vm<H> {
         }
         bridge.on_tick(&router.host, &mut router.metrics, self.busy);
         router.refresh(now_ns);
+        if let Some(fleet) = router.world.fleet() {
+            bridge.show_lanes(&router.host, &mut router.metrics, &fleet);
+        }
+        router.bookings.on_tick(&router.host, &mut router.metrics);
         self.check_held(root, now_ns);
+    }
+
+    /// Something has come in a queue that a root context has registered.
+    pub fn on_queue_ready(&mut self, root: u32, _queue: Queue) {
+        let Router { host, metrics, .. } = &mut self.router;
+        if let Some(Some(bridge)) = self.roots.get_mut(&root) {
+            bridge.relay(host, metrics);
+        }
     }
 
     /// A message has come on a stream of a root context.
@@ -196,6 +218,7 @@ impl<H: Host> Vm<H> {
             && let Some(mut bridge) = bridge.take()
         {
             bridge.step_aside(&self.router.host);
+            self.router.bookings.flush(&self.router.host);
         }
     }
 
@@ -239,9 +262,11 @@ impl<H: Host> Vm<H> {
         otherwise: R,
         callback: impl FnOnce(&mut Request, &mut Router<H>) -> R,
     ) -> R {
-        match self.requests.get_mut(&context) {
-            Some(request) => callback(request, &mut self.router),
-            None => otherwise,
-        }
+        let Some(request) = self.requests.get_mut(&context) else {
+            return otherwise;
+        };
+        let result = callback(request, &mut self.router);
+        self.router.bookings.settle(&self.router.host);
+        result
     }
 }

@@ -1,12 +1,14 @@
-//! Head and worker table as this VM sees them, and how old they are.
+//! Head, worker table and loads as this VM sees them, and how old they are.
 
 use std::rc::Rc;
 
 use kv_core::decide;
 use kv_core::head::Head;
 use kv_core::key;
+use kv_core::loads::Loads;
 use kv_core::table::Table;
 
+use crate::correction::Corrections;
 use crate::fleet::Fleet;
 use crate::host::{Host, Level};
 use crate::lanes::Lanes;
@@ -25,6 +27,7 @@ pub struct World {
     fleet: Option<Rc<Fleet>>,
     /// Epoch and version of the head for which the table was last read, readable or not.
     tried: Option<(u32, u64)>,
+    corrections: Corrections,
 }
 
 /// The pages that may be used with the table.
@@ -37,23 +40,25 @@ pub struct Index {
 }
 
 impl World {
-    /// Reads the head, and the table where it has changed.
+    /// Reads the head, and table and loads where they have changed. Returns the table that was
+    /// replaced.
     pub fn refresh(
         &mut self,
         host: &impl Host,
         metrics: &mut Metrics,
         lanes: &mut Lanes,
         now_ns: u64,
-    ) {
-        let Some(shared) = host.shared(&key::HEAD) else {
-            return;
-        };
+    ) -> Option<Rc<Fleet>> {
+        let shared = host.shared(&key::HEAD)?;
         match Head::decode(&shared.bytes) {
             Some(head) => self.take_head(head, now_ns),
             None => metrics.fault(host, Fault::Head),
         }
         self.watch(host, metrics, now_ns);
-        self.read_table(host, metrics, lanes);
+        if let Some(head) = &self.head {
+            self.corrections.refresh(host, metrics, head);
+        }
+        self.read_table(host, metrics, lanes)
     }
 
     /// The table; `None` until one has been read.
@@ -72,6 +77,14 @@ impl World {
             head,
             trust: decide::trust(age_ms),
         })
+    }
+
+    /// What to correct the lanes by, unless it is too old: corrections that are not renewed may
+    /// correct what is not there any more.
+    #[must_use]
+    pub fn loads(&self) -> Option<Rc<Loads>> {
+        let epoch = self.fleet.as_ref()?.table.epoch;
+        self.corrections.of(epoch).filter(|_| !self.stale)
     }
 
     fn take_head(&mut self, head: Head, now_ns: u64) {
@@ -101,18 +114,23 @@ impl World {
         }
     }
 
-    fn read_table(&mut self, host: &impl Host, metrics: &mut Metrics, lanes: &mut Lanes) {
+    fn read_table(
+        &mut self,
+        host: &impl Host,
+        metrics: &mut Metrics,
+        lanes: &mut Lanes,
+    ) -> Option<Rc<Fleet>> {
         let wanted = self.head.map(|head| (head.epoch, head.table_version));
         if wanted.is_none() || self.tried == wanted {
-            return;
+            return None;
         }
         self.tried = wanted;
         let read = host.shared(&key::TABLE);
-        match read.and_then(|shared| Table::decode(&shared.bytes)) {
-            Some(table) => {
-                self.fleet = Some(Rc::new(Fleet::new(host, metrics, lanes, table)));
-            }
-            None => metrics.fault(host, Fault::Table),
-        }
+        let Some(table) = read.and_then(|shared| Table::decode(&shared.bytes)) else {
+            metrics.fault(host, Fault::Table);
+            return None;
+        };
+        let fleet = Fleet::new(host, metrics, lanes, table);
+        self.fleet.replace(Rc::new(fleet))
     }
 }

@@ -2,25 +2,25 @@
 
 mod error;
 mod explain;
-mod load;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use axum::extract::{ConnectInfo, DefaultBodyLimit, Request, State};
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{ConnectInfo, DefaultBodyLimit, Query, RawQuery, Request, State};
 use axum::http::{StatusCode, header};
 use axum::middleware::{Next, from_fn};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use kv_core::id::OwnerId;
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::index::{Control, IndexReport, OwnerReport, PoolReport};
+use crate::decision::{DecisionsReport, Wanted};
+use crate::index::{Control, IndexReport, WorkersReport};
+use crate::load::RawReport;
 use crate::metrics::{CONTENT_TYPE, Metrics};
 use error::AdminError;
-use load::{Available, Envoy, LoadReport};
 
 /// Longest body of `/v1/explain`, in bytes.
 const LONGEST_BODY: usize = 64 << 20;
@@ -30,22 +30,13 @@ const LONGEST_BODY: usize = 64 << 20;
 pub struct Admin {
     control: mpsc::Sender<Control>,
     metrics: Arc<Metrics>,
-    envoy: Envoy,
 }
 
 impl Admin {
-    /// Asks the index through `control`, and Envoy's admin interface for load.
+    /// Asks the index through `control`.
     #[must_use]
-    pub fn new(
-        control: mpsc::Sender<Control>,
-        metrics: Arc<Metrics>,
-        envoy_admin: SocketAddr,
-    ) -> Self {
-        Self {
-            control,
-            metrics,
-            envoy: Envoy::new(envoy_admin),
-        }
+    pub fn new(control: mpsc::Sender<Control>, metrics: Arc<Metrics>) -> Self {
+        Self { control, metrics }
     }
 
     async fn ask<T>(
@@ -68,6 +59,7 @@ pub fn router(admin: Admin) -> Router {
         .route("/v1/workers", get(workers))
         .route("/v1/index", get(index))
         .route("/v1/explain", post(explain::explain))
+        .route("/v1/decisions", get(decisions))
         .route_layer(from_fn(only_local));
     Router::new()
         .route("/healthz", get(async || "ok\n"))
@@ -113,52 +105,34 @@ async fn index(State(admin): State<Admin>) -> Result<Json<IndexReport>, AdminErr
     admin.ask(Control::Index).await.map(Json)
 }
 
-/// Answer of `/v1/workers`.
+async fn decisions(
+    State(admin): State<Admin>,
+    wanted: Result<Query<Wanted>, QueryRejection>,
+) -> Result<Json<DecisionsReport>, AdminError> {
+    let Query(wanted) = wanted.map_err(|e| AdminError::Query(e.body_text()))?;
+    let ask = |reply| Control::Decisions(wanted, reply);
+    admin.ask(ask).await.map(Json)
+}
+
+/// Answer of `/v1/workers`, with `?raw` the accounts of load too.
 #[derive(Debug, Serialize)]
 struct Workers {
-    /// Whether the load below could be had from Envoy.
-    load: Available,
-    pools: Vec<LoadedPool>,
-}
-
-#[derive(Debug, Serialize)]
-struct LoadedPool {
     #[serde(flatten)]
-    pool: PoolReport,
-    owners: Vec<LoadedOwner>,
+    report: WorkersReport,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    raw: Option<RawReport>,
 }
 
-#[derive(Debug, Serialize)]
-struct LoadedOwner {
-    #[serde(flatten)]
-    owner: OwnerReport,
-    /// `null` when Envoy can't be asked.
-    load: Option<LoadReport>,
-}
-
-async fn workers(State(admin): State<Admin>) -> Result<Json<Workers>, AdminError> {
-    let pools = admin.ask(Control::Workers).await?;
-    let loads = admin.envoy.loads().await;
-    let pools = pools.into_iter().map(|mut pool| {
-        let owners = std::mem::take(&mut pool.owners);
-        let owners = owners.into_iter().map(|owner| {
-            let id = OwnerId {
-                worker: owner.worker,
-                rank: owner.rank,
-            };
-            let load = loads.as_ref().ok().map(|loads| loads.of(&pool.pool, id));
-            LoadedOwner {
-                owner,
-                load: load.map(LoadReport::from),
-            }
-        });
-        LoadedPool {
-            owners: owners.collect(),
-            pool,
-        }
-    });
-    Ok(Json(Workers {
-        pools: pools.collect(),
-        load: Available::of(&loads),
-    }))
+async fn workers(
+    State(admin): State<Admin>,
+    RawQuery(query): RawQuery,
+) -> Result<Json<Workers>, AdminError> {
+    let is_raw = query.is_some_and(|query| query.split('&').any(|key| key == "raw"));
+    let report = admin.ask(Control::Workers).await?;
+    let raw = if is_raw {
+        Some(admin.ask(Control::Raw).await?)
+    } else {
+        None
+    };
+    Ok(Json(Workers { report, raw }))
 }

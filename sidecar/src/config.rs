@@ -19,6 +19,7 @@ use kv_core::policy::Policy;
 use kv_core::table::Settings;
 
 use crate::ingest::subject::Template;
+use crate::load;
 
 pub use error::{ConfigErrors, Problem};
 pub use file::{File, Tls};
@@ -46,6 +47,8 @@ pub struct Config {
     pub filter_wasm: PathBuf,
     /// Where events come from.
     pub nats: Option<Nats>,
+    /// How load is tracked.
+    pub load: load::Settings,
     /// What holds for all pools.
     pub settings: Settings,
     /// The pools, at least one; the first serves requests that name no known model.
@@ -91,8 +94,10 @@ pub struct Pool {
     pub block_size: u32,
     /// How a worker is chosen.
     pub policy: Policy,
-    /// Whether KV events of its workers are indexed.
+    /// Whether KV events of its workers are indexed; otherwise their blocks are predicted.
     pub kv_events: bool,
+    /// How long a predicted block is believed in, milliseconds.
+    pub ttl_ms: u64,
     /// The workers.
     pub workers: Vec<Worker>,
 }
@@ -171,6 +176,8 @@ impl Config {
         differs("state_dir", self.state_dir != next.state_dir);
         differs("filter_wasm", self.filter_wasm != next.filter_wasm);
         differs("nats", self.nats != next.nats);
+        let load = "router_track_*, router_assume_kv_reuse, active_request_expiry_secs";
+        differs(load, self.load != next.load);
         let pools = "pools: their names, order, kv_cache_block_size and kv_events";
         differs(pools, self.shape() != next.shape());
         keys

@@ -3,8 +3,13 @@
 //! Events come through one bounded channel, everything else through another, so that a flood of
 //! events delays neither acknowledgements nor queries.
 
+mod accounts;
 mod apply;
+mod control;
 mod cursor;
+mod decisions;
+mod field;
+mod prediction;
 mod publisher;
 mod repair;
 mod report;
@@ -13,30 +18,34 @@ mod saving;
 mod slots;
 mod subscriber;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
+use kv_core::approximate::Approximate;
 use kv_core::head::Head;
-use kv_core::id::{Slot, WorkerId};
+use kv_core::id::WorkerId;
 use kv_core::index::{Index, IndexConfig};
-use kv_core::overlap::Overlap;
 use kv_core::table::{self, Settings, Table};
-use kv_core::wire::{Ack, Subscribe};
+use kv_core::wire::Subscribe;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{self, Config};
+use crate::decision::Decisions;
 use crate::ingest::{Arrival, Plane};
+use crate::load::{Accounts, ProxyId};
 use crate::metrics::{Kind, Metrics};
 use crate::state::{self, Restored};
 
+pub use control::Control;
 pub use cursor::Cursor;
+pub use field::{Field, Standing};
 pub use publisher::{Refusal, SubscriberReport};
-pub use report::{IndexReport, OwnerReport, PoolReport, Readiness};
+pub use report::{Available, IndexReport, OwnerReport, PoolReport, Readiness, WorkersReport};
 pub use slots::Slots;
 
 /// Blocks to a group of a page.
@@ -55,65 +64,27 @@ const BEAT_TICKS: u32 = 5;
 const SAVE_TICKS: u32 = 100;
 /// How long a fresh index waits for the engines' snapshots before it counts as complete.
 const RECOVERY: Duration = Duration::from_secs(15);
+/// Protocol version from which on proxies report their load and are told about it.
+const REPORTS_FROM: u8 = 2;
 /// Most times of reception of one flush.
 const MAX_RECEIVED: usize = 1024;
-
-/// Anything but events.
-#[derive(Debug)]
-pub enum Control {
-    /// A bridge subscribes.
-    Subscribe {
-        /// Its first message.
-        who: Subscribe,
-        /// Takes batches; its capacity is a window.
-        out: mpsc::Sender<Bytes>,
-        /// The number of the subscription, or why it is refused.
-        reply: oneshot::Sender<Result<u64, Refusal>>,
-    },
-    /// A batch was written.
-    Ack(u64, Ack),
-    /// A subscription's stream is over.
-    Gone(u64),
-    /// Pools, workers, policies or settings have changed.
-    Configure {
-        /// The configuration; its pools are the same by name and order.
-        config: Arc<Config>,
-        /// Told once every Envoy has the table.
-        written: oneshot::Sender<()>,
-    },
-    /// Workers with what is known of them.
-    Workers(oneshot::Sender<Vec<PoolReport>>),
-    /// The index and its publication.
-    Index(oneshot::Sender<IndexReport>),
-    /// What is missing for service.
-    Readiness(oneshot::Sender<Readiness>),
-    /// Exact overlaps of a prompt.
-    Overlaps {
-        /// Pool number.
-        pool: usize,
-        /// Sequence hashes of the prompt's blocks.
-        prompt: Vec<u64>,
-        /// The pool and every owner's overlap, if there is such a pool.
-        reply: oneshot::Sender<Option<Overlaps>>,
-    },
-    /// The worker table.
-    Table(oneshot::Sender<Table>),
-}
-
-/// What owners hold of a prompt.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Overlaps {
-    /// The pool.
-    pub pool: table::Pool,
-    /// Owners that hold something.
-    pub overlaps: Vec<(Slot, Overlap)>,
-}
 
 /// The service.
 pub struct Service {
     index: Index,
     roster: roster::Roster,
     publisher: publisher::Publisher,
+    /// The roster's pools as the worker table has them.
+    tables: Vec<Arc<table::Pool>>,
+    accounts: Accounts,
+    decisions: Decisions,
+    /// Predicted blocks, by pool.
+    predictions: BTreeMap<usize, Approximate>,
+    loads_version: u64,
+    /// When proxies are to be told about load; `None` while nothing has changed.
+    loads_at: Option<Instant>,
+    /// Before this they are not told again.
+    loads_from: Instant,
     settings: Settings,
     epoch: u32,
     table_version: u64,
@@ -169,6 +140,13 @@ impl Service {
             index,
             roster: roster::Roster::default(),
             publisher: publisher::Publisher::new(head, Arc::clone(&metrics)),
+            tables: Vec::new(),
+            accounts: Accounts::new(config.load),
+            decisions: Decisions::default(),
+            predictions: BTreeMap::new(),
+            loads_version: 0,
+            loads_at: None,
+            loads_from: Instant::now(),
             settings: config.settings,
             epoch,
             table_version: 0,
@@ -186,6 +164,7 @@ impl Service {
             metrics,
         };
         service.restore(&config.pools, states);
+        service.serve_owners();
         service.publish_table(None);
         service.check_ready();
         // Epoch and slots are worth saving, events or not.
@@ -210,6 +189,10 @@ impl Service {
                 self.flush();
                 continue;
             }
+            if self.loads_at.is_some_and(|at| at <= Instant::now()) {
+                self.publish_loads();
+                continue;
+            }
             tokio::select! {
                 biased;
                 () = cancel.cancelled() => break,
@@ -219,6 +202,7 @@ impl Service {
                     self.tick(tick);
                 }
                 () = at(flush_at) => self.flush(),
+                () = at(self.loads_at) => self.publish_loads(),
                 Some(arrival) = arrivals.recv() => self.arrived(arrival),
                 () = std::future::ready(()), if self.saving.is_under_way() => self.save_step(),
             }
@@ -232,15 +216,31 @@ impl Service {
     fn control(&mut self, control: Control) {
         // Whoever asked may have gone away.
         match control {
-            Control::Subscribe { who, out, reply } => {
-                let taken = self.publisher.subscribe(who, out, &mut self.index);
+            Control::Subscribe {
+                who,
+                version,
+                out,
+                reply,
+            } => {
+                let taken = self.subscribe(who, version, out);
                 let _ = reply.send(taken);
             }
             Control::Ack(id, ack) => self.publisher.acked(id, ack, &mut self.index),
-            Control::Gone(id) => self.publisher.gone(id),
+            Control::Reports(id, reports) => self.reports(id, reports),
+            Control::Lanes(id, lanes) => self.lanes(id, &lanes),
+            Control::Gone(id) => {
+                self.publisher.gone(id);
+                self.disconnect_proxy(id);
+            }
             Control::Configure { config, written } => self.configure(&config, written),
             Control::Workers(reply) => {
                 let _ = reply.send(self.report_workers());
+            }
+            Control::Raw(reply) => {
+                let _ = reply.send(self.accounts.raw());
+            }
+            Control::Decisions(wanted, reply) => {
+                let _ = reply.send(self.decisions.report(&wanted));
             }
             Control::Index(reply) => {
                 let _ = reply.send(self.report_index());
@@ -253,16 +253,32 @@ impl Service {
                 prompt,
                 reply,
             } => {
-                let found = self.roster.pools.get(pool).map(|p| Overlaps {
-                    pool: p.table(),
-                    overlaps: self.index.overlaps(pool, &prompt),
-                });
-                let _ = reply.send(found);
+                let _ = reply.send(self.field(pool, &prompt));
             }
             Control::Table(reply) => {
                 let _ = reply.send(self.table());
             }
         }
+    }
+
+    fn subscribe(
+        &mut self,
+        who: Subscribe,
+        version: u8,
+        out: mpsc::Sender<Bytes>,
+    ) -> Result<u64, Refusal> {
+        let proxy = ProxyId {
+            process: who.process,
+            vm_id: who.vm_id.clone(),
+        };
+        let id = self.publisher.subscribe(who, version, out, &self.index)?;
+        if version >= REPORTS_FROM {
+            // Envoy may hold what an earlier run said about load.
+            self.accounts.connected(proxy, id, self.now_ms());
+            self.publish_loads();
+        }
+        self.publisher.pump(&mut self.index);
+        Ok(id)
     }
 
     /// Removed workers' pages go out before the table that drops them or gives their slots away.
@@ -271,6 +287,7 @@ impl Service {
         let change = self.roster.update(&config.pools);
         for (pool, slot) in &change.removed {
             self.index.remove_owner(*pool, *slot);
+            self.forget_predictions(*pool, *slot);
         }
         if !change.removed.is_empty() {
             while self.index.is_dirty() {
@@ -278,6 +295,7 @@ impl Service {
             }
         }
         self.report_change(&change);
+        self.serve_owners();
         if self.connected.contains(&Plane::Json) {
             for worker in change.joined {
                 self.begin_repair(worker, false);
@@ -307,7 +325,7 @@ impl Service {
             epoch: self.epoch,
             version: self.table_version,
             settings: self.settings,
-            pools: self.roster.table_pools(),
+            pools: self.tables.iter().map(|p| table::Pool::clone(p)).collect(),
         }
     }
 
@@ -336,6 +354,8 @@ impl Service {
 
     fn tick(&mut self, tick: u32) {
         self.look_after_repairs();
+        self.sweep_loads();
+        self.expire_predictions();
         self.check_ready();
         self.save_step();
         if tick.is_multiple_of(BEAT_TICKS) {

@@ -6,9 +6,11 @@
 pub mod admin;
 pub mod bridge;
 pub mod config;
+pub mod decision;
 pub mod envoy;
 pub mod index;
 pub mod ingest;
+pub mod load;
 pub mod metrics;
 pub mod serve;
 pub mod state;

@@ -35,6 +35,24 @@ pub struct InPool {
     pub pool: String,
 }
 
+/// What the exact state says of a decision.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Outcome {
+    /// What it says.
+    pub outcome: &'static str,
+}
+
+/// An owner.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct OfOwner {
+    /// The pool's name.
+    pub pool: String,
+    /// The worker.
+    pub worker: u64,
+    /// Its data-parallel rank.
+    pub rank: u32,
+}
+
 macro_rules! metrics {
     ($($(#[doc = $doc:literal])+ $field:ident: $type:ty = $make:expr, $name:literal, $unit:expr, $help:literal;)+) => {
         /// The metrics and their registry.
@@ -113,6 +131,42 @@ metrics! {
     publish: Histogram = Histogram::new(exponential_buckets(0.000_1, 2.0, 16)), "publish", Some(Unit::Seconds), "From event received to written in Envoy";
     /// `kv_router_full_sync_seconds`: from a subscription to the last page being in Envoy.
     full_sync: Histogram = Histogram::new(exponential_buckets(0.001, 2.0, 14)), "full_sync", Some(Unit::Seconds), "From subscription to all pages written";
+    /// `kv_router_reports_total{kind}`: reports of VMs, kind `next`, `complete`, `gap`, `repeated`,
+    /// `fenced`, `malformed`, `version`, `empty`. A `gap`: reports before it were lost.
+    reports: Family<Kind, Counter> = Family::default(), "reports", None, "Reports of VMs";
+    /// `kv_router_report_steps_total{kind}`: steps of requests, kind `booked`, `kept`, `moved`,
+    /// `first_token`, `freed`, `unknown`, `duplicate`, `full`. `unknown` after a gap is normal.
+    steps: Family<Kind, Counter> = Family::default(), "report_steps", None, "Steps of requests";
+    /// `kv_router_unknown_prefixes_total`: bookings that name a prefix which the index has no more;
+    /// its blocks count as nobody else's.
+    unknown_prefixes: Counter = Counter::default(), "unknown_prefixes", None, "Bookings with a prefix not in the index";
+    /// `kv_router_lane_leaks_total`: differences between lanes and reports, corrected. A few come
+    /// with every VM that dies; more are a defect.
+    leaks: Counter = Counter::default(), "lane_leaks", None, "Differences between lanes and reports";
+    /// `kv_router_retired_vms_total`: VMs that fell silent while their Envoy did not.
+    retired_vms: Counter = Counter::default(), "retired_vms", None, "VMs that fell silent";
+    /// `kv_router_lost_proxies_total`: Envoys that went away for good.
+    lost_proxies: Counter = Counter::default(), "lost_proxies", None, "Envoys that went away";
+    /// `kv_router_expired_bookings_total`: bookings without any step for too long.
+    expired: Counter = Counter::default(), "expired_bookings", None, "Bookings idle for too long";
+    /// `kv_router_corrections_total`: times an Envoy was told about load.
+    corrections: Counter = Counter::default(), "corrections", None, "Times an Envoy was told about load";
+    /// `kv_router_bookings`: requests booked, over all Envoys.
+    bookings: Gauge = Gauge::default(), "bookings", None, "Requests booked";
+    /// `kv_router_active_blocks{pool,worker,rank}`: distinct blocks in use on an owner.
+    active_blocks: Family<OfOwner, Gauge> = Family::default(), "active_blocks", None, "Distinct blocks in use";
+    /// `kv_router_active_prefill_tokens{pool,worker,rank}`: prompt tokens still to be prefilled.
+    active_prefill_tokens: Family<OfOwner, Gauge> = Family::default(), "active_prefill_tokens", None, "Prompt tokens to be prefilled";
+    /// `kv_router_active_requests{pool,worker,rank}`: requests on an owner.
+    active_requests: Family<OfOwner, Gauge> = Family::default(), "active_requests", None, "Requests";
+    /// `kv_router_shadow_total{outcome}`: decisions held against the exact state, by what it says
+    /// ([`crate::decision::Verdict`]). `not_least` is a defect; much `overlap` or `load`: filters
+    /// learn too late.
+    shadow: Family<Outcome, Counter> = Family::default(), "shadow", None, "Decisions against the exact state";
+    /// `kv_router_regret_blocks`: exact cost of the choice less the least exact cost.
+    regret: Histogram = Histogram::new(regret_buckets()), "regret_blocks", None, "Exact cost of the choice above the least";
+    /// `kv_router_predicted_blocks`: blocks predicted for owners of pools without KV events.
+    predicted: Gauge = Gauge::default(), "predicted_blocks", None, "Blocks predicted from requests";
     /// `kv_router_state_saves_total{kind}`: snapshots of the index to disk, kind `saved`, `failed`.
     saves: Family<Kind, Counter> = Family::default(), "state_saves", None, "Snapshots written";
     /// `kv_router_state_restores_total{kind}`: starts by where the index came from, kind
@@ -121,6 +175,11 @@ metrics! {
     /// `kv_router_config_reloads_total{kind}`: changes of the file, kind `applied`, `refused`,
     /// `restart_needed`.
     reloads: Family<Kind, Counter> = Family::default(), "config_reloads", None, "Configuration changes";
+}
+
+/// Nothing at all, then doubling from half a block.
+fn regret_buckets() -> impl Iterator<Item = f64> {
+    std::iter::once(0.0).chain(exponential_buckets(0.5, 2.0, 14))
 }
 
 impl Metrics {

@@ -86,11 +86,7 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
         let served = bridge.run(bridge_control, bridge_metrics, bridge_cancel);
         served.await.context("the bridge's socket failed")
     });
-    let app = admin::router(admin::Admin::new(
-        control.clone(),
-        Arc::clone(&metrics),
-        config.envoy_admin,
-    ));
+    let app = admin::router(admin::Admin::new(control.clone(), Arc::clone(&metrics)));
     let admin_cancel = cancel.clone();
     tasks.spawn(async move {
         let app = app.into_make_service_with_connect_info::<std::net::SocketAddr>();
@@ -165,6 +161,11 @@ impl Reloader {
     async fn run(mut self) {
         match Watch::new(&self.source.file) {
             Ok(mut watch) => {
+                // It may have changed after it was read and before it was watched.
+                let read = Config::load(&self.source.file, &self.source.layers);
+                if read.is_ok_and(|read| read != self.config) {
+                    self.reload().await;
+                }
                 while watch.changed().await.is_some() {
                     self.reload().await;
                 }

@@ -14,7 +14,7 @@ const TWO_WORKERS: &str =
     "workers: [{id: 1, endpoint: '1.1.1.1:1'}, {id: 2, endpoint: '1.1.1.1:2'}]";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_subscriber_gets_all_pages_then_the_table_then_the_head() {
+async fn a_subscriber_gets_all_pages_then_the_table_then_loads_then_the_head() {
     let sidecar = Sidecar::start(TWO_WORKERS).await;
     let mut bridge = Bridge::open(&sidecar.socket(), subscribe(1, 1))
         .await
@@ -22,9 +22,11 @@ async fn a_subscriber_gets_all_pages_then_the_table_then_the_head() {
     let writes = bridge.until(|head| head.ready).await;
 
     let pages = writes.iter().take_while(|w| w.is_page()).count();
-    assert_eq!(writes.len(), pages + 2);
+    assert_eq!(writes.len(), pages + 3);
     let table = writes[pages].table().unwrap();
-    let head = writes[pages + 1].head().unwrap();
+    let loads = writes[pages + 1].loads().unwrap();
+    let head = writes[pages + 2].head().unwrap();
+    assert_eq!((loads.epoch, loads.pools.len()), (head.epoch, 1));
     assert_eq!(pages, 1 << head.level);
     assert_eq!(
         (table.epoch, table.version),

@@ -48,7 +48,7 @@ workers:
             r#"kv_cache_block_size: must be of type "integer", got "many" (from --kv-cache-block-size)"#,
             "nats.json_subject: must hold {worker_id} once, as a token of its own, got a.b",
             r#"nats.url: must keep to minLength 1, got """#,
-            r#"router_mode: must be one of kv, round-robin, random, got "fastest""#,
+            r#"router_mode: must be one of kv, round-robin, random, least-loaded, power-of-two, got "fastest""#,
             "router_temperature: must be at least 0.0, got -1.0 (from DYN_ROUTER_TEMPERATURE)",
             "workers[1].endpoint: is taken by workers[0].endpoint, got 1.2.3.4:80",
             "workers[1].id: missing",
@@ -201,4 +201,38 @@ fn a_reload_takes_workers_and_policies_and_names_what_needs_a_restart() {
         ["pools: their names, order, kv_cache_block_size and kv_events"]
     );
     assert_eq!(before.reloaded(resized).pools, before.pools);
+}
+
+#[test]
+fn load_is_tracked_as_in_dynamo_unless_flags_say_otherwise() {
+    let text = "router_assume_kv_reuse: false\nactive_request_expiry_secs: 60";
+    let load = Config::parse(text, &[]).unwrap().load;
+    assert!(load.tracking.prefill_tokens && load.tracking.active_blocks);
+    assert_eq!((load.tracking.kv_reuse, load.expiry_ms), (false, 60_000));
+
+    let mut layers = variables(&[
+        ("DYN_ROUTER_ACTIVE_REQUEST_EXPIRY_SECS", "1.5"),
+        ("DYN_ROUTER_TTL_SECS", "30"),
+    ]);
+    layers.extend(flags(&[
+        "--no-router-track-prefill-tokens",
+        "--no-router-track-active-blocks",
+        "--router-assume-kv-reuse",
+    ]));
+    let config = Config::parse(text, &layers).unwrap();
+    let tracking = config.load.tracking;
+    assert_eq!(
+        (
+            tracking.prefill_tokens,
+            tracking.active_blocks,
+            tracking.kv_reuse
+        ),
+        (false, false, true)
+    );
+    assert_eq!(config.load.expiry_ms, 1_500);
+    assert_eq!(config.pools[0].ttl_ms, 30_000);
+
+    let before = Config::parse("", &[]).unwrap();
+    assert_eq!(before.restart_needed(&config).len(), 1);
+    assert_eq!(before.reloaded(config).load, before.load);
 }

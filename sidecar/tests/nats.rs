@@ -70,7 +70,7 @@ async fn events_become_overlaps_and_pages_that_envoy_has() {
         .explain(&json!({ "prompt": prompt, "model": "m" }))
         .await;
     assert_eq!(answer["decision"]["worker"], 1);
-    assert_eq!(answer["load"]["available"], false);
+    assert_eq!(answer["load"]["available"], true);
     assert_eq!(answer["owners"][0]["cost"], 5.0);
 
     engine.publish(2, removed(&[103])).await;

@@ -20,7 +20,7 @@ pub struct Setup {
     pub threads: u32,
     /// Worker ids and where they listen, in the default pool.
     pub workers: Vec<(u64, SocketAddr)>,
-    /// Further configuration keys.
+    /// Further configuration keys; `null` takes one out.
     pub more: Value,
 }
 
@@ -78,6 +78,7 @@ impl Stack {
             all.remove("workers");
         }
         all.extend(more);
+        all.retain(|_, value| !value.is_null());
         let config_file = dir.path().join("kv-router.yaml");
         std::fs::write(&config_file, config.to_string()).expect("a writable directory");
         let sidecar = Sidecar::start(dir.path(), &config_file, admin);
@@ -94,6 +95,51 @@ impl Stack {
             config_file,
             dir,
         }
+    }
+
+    /// Starts one more Envoy on the same sidecar; `change` may alter its filter's configuration.
+    ///
+    /// # Panics
+    /// When it doesn't start.
+    pub async fn another_envoy(
+        &self,
+        name: &str,
+        threads: u32,
+        change: impl FnOnce(String) -> String,
+    ) -> Envoy {
+        let (dir, state) = (
+            self.dir.path().join(name),
+            self.dir.path().join("state/envoy"),
+        );
+        std::fs::create_dir(&dir).expect("a writable directory");
+        let (theirs, ours) = (state.join("ecds.yaml"), dir.join("ecds.yaml"));
+        let filter = std::fs::read_to_string(&theirs).expect("the filter's file");
+        std::fs::write(&ours, change(filter)).expect("a writable directory");
+        let [port, admin] = [(); 2].map(|()| place::free_port());
+        let file = self.dir.path().join("envoy.yaml");
+        let bootstrap = std::fs::read_to_string(file).expect("a bootstrap");
+        let bootstrap = bootstrap
+            .replace(&theirs.display().to_string(), &ours.display().to_string())
+            .replace(&self.envoy.port.to_string(), &port.to_string())
+            .replace(&self.envoy.admin.to_string(), &admin.to_string());
+        let file = dir.join("envoy.yaml");
+        std::fs::write(&file, bootstrap).expect("a writable directory");
+        let envoy = Envoy::start(&dir, &file, threads, port, admin).await;
+        let decides = async || {
+            let request = http::Request::get(crate::client::uri(port, "/v1/models"));
+            let request = request
+                .body(http_body_util::Full::default())
+                .expect("a request");
+            let answer = self.client.send(request).await?;
+            let decided = answer.headers().contains_key("x-kv-router-decision");
+            if decided {
+                Ok(())
+            } else {
+                Err("no worker table".to_owned())
+            }
+        };
+        wait::until("the worker table", decides).await;
+        envoy
     }
 
     /// Directory of everything it keeps.

@@ -12,11 +12,14 @@ use http_body_util::BodyExt as _;
 use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 /// A running worker.
 #[derive(Debug)]
 pub struct Upstream {
+    /// While `false`, answers wait.
+    pub gate: watch::Sender<bool>,
     /// Where it listens.
     pub address: SocketAddr,
     /// Requests that reached it.
@@ -27,6 +30,7 @@ pub struct Upstream {
 #[derive(Clone)]
 struct Identity {
     id: u64,
+    gate: watch::Receiver<bool>,
     requests: Arc<AtomicU64>,
 }
 
@@ -41,8 +45,10 @@ impl Upstream {
             .expect("a free port");
         let address = listener.local_addr().expect("a bound socket");
         let requests = Arc::new(AtomicU64::new(0));
+        let (gate, open) = watch::channel(true);
         let identity = Identity {
             id,
+            gate: open,
             requests: Arc::clone(&requests),
         };
         let router = Router::new().fallback(answer).with_state(identity);
@@ -50,6 +56,7 @@ impl Upstream {
             let _ = axum::serve(listener, router).await;
         };
         Self {
+            gate,
             address,
             requests,
             task: tokio::spawn(serve),
@@ -63,7 +70,7 @@ impl Drop for Upstream {
     }
 }
 
-async fn answer(State(identity): State<Identity>, request: Request) -> Response {
+async fn answer(State(mut identity): State<Identity>, request: Request) -> Response {
     identity.requests.fetch_add(1, Ordering::Relaxed);
     let (head, body) = request.into_parts();
     let body = body
@@ -71,6 +78,8 @@ async fn answer(State(identity): State<Identity>, request: Request) -> Response 
         .await
         .map(http_body_util::Collected::to_bytes)
         .unwrap_or_default();
+    // A gate that is gone holds nothing back.
+    let _ = identity.gate.wait_for(|open| *open).await;
     let header = |(name, value): (&http::HeaderName, &http::HeaderValue)| {
         let value = String::from_utf8_lossy(value.as_bytes()).into_owned();
         (name.to_string(), value.into())

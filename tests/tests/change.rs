@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 
 use kv_core::event::{EventData, StorageTier, Stored, StoredBlock};
 use kv_core::hash::Seed;
-use kv_tests::envoy::Envoy;
 use kv_tests::events::{Encoding, Publisher};
 use kv_tests::stack::{Setup, Stack};
 use kv_tests::upstream::Upstream;
@@ -208,41 +207,12 @@ async fn nats_may_restart() {
 async fn without_the_stop_iteration_flag_requests_are_let_go() {
     let upstreams = upstreams(2).await;
     let (mut stack, _publisher) = start(1, &upstreams).await;
-    // A second Envoy on the same sidecar, whose operator forgot the flag.
-    let (dir, state) = (stack.dir().join("second"), stack.dir().join("state/envoy"));
-    std::fs::create_dir(&dir).expect("a writable directory");
-    let filter = std::fs::read_to_string(state.join("ecds.yaml")).expect("the filter's file");
     let flag = "allow_on_headers_stop_iteration: ";
-    assert!(filter.contains(&format!("{flag}true")));
-    let ours = dir.join("ecds.yaml");
-    let without = filter.replace(&format!("{flag}true"), &format!("{flag}false"));
-    std::fs::write(&ours, without).expect("a writable directory");
-    let [port, admin] = [(); 2].map(|()| kv_tests::place::free_port());
-    let bootstrap = std::fs::read_to_string(stack.dir().join("envoy.yaml")).expect("a bootstrap");
-    let bootstrap = bootstrap
-        .replace(
-            &state.join("ecds.yaml").display().to_string(),
-            &ours.display().to_string(),
-        )
-        .replace(&stack.envoy.port.to_string(), &port.to_string())
-        .replace(&stack.envoy.admin.to_string(), &admin.to_string());
-    let file = dir.join("envoy.yaml");
-    std::fs::write(&file, bootstrap).expect("a writable directory");
-    stack.envoy = Envoy::start(&dir, &file, 1, port, admin).await;
-    let with_table = async || {
-        let request = http::Request::get(kv_tests::client::uri(port, "/v1/models"));
-        let request = request
-            .body(http_body_util::Full::default())
-            .expect("a request");
-        let answer = stack.client.send(request).await?;
-        let decided = answer.headers().contains_key("x-kv-router-decision");
-        if decided {
-            Ok(())
-        } else {
-            Err("no worker table".to_owned())
-        }
+    let forget = |filter: String| {
+        assert!(filter.contains(&format!("{flag}true")));
+        filter.replace(&format!("{flag}true"), &format!("{flag}false"))
     };
-    wait::until("the worker table", with_table).await;
+    stack.envoy = stack.another_envoy("second", 1, forget).await;
 
     for _ in 0..3 {
         let (_, decision) = chosen(&stack, &prompt(1)).await;

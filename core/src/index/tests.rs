@@ -288,6 +288,22 @@ fn depth(index: &Index, slot: u16) -> u32 {
 }
 
 #[test]
+fn a_chain_leads_from_the_first_block_to_the_named_one() {
+    let mut index = small();
+    index.apply(
+        0,
+        Slot(1),
+        Tier::Device,
+        &stored(None, &[(1, 11), (2, 12), (3, 13)]),
+    );
+    let prompt = [11, chain(11, 12), chain(chain(11, 12), 13)];
+    assert_eq!(index.chain(0, prompt[1]), Some(prompt[..2].to_vec()));
+    assert_eq!(index.chain(0, prompt[2]), Some(prompt.to_vec()));
+    assert_eq!(index.chain(0, 99), None);
+    assert_eq!(index.chain(7, prompt[1]), None);
+}
+
+#[test]
 fn a_removed_middle_hides_what_follows_until_it_returns() {
     let mut index = small();
     let all = [(1, 11), (2, 22), (3, 33), (4, 44)];

@@ -21,9 +21,12 @@ fn open(site: &Site) -> Option<Token> {
     Some(Token(u32::try_from(at).unwrap()))
 }
 
+/// What was sent on a stream besides reports.
 fn sent(site: &Site, stream: Token) -> Vec<Up> {
     let sent = site.host.streams()[stream.0 as usize].sent.clone();
-    sent.iter().map(|m| decode(m).unwrap()).collect()
+    let sent = sent.iter().map(|m| decode(m).unwrap());
+    sent.filter(|m| !matches!(m, Up::Reports(_) | Up::Lanes(_)))
+        .collect()
 }
 
 fn deliver(site: &mut Site, stream: Token, message: &[u8]) {

@@ -1,7 +1,9 @@
 //! No bytes from anywhere make a VM panic, hang a request or leave a booking.
 
+use super::reports::Sidecar;
 use super::*;
 use crate::host::Token;
+use kv_core::loads::{Correction, LivePrefix, Loads, PoolLoads};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -26,6 +28,27 @@ fn damaged(sound: Vec<u8>) -> impl Strategy<Value = Vec<u8>> {
     prop_oneof![damaged, bytes(300)]
 }
 
+fn loads() -> Loads {
+    let correction = Correction {
+        blocks: -7,
+        decoding: 3,
+        ..Correction::default()
+    };
+    let prefix = LivePrefix {
+        hash: 9,
+        depth: 2,
+        slots: vec![Slot(0), Slot(2)],
+    };
+    Loads {
+        epoch: EPOCH,
+        version: 1,
+        pools: vec![PoolLoads {
+            corrections: vec![(Slot(1), correction)],
+            prefixes: vec![prefix],
+        }],
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
@@ -35,6 +58,8 @@ proptest! {
         table in damaged(table(3, Mode::Kv).encode()),
         pages in vec(bytes(200), 4),
         lease in bytes(40),
+        loads in damaged(loads().encode()),
+        stream in bytes(10),
     ) {
         let mut site = Site::new();
         site.publish(&super::table(3, Mode::Kv), &[(0, Slot(1), &prompt(1, 64))]);
@@ -42,6 +67,8 @@ proptest! {
         site.put(&key::TABLE, &table);
         site.put(&key::LEASE, &lease);
         site.put(&key::IDLE, &lease);
+        site.put(&key::LOADS, &loads);
+        site.put(&key::STREAM, &stream);
         for (id, page) in pages.iter().enumerate() {
             site.put(&key::page(u32::try_from(id).unwrap()), page);
         }
@@ -133,12 +160,50 @@ proptest! {
     }
 
     #[test]
-    fn callbacks_in_any_order_never_leave_a_booking(calls in vec((0..9_u8, 0..4_u32, 0..50_usize), 0..60)) {
+    fn any_loads_and_upstreams_leave_the_lanes_exact(
+        loads in damaged(loads().encode()),
+        addresses in vec(prop_oneof![
+            (0..6_u16).prop_map(endpoint),
+            "[ -~]{0,20}",
+        ], 1..6),
+        attempt in any::<u64>(),
+    ) {
+        let tokens = prompt(1, 64);
         let mut site = Site::new();
-        site.publish(&table(2, Mode::Kv), &[]);
-        let contexts = [(); 4].map(|()| site.request(&GENERATE));
+        site.publish(&table(3, Mode::Kv), &[(0, Slot(1), &tokens)]);
+        site.put(&key::LOADS, &loads);
+        site.tick();
+        let mut sidecar = Sidecar::default();
+        for address in addresses {
+            let context = site.complete(&body(&tokens));
+            prop_assert!(site.destination().is_some());
+            site.host.reach(&address, attempt);
+            site.vm.on_response_headers(context);
+            site.vm.on_response_body(context, 3);
+            site.tick();
+            sidecar.read(&[&site]);
+            sidecar.assert_exact(&site);
+            site.over(context);
+            site.assert_idle();
+        }
+    }
+
+    #[test]
+    fn callbacks_of_two_vms_in_any_order_leave_no_booking_and_exact_reports(
+        calls in vec((0..11_u8, 0..6_usize, 0..50_usize), 0..80)
+    ) {
+        let mut one = Site::new();
+        one.publish(&table(4, Mode::Kv), &[(0, Slot(1), &prompt(1, 8))]);
+        let mut two = one.beside();
+        let mut contexts = Vec::new();
+        for i in 0..6 {
+            let site = if i % 2 == 0 { &mut one } else { &mut two };
+            contexts.push(site.request(&GENERATE));
+        }
+        let mut sidecar = Sidecar::default();
         for (call, which, size) in calls {
-            let context = contexts[which as usize];
+            let context = contexts[which];
+            let site = if which % 2 == 0 { &mut one } else { &mut two };
             site.host.enter(context);
             match call {
                 0 => drop(site.vm.on_request_headers(context, size % 2 == 0)),
@@ -149,12 +214,30 @@ proptest! {
                 5 => site.vm.on_response_body(context, size),
                 6 => site.vm.on_log(context),
                 7 => site.vm.on_done(context),
+                8 => site.host.reach(&endpoint(u16::try_from(size % 5).unwrap()), 1),
+                9 => site.host.advance_ms(size as u64 / 10),
                 _ => site.tick(),
             }
+            let streams = site.host.streams();
+            if let Some(open) = streams.iter().position(|stream| stream.open)
+                && size == 49
+            {
+                site.vm.on_stream_close(Token(u32::try_from(open).unwrap()));
+            }
         }
-        for context in contexts {
-            site.over(context);
+        // Both VMs report, whichever of them is the bridge, and whenever it became that.
+        for _ in 0..2 {
+            for _ in 0..40 {
+                two.tick();
+                one.tick();
+            }
+            sidecar.read(&[&one, &two]);
+            sidecar.assert_exact(&one);
+            for (i, context) in contexts.iter().enumerate() {
+                let site = if i % 2 == 0 { &mut one } else { &mut two };
+                site.over(*context);
+            }
+            one.assert_idle();
         }
-        site.assert_idle();
     }
 }

@@ -17,6 +17,8 @@ pub(super) enum AdminError {
     ShuttingDown,
     #[error("the body is not valid: {0}")]
     Body(String),
+    #[error("the query is not valid: {0}")]
+    Query(String),
     #[error("no pool {0:?}")]
     NoSuchPool(String),
     #[error("the prompt is not token ids: {0}")]
@@ -31,6 +33,7 @@ impl AdminError {
             Self::NotLocal => "not_local",
             Self::ShuttingDown => "shutting_down",
             Self::Body(_) => "invalid_body",
+            Self::Query(_) => "invalid_query",
             Self::NoSuchPool(_) => "no_such_pool",
             Self::NoTokens(_) => "no_tokens",
         }
@@ -43,7 +46,7 @@ impl AdminError {
             Self::NotLocal => StatusCode::FORBIDDEN,
             Self::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
             Self::NoSuchPool(_) => StatusCode::NOT_FOUND,
-            Self::Body(_) => StatusCode::BAD_REQUEST,
+            Self::Body(_) | Self::Query(_) => StatusCode::BAD_REQUEST,
             Self::NoTokens(_) => StatusCode::UNPROCESSABLE_ENTITY,
         }
     }

@@ -4,9 +4,9 @@ use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use kv_core::cost::Demand;
-use kv_core::decide::{Candidate, Record, Request, Scored, decide};
+use kv_core::decide::{Record, Request, Scored, decide};
 use kv_core::hash::{Hashing, Seed, sequence_hashes};
-use kv_core::id::{DpRank, Role, Tier, WorkerId};
+use kv_core::id::{DpRank, Tier, WorkerId};
 use kv_core::policy::{Mode, Policy};
 use kv_core::rng::Rng;
 use kv_core::scan::{Prompt, Scanner};
@@ -16,8 +16,8 @@ use serde_json::Value;
 
 use super::Admin;
 use super::error::AdminError;
-use super::load::{Available, LoadError, LoadReport, Loads};
-use crate::index::{Control, Overlaps, random_u64};
+use crate::index::{Available, Control, Field, random_u64};
+use crate::load::LoadReport;
 
 /// A question in our own form. Anything without `tokens` is taken for an OpenAI request.
 #[derive(Debug, Deserialize)]
@@ -43,7 +43,7 @@ struct Answer<'a> {
     block_size: u32,
     /// The pool's policy.
     policy: &'a Policy,
-    /// Whether load could be had from Envoy; without it all owners count as idle.
+    /// Whether load is known; without it all owners count as idle.
     load: Available,
     /// Owners that share the least cost: one of them is chosen at random.
     ties: usize,
@@ -63,6 +63,8 @@ struct Explained<'a> {
     /// Blocks of the prompt by tier: device, host, disk, external.
     overlap: [u32; Tier::COUNT],
     load: LoadReport,
+    /// Blocks of the prompt in use there.
+    shared_blocks: u32,
     credit: f64,
     prefill_cost: f64,
     decode_cost: f64,
@@ -99,7 +101,7 @@ pub(super) async fn explain(
     );
     let hashing = Hashing::new(block_size as usize, seed);
     let prompt = sequence_hashes(&question.tokens, hashing);
-    let overlaps = admin
+    let field = admin
         .ask(|reply| Control::Overlaps {
             pool: number,
             prompt,
@@ -107,26 +109,24 @@ pub(super) async fn explain(
         })
         .await?
         .ok_or(AdminError::ShuttingDown)?;
-    let loads = admin.envoy.loads().await;
     let demand = Demand {
         tokens: u32::try_from(question.tokens.len()).unwrap_or(u32::MAX),
         block_size,
     };
-    let answer = answer(&overlaps, demand, lora, known_model, &loads);
+    let answer = answer(&field, demand, lora, known_model);
     serde_json::to_value(answer)
         .map(Json)
         .map_err(|e| AdminError::Body(e.to_string()))
 }
 
 fn answer<'a>(
-    found: &'a Overlaps,
+    field: &'a Field,
     demand: Demand,
     lora: Option<&'a str>,
     known_model: bool,
-    loads: &Result<Loads, LoadError>,
 ) -> Answer<'a> {
-    let pool = &found.pool;
-    let candidates = candidates(found, loads.as_ref().ok());
+    let pool = &*field.pool;
+    let candidates = field.candidates();
     let request = Request {
         demand,
         trust: 1.0,
@@ -153,27 +153,11 @@ fn answer<'a>(
         lora,
         block_size: pool.block_size,
         policy: &pool.policy,
-        load: Available::of(loads),
+        load: Available::new(field.is_load_known),
         ties,
         decision: Record::new(pool, pool.policy.mode.name(), demand, &scored, chosen),
         owners,
     }
-}
-
-/// Owners that take whole requests, as the filter chooses among them.
-fn candidates(found: &Overlaps, loads: Option<&Loads>) -> Vec<Candidate> {
-    let pool = &found.pool;
-    let takes = |o: &kv_core::table::Owner| o.accepting && o.role == Role::Aggregated;
-    let owners = pool.owners.iter().enumerate().filter(|(_, o)| takes(o));
-    let candidate = |(position, owner): (usize, &kv_core::table::Owner)| {
-        let held = found.overlaps.iter().find(|(slot, _)| *slot == owner.slot);
-        Candidate {
-            owner: position,
-            overlap: held.map_or_else(Default::default, |(_, overlap)| *overlap),
-            load: loads.map_or_else(Default::default, |l| l.of(&pool.name, owner.id)),
-        }
-    };
-    owners.map(candidate).collect()
 }
 
 fn explained<'a>(pool: &'a Pool, scored: &Scored, chosen: bool) -> Option<Explained<'a>> {
@@ -185,6 +169,7 @@ fn explained<'a>(pool: &'a Pool, scored: &Scored, chosen: bool) -> Option<Explai
         endpoint: &owner.endpoint,
         overlap: scored.candidate.overlap.by_tier(),
         load: scored.candidate.load.into(),
+        shared_blocks: scored.candidate.shared_blocks,
         credit: scored.cost.credit,
         prefill_cost: scored.cost.prefill,
         decode_cost: scored.cost.decode,

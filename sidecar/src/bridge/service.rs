@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
+use kv_core::report::Report;
 use kv_core::wire::{self, METHOD, SERVICE, Subscribe, Up, WINDOW};
 use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
@@ -23,8 +24,8 @@ use crate::metrics::{Kind, Metrics};
 
 /// How long a stream may take to say who it is.
 const SUBSCRIBE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Longest message from a bridge, in bytes.
-const LONGEST_MESSAGE: usize = 64 << 10;
+/// Longest message from a bridge, in bytes: it sends at once what VMs left for it.
+const LONGEST_MESSAGE: usize = 8 << 20;
 
 type BatchStream = Pin<Box<dyn Stream<Item = Result<Bytes, Status>> + Send>>;
 type Answer<T, E> = Pin<Box<dyn Future<Output = Result<T, E>> + Send>>;
@@ -55,8 +56,8 @@ impl Bridge {
     }
 
     async fn open(self, mut up: Streaming<Bytes>) -> Result<Response<BatchStream>, Status> {
-        let who = match self.first(&mut up).await {
-            Ok(who) => who,
+        let (who, version) = match self.first(&mut up).await {
+            Ok(first) => first,
             Err((kind, status)) => {
                 self.count(kind);
                 tracing::error!(kind, message = status.message(), "bridge refused");
@@ -68,7 +69,12 @@ impl Bridge {
         let (reply, taken) = oneshot::channel();
         let gone = || Status::unavailable("shutting down");
         self.control
-            .send(Control::Subscribe { who, out, reply })
+            .send(Control::Subscribe {
+                who,
+                version,
+                out,
+                reply,
+            })
             .await
             .map_err(|_| gone())?;
         let id = match taken.await.map_err(|_| gone())? {
@@ -80,15 +86,25 @@ impl Bridge {
             }
         };
         self.count("accepted");
-        tracing::info!(subscriber = id, process, vm_id, term, "bridge subscribed");
+        tracing::info!(
+            subscriber = id,
+            process,
+            vm_id,
+            term,
+            protocol = version,
+            "bridge subscribed"
+        );
         tokio::spawn(self.listen(id, up));
         Ok(Response::new(Box::pin(
             ReceiverStream::new(batches).map(Ok),
         )))
     }
 
-    /// The first message says who is there.
-    async fn first(&self, up: &mut Streaming<Bytes>) -> Result<Subscribe, (&'static str, Status)> {
+    /// The first message says who is there, and in which version of the protocol.
+    async fn first(
+        &self,
+        up: &mut Streaming<Bytes>,
+    ) -> Result<(Subscribe, u8), (&'static str, Status)> {
         let silent = |why: &str| ("silent", Status::deadline_exceeded(why));
         let message = tokio::time::timeout(SUBSCRIBE_TIMEOUT, up.message())
             .await
@@ -96,8 +112,8 @@ impl Bridge {
             .map_err(|status| ("silent", status))?
             .ok_or_else(|| silent("the stream ended before a subscription"))?;
         match wire::decode(&message) {
-            Ok(Up::Subscribe(who)) => Ok(who),
-            Ok(Up::Ack(_)) => {
+            Ok(Up::Subscribe(who)) => Ok((who, wire::version(&message).unwrap_or_default())),
+            Ok(Up::Ack(_) | Up::Reports(_) | Up::Lanes(_)) => {
                 let why = "the first message must be a subscription";
                 Err(("malformed", Status::invalid_argument(why)))
             }
@@ -105,7 +121,7 @@ impl Bridge {
         }
     }
 
-    /// Passes acknowledgements on until the stream ends.
+    /// Passes messages on until the stream ends.
     async fn listen(self, id: u64, mut up: Streaming<Bytes>) {
         loop {
             let message = tokio::select! {
@@ -113,12 +129,10 @@ impl Bridge {
                 message = up.message() => message,
             };
             let Ok(Some(message)) = message else { break };
-            match wire::decode(&message) {
-                Ok(Up::Ack(ack)) => {
-                    if self.control.send(Control::Ack(id, ack)).await.is_err() {
-                        break;
-                    }
-                }
+            let control = match wire::decode(&message) {
+                Ok(Up::Ack(ack)) => Control::Ack(id, ack),
+                Ok(Up::Reports(reports)) => Control::Reports(id, self.decoded(id, &reports)),
+                Ok(Up::Lanes(lanes)) => Control::Lanes(id, lanes),
                 Ok(Up::Subscribe(_)) => {
                     tracing::error!(subscriber = id, "a second subscription on one stream");
                     break;
@@ -127,11 +141,28 @@ impl Bridge {
                     tracing::error!(subscriber = id, %error, "unreadable message from the bridge");
                     break;
                 }
+            };
+            if self.control.send(control).await.is_err() {
+                break;
             }
         }
         tracing::info!(subscriber = id, "bridge stream ended");
         // The service is gone too when nobody takes this.
         let _ = self.control.send(Control::Gone(id)).await;
+    }
+
+    /// The reports that can be read.
+    fn decoded(&self, id: u64, reports: &[Vec<u8>]) -> Vec<Report> {
+        let decode = |bytes: &Vec<u8>| {
+            let report = wire::decode::<Report>(bytes);
+            let lost = |error: &wire::WireError| {
+                let kind = error.kind();
+                self.metrics.reports.get_or_create(&Kind { kind }).inc();
+                tracing::error!(subscriber = id, %error, "unreadable report");
+            };
+            report.inspect_err(lost).ok()
+        };
+        reports.iter().filter_map(decode).collect()
     }
 
     fn count(&self, kind: &'static str) {

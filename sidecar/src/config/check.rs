@@ -7,6 +7,7 @@ use std::path::Path;
 use kv_core::id::{Role, Slot};
 use kv_core::policy::Policy;
 use kv_core::table::Settings;
+use kv_core::tracker::Tracking;
 
 use super::error::{ConfigErrors, Problem};
 use super::file;
@@ -14,6 +15,7 @@ use super::file::File;
 use super::layer::Layer;
 use super::{Config, DEFAULT_POOL, DynamoPlane, Nats, Pool, Worker};
 use crate::ingest::subject::{Template, TemplateError};
+use crate::load;
 
 /// Longest path of a Unix socket that every system takes.
 const SOCKET_PATH_BYTES: usize = 100;
@@ -80,6 +82,14 @@ impl Check {
             state_dir: file.state_dir.clone(),
             filter_wasm: file.filter_wasm.clone(),
             nats: file.nats.as_ref().map(|nats| self.nats(nats)),
+            load: load::Settings {
+                tracking: Tracking {
+                    prefill_tokens: file.router_track_prefill_tokens,
+                    active_blocks: file.router_track_active_blocks,
+                    kv_reuse: file.router_assume_kv_reuse,
+                },
+                expiry_ms: milliseconds(file.active_request_expiry_secs),
+            },
             settings: Settings {
                 body_limit: file.body_limit_bytes,
                 token_limit: file.token_limit,
@@ -214,6 +224,7 @@ impl Check {
             block_size: pool.kv_cache_block_size,
             policy: self.policy(pool, prefix),
             kv_events: pool.kv_events,
+            ttl_ms: milliseconds(pool.router_ttl_secs),
         }
     }
 
@@ -266,6 +277,11 @@ impl Check {
     fn refuse(&mut self, path: impl Into<String>, value: impl std::fmt::Display, why: &str) {
         self.problems.push(Problem::value(path, value, why));
     }
+}
+
+/// Seconds as milliseconds; the schema bounds them.
+fn milliseconds(seconds: f64) -> u64 {
+    (seconds * 1000.0).round() as u64
 }
 
 /// An IPv6 address as it stands before a port.

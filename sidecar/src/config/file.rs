@@ -20,7 +20,7 @@ pub struct File {
     pub http_port: u16,
     /// `ip:port` of the sidecar's own HTTP API: health, metrics, `/v1`.
     pub admin: String,
-    /// `ip:port` of Envoy's admin interface, where the sidecar reads load for `/v1/explain`.
+    /// `ip:port` of Envoy's admin interface, which the bootstrap gives it.
     pub envoy_admin: String,
     /// Unix socket that the filter connects to. At most 100 bytes, a limit of the kernel.
     pub socket: PathBuf,
@@ -31,7 +31,8 @@ pub struct File {
     pub state_dir: Option<PathBuf>,
     /// The filter's WebAssembly module, as Envoy finds it.
     pub filter_wasm: PathBuf,
-    /// Where KV events come from. Without it routing goes by load alone.
+    /// Where KV events come from. Without it only pools that take no KV events know of
+    /// any cache.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Nats")]
     pub nats: Option<Nats>,
@@ -43,6 +44,19 @@ pub struct File {
     pub token_limit: u32,
     /// Whether the answer carries `x-kv-router-decision`, which tells why a worker was chosen.
     pub decision_header: bool,
+    /// Whether prompt tokens count as load until the first token of the answer. Mirrors Dynamo's
+    /// `--router-track-prefill-tokens`. Needs a restart, as all keys about load do.
+    pub router_track_prefill_tokens: bool,
+    /// Whether the blocks of live requests count as load. Mirrors Dynamo's
+    /// `--router-track-active-blocks`.
+    pub router_track_active_blocks: bool,
+    /// Whether a block that several live requests of a worker have in common counts once. Mirrors
+    /// Dynamo's `--router-assume-kv-reuse`.
+    pub router_assume_kv_reuse: bool,
+    /// Seconds after which a request counts no more if its proxy has not mentioned it since.
+    /// Mirrors Dynamo's `DYN_ROUTER_ACTIVE_REQUEST_EXPIRY_SECS`.
+    #[schemars(range(min = 1.0, max = 86_400.0))]
+    pub active_request_expiry_secs: f64,
     /// The pools. In the short form their keys stand at the top level instead: one pool `default`.
     #[schemars(length(min = 1, max = 64))]
     pub pools: Vec<Pool>,
@@ -62,6 +76,10 @@ impl Default for File {
             body_limit_bytes: 16 << 20,
             token_limit: 1_500_000,
             decision_header: false,
+            router_track_prefill_tokens: true,
+            router_track_active_blocks: true,
+            router_assume_kv_reuse: true,
+            active_request_expiry_secs: 300.0,
             pools: Vec::new(),
         }
     }
@@ -87,9 +105,13 @@ pub struct Pool {
     /// `--router-temperature`.
     #[schemars(range(min = 0.0, max = 1000.0))]
     pub router_temperature: f64,
-    /// Whether KV events of the pool's workers are indexed. Without them the pool is routed by load
-    /// alone: nothing is assumed about caches. Mirrors Dynamo's `--kv-events`.
+    /// Whether KV events of the pool's workers are indexed. Otherwise the blocks of every prompt
+    /// sent to a worker are predicted to be there for a while. Mirrors Dynamo's `--kv-events`.
     pub kv_events: bool,
+    /// Seconds for which a predicted block is believed in after its last use; for pools without
+    /// `kv_events`. Mirrors Dynamo's `--router-ttl-secs`.
+    #[schemars(range(min = 0.1, max = 86_400.0))]
+    pub router_ttl_secs: f64,
     /// Older name of one knob: sets `prefill_load_scale`, and at 0 also `overlap_score_credit` to
     /// 0. Not together with either. Mirrors Dynamo's `--kv-overlap-score-weight`.
     #[schemars(range(min = 0.0, max = 1_000_000.0))]
@@ -135,6 +157,7 @@ impl Default for Pool {
             kv_cache_block_size: 16,
             router_temperature: policy.temperature,
             kv_events: true,
+            router_ttl_secs: 120.0,
             kv_overlap_score_weight: None,
             prefill_load_scale: None,
             overlap_score_credit: None,

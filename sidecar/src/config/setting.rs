@@ -10,7 +10,8 @@ use super::layer::{Layer, Origin};
 enum Kind {
     Text,
     Number,
-    Switch,
+    /// Has flags of its own for "no".
+    Switch(&'static [&'static str]),
 }
 
 /// A key with its flag and variables.
@@ -70,7 +71,7 @@ static SETTINGS: &[Setting] = &[
         Kind::Text,
         &["router-mode"],
         &["DYN_ROUTER_MODE"],
-        "kv, round-robin or random",
+        "kv, round-robin, random, least-loaded or power-of-two",
     ),
     setting(
         "kv_cache_block_size",
@@ -91,14 +92,54 @@ static SETTINGS: &[Setting] = &[
     setting(
         "kv_events",
         true,
-        Kind::Switch,
+        Kind::Switch(&["no-kv-events", "no-router-kv-events"]),
         &["kv-events", "router-kv-events"],
         &[
             "DYN_ROUTER_USE_KV_EVENTS",
             "DYN_USE_KV_EVENTS",
             "DYN_KV_EVENTS",
         ],
-        "Index KV events; without them routing goes by load alone",
+        "Index KV events; without them blocks are predicted from the requests routed",
+    ),
+    setting(
+        "router_ttl_secs",
+        true,
+        Kind::Number,
+        &["router-ttl-secs"],
+        &["DYN_ROUTER_TTL_SECS"],
+        "Seconds for which a predicted block is believed in",
+    ),
+    setting(
+        "router_track_prefill_tokens",
+        false,
+        Kind::Switch(&["no-router-track-prefill-tokens"]),
+        &["router-track-prefill-tokens"],
+        &["DYN_ROUTER_TRACK_PREFILL_TOKENS"],
+        "Count prompt tokens as load until the first token",
+    ),
+    setting(
+        "router_track_active_blocks",
+        false,
+        Kind::Switch(&["no-router-track-active-blocks"]),
+        &["router-track-active-blocks"],
+        &["DYN_ROUTER_TRACK_ACTIVE_BLOCKS"],
+        "Count the blocks of live requests as load",
+    ),
+    setting(
+        "router_assume_kv_reuse",
+        false,
+        Kind::Switch(&["no-router-assume-kv-reuse"]),
+        &["router-assume-kv-reuse"],
+        &["DYN_ROUTER_ASSUME_KV_REUSE"],
+        "Count a block that live requests have in common once",
+    ),
+    setting(
+        "active_request_expiry_secs",
+        false,
+        Kind::Number,
+        &["active-request-expiry-secs"],
+        &["DYN_ROUTER_ACTIVE_REQUEST_EXPIRY_SECS"],
+        "Seconds after which a request that its proxy does not mention counts no more",
     ),
     setting(
         "kv_overlap_score_weight",
@@ -211,7 +252,7 @@ impl Setting {
         let parsed = match self.kind {
             Kind::Text => None,
             Kind::Number => number(),
-            Kind::Switch => match text.to_ascii_lowercase().as_str() {
+            Kind::Switch(_) => match text.to_ascii_lowercase().as_str() {
                 "1" | "true" | "on" | "yes" => Some(true.into()),
                 "0" | "false" | "off" | "no" => Some(false.into()),
                 _ => None,
@@ -225,8 +266,12 @@ impl Setting {
         self.flags.first().copied().unwrap_or(self.key)
     }
 
-    fn negative(&self) -> Option<&'static str> {
-        (self.kind == Kind::Switch).then_some("no-kv-events")
+    /// The flags that say "no": the first and further names for it.
+    fn negative(&self) -> Option<(&'static str, &'static [&'static str])> {
+        match self.kind {
+            Kind::Switch([first, others @ ..]) => Some((first, others)),
+            _ => None,
+        }
     }
 }
 
@@ -261,7 +306,7 @@ impl clap::FromArgMatches for Flags {
                 value,
             };
             match setting.negative() {
-                Some(negative) if matches.get_flag(negative) => Some(Layer {
+                Some((negative, _)) if matches.get_flag(negative) => Some(Layer {
                     origin: Origin::Flag(negative),
                     ..layer(Value::from(false))
                 }),
@@ -292,13 +337,13 @@ impl clap::Args for Flags {
                 .long(setting.flag())
                 .visible_aliases(setting.flags.iter().skip(1).copied().collect::<Vec<_>>())
                 .help(help);
-            let Some(negative) = setting.negative() else {
+            let Some((negative, others)) = setting.negative() else {
                 return command.arg(arg.action(ArgAction::Set));
             };
             let no = Arg::new(negative)
                 .long(negative)
-                .visible_alias("no-router-kv-events")
-                .help("The opposite of --kv-events")
+                .visible_aliases(others.to_vec())
+                .help(format!("The opposite of --{}", setting.flag()))
                 .action(ArgAction::SetTrue)
                 .overrides_with(setting.key);
             command

@@ -59,6 +59,8 @@ pub struct SubscriberReport {
     pub vm_id: String,
     /// Term of its lease.
     pub term: u64,
+    /// Version of its messages.
+    pub protocol: u8,
     /// Whether it holds all pages.
     pub synced: bool,
     /// Pages to be written.
@@ -94,16 +96,17 @@ impl Publisher {
         }
     }
 
-    /// Takes a subscriber: it gets all pages, the table and the head. Of the same Envoy and
-    /// `vm_id` the newer term stays, and the other's stream ends.
+    /// Takes a subscriber: with the next [`Publisher::pump`] it gets all pages, the table and the
+    /// head. Of the same Envoy and `vm_id` the newer term stays, and the other's stream ends.
     ///
     /// # Errors
     /// When it can't be served.
     pub(super) fn subscribe(
         &mut self,
         who: Subscribe,
+        version: u8,
         out: mpsc::Sender<Bytes>,
-        index: &mut Index,
+        index: &Index,
     ) -> Result<u64, Refusal> {
         if who.format != key::FORMAT {
             return Err(Refusal::Format(who.format));
@@ -123,7 +126,7 @@ impl Publisher {
         }
         let id = self.next_id;
         self.next_id += 1;
-        let mut subscriber = Subscriber::new(id, who, out);
+        let mut subscriber = Subscriber::new(id, who, version, out);
         // A page that growth split off stands after the page it came from, and is to be there
         // before that one shrinks.
         for page in index.page_ids().rev() {
@@ -132,7 +135,6 @@ impl Publisher {
         subscriber.queue.push_back(Item::Table);
         self.subscribers.push(subscriber);
         self.metrics.subscribers.set(self.subscribers.len() as i64);
-        self.pump(index);
         Ok(id)
     }
 
@@ -230,28 +232,25 @@ impl Publisher {
         self.pump(index);
     }
 
+    /// Loads for one subscriber, in place of any that it has not been sent yet. The head that
+    /// follows them beats, which is how VMs notice.
+    pub(super) fn loads(&mut self, id: u64, loads: Vec<u8>, index: &mut Index) {
+        self.head.beat += 1;
+        let head = self.current_head(index);
+        if let Some(subscriber) = self.subscribers.iter_mut().find(|s| s.id == id) {
+            subscriber.loads = Some(loads);
+            subscriber.beat(head, &self.metrics);
+        }
+        self.pump(index);
+    }
+
     /// Sends the head again, as a sign of life.
     pub(super) fn beat(&mut self, ready: bool, index: &mut Index) {
         self.head.ready = ready;
         self.head.beat += 1;
-        let current = self.current_head(index);
+        let head = self.current_head(index);
         for subscriber in &mut self.subscribers {
-            subscriber.head_due = true;
-            // One that is behind keeps the level and table it has.
-            if !subscriber.queue.is_empty()
-                && subscriber.is_open()
-                && let Some(head) = subscriber.head
-            {
-                let mut batch = Pending::default();
-                let beat = current.beat;
-                let head = Head {
-                    beat,
-                    ready,
-                    ..head
-                };
-                batch.push(&key::HEAD, &head.encode());
-                subscriber.send(batch, &self.metrics);
-            }
+            subscriber.beat(head, &self.metrics);
         }
         self.pump(index);
     }
@@ -263,6 +262,7 @@ impl Publisher {
             process: s.who.process,
             vm_id: s.who.vm_id.clone(),
             term: s.who.term,
+            protocol: s.version,
             synced: s.syncing.is_none(),
             queued_pages: s.queued.len(),
             unacked_batches: s.unacked.len(),
@@ -280,7 +280,7 @@ impl Publisher {
     }
 
     /// Sends what windows take.
-    fn pump(&mut self, index: &mut Index) {
+    pub(super) fn pump(&mut self, index: &mut Index) {
         let head = self.current_head(index);
         let is_clean = !index.is_dirty();
         for subscriber in &mut self.subscribers {

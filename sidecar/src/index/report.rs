@@ -1,15 +1,23 @@
 //! What the service tells about itself.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use kv_core::id::{DpRank, Role, WorkerId};
 use kv_core::index::{Applied, IndexStats};
 use kv_core::policy::Policy;
+use kv_core::report::OwnerKey;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
 use serde::Serialize;
 
 use super::publisher::SubscriberReport;
 use super::{Service, roster};
 use crate::ingest::Plane;
+use crate::load::{LoadReport, ProxyId, ProxyRequests};
+use crate::metrics::OfOwner;
+
+/// Requests by owner and proxy.
+type Requests<'a> = HashMap<OwnerKey, BTreeMap<&'a ProxyId, u32>>;
 
 /// What came in on a plane.
 #[derive(Clone, Debug, Default, Serialize)]
@@ -94,6 +102,35 @@ pub struct IndexReport {
     pub subscribers: Vec<SubscriberReport>,
 }
 
+/// Answer of `/v1/workers`.
+#[derive(Clone, Debug, Serialize)]
+pub struct WorkersReport {
+    /// Whether the load below is known.
+    pub load: Available,
+    /// The pools.
+    pub pools: Vec<PoolReport>,
+}
+
+/// Whether load is known.
+#[derive(Clone, Debug, Serialize)]
+pub struct Available {
+    available: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<&'static str>,
+}
+
+impl Available {
+    /// It is where some proxy reports it.
+    #[must_use]
+    pub fn new(is_reported: bool) -> Self {
+        let error = "no proxy that reports load is connected";
+        Self {
+            available: is_reported,
+            error: (!is_reported).then_some(error),
+        }
+    }
+}
+
 /// A pool in the answer of `/v1/workers`.
 #[derive(Clone, Debug, Serialize)]
 pub struct PoolReport {
@@ -109,8 +146,7 @@ pub struct PoolReport {
     pub kv_events: bool,
     /// How a worker is chosen.
     pub policy: Policy,
-    /// Its owners; the answer shows them with their load.
-    #[serde(skip_serializing)]
+    /// Its owners.
     pub owners: Vec<OwnerReport>,
 }
 
@@ -139,6 +175,10 @@ pub struct OwnerReport {
     pub partial: bool,
     /// Whether its snapshot is awaited.
     pub repairing: bool,
+    /// Its true load, over all proxies; `null` while none reports any.
+    pub load: Option<LoadReport>,
+    /// Requests on it, by proxy.
+    pub requests: Vec<ProxyRequests>,
 }
 
 /// What readiness rests on.
@@ -167,33 +207,46 @@ impl Service {
         }
     }
 
-    pub(super) fn report_workers(&self) -> Vec<PoolReport> {
-        let pools = self.roster.pools.iter().enumerate();
-        pools
-            .map(|(number, pool)| self.report_pool(number, pool))
-            .collect()
+    pub(super) fn report_workers(&self) -> WorkersReport {
+        let requests = self.accounts.requests();
+        let pools = (0_u16..).zip(&self.roster.pools);
+        WorkersReport {
+            load: Available::new(self.accounts.is_reported()),
+            pools: pools
+                .map(|(number, pool)| self.report_pool(number, pool, &requests))
+                .collect(),
+        }
     }
 
-    fn report_pool(&self, number: usize, pool: &roster::Pool) -> PoolReport {
+    fn report_pool(&self, number: u16, pool: &roster::Pool, requests: &Requests<'_>) -> PoolReport {
+        let is_reported = self.accounts.is_reported();
+        let of_owner = |owner: &OwnerKey| {
+            let by_proxy = requests.get(owner).into_iter().flatten();
+            by_proxy.map(|(proxy, requests)| ProxyRequests {
+                proxy: ProxyId::clone(proxy),
+                requests: *requests,
+            })
+        };
         let owners = pool.workers.values().flat_map(|worker| {
             let ids = worker.config.owners();
-            worker
-                .owners
-                .iter()
-                .zip(ids)
-                .map(|(owner, id)| OwnerReport {
+            worker.owners.iter().zip(ids).map(move |(owner, id)| {
+                let key = OwnerKey { pool: number, id };
+                OwnerReport {
                     worker: id.worker,
                     rank: id.rank,
                     slot: owner.slot.0,
                     endpoint: worker.config.endpoint.to_string(),
                     role: worker.config.role,
                     accepting: true,
-                    blocks: self.index.owner_blocks(number, owner.slot),
+                    blocks: self.index.owner_blocks(number.into(), owner.slot),
                     last_event_id: owner.dynamo.last.max(worker.json.last),
                     gaps: owner.gaps,
                     partial: owner.partial,
                     repairing: worker.repair.is_some(),
-                })
+                    load: is_reported.then(|| self.accounts.load(&key).into()),
+                    requests: of_owner(&key).collect(),
+                }
+            })
         });
         PoolReport {
             pool: pool.config.name.clone(),
@@ -233,5 +286,41 @@ impl Service {
         let owners = self.roster.workers().flat_map(|w| w.owners.iter());
         let partial = owners.filter(|o| o.partial).count();
         self.metrics.partial_owners.set(partial as i64);
+        self.measure_load();
+    }
+
+    fn measure_load(&self) {
+        let metrics = &self.metrics;
+        metrics.bookings.set(self.accounts.bookings() as i64);
+        metrics.predicted.set(self.predicted() as i64);
+        for (number, pool) in (0_u16..).zip(&self.tables) {
+            for owner in &pool.owners {
+                let key = OwnerKey {
+                    pool: number,
+                    id: owner.id,
+                };
+                let load = self.accounts.load(&key);
+                let label = OfOwner {
+                    pool: pool.name.clone(),
+                    worker: owner.id.worker,
+                    rank: owner.id.rank,
+                };
+                let gauge = |family: &Family<OfOwner, Gauge>, value: u64| {
+                    let value = i64::try_from(value).unwrap_or(i64::MAX);
+                    family.get_or_create(&label).set(value);
+                };
+                gauge(&metrics.active_blocks, load.blocks);
+                gauge(&metrics.active_prefill_tokens, load.prefill_tokens);
+                let requests = u64::from(load.waiting) + u64::from(load.decoding);
+                gauge(&metrics.active_requests, requests);
+            }
+        }
+    }
+
+    /// Drops the gauges of owners, some of which have left.
+    pub(super) fn forget_gauges(&self) {
+        self.metrics.active_blocks.clear();
+        self.metrics.active_prefill_tokens.clear();
+        self.metrics.active_requests.clear();
     }
 }

@@ -36,6 +36,8 @@ pub(super) struct Sent {
 pub(super) struct Subscriber {
     pub(super) id: u64,
     pub(super) who: Subscribe,
+    /// Version of its messages.
+    pub(super) version: u8,
     pub(super) out: mpsc::Sender<Bytes>,
     pub(super) seq: u64,
     pub(super) unacked: VecDeque<Sent>,
@@ -46,6 +48,8 @@ pub(super) struct Subscriber {
     /// Its head as last sent; `None` before the first.
     pub(super) head: Option<Head>,
     pub(super) head_due: bool,
+    /// Loads that it has not been sent.
+    pub(super) loads: Option<Vec<u8>>,
     pub(super) received_ns: Vec<u64>,
     pub(super) table_sent: u64,
     pub(super) table_acked: u64,
@@ -53,10 +57,11 @@ pub(super) struct Subscriber {
 }
 
 impl Subscriber {
-    pub(super) fn new(id: u64, who: Subscribe, out: mpsc::Sender<Bytes>) -> Self {
+    pub(super) fn new(id: u64, who: Subscribe, version: u8, out: mpsc::Sender<Bytes>) -> Self {
         Self {
             id,
             who,
+            version,
             out,
             seq: 0,
             unacked: VecDeque::new(),
@@ -65,6 +70,7 @@ impl Subscriber {
             syncing: Some(Instant::now()),
             head: None,
             head_due: true,
+            loads: None,
             received_ns: Vec::new(),
             table_sent: 0,
             table_acked: 0,
@@ -130,20 +136,48 @@ impl Subscriber {
             table_version: self.table_sent,
             ..head
         };
-        batch.push(&key::HEAD, &head.encode());
+        self.push_head(batch, head);
         batch.ends_sync = self.syncing.is_some() && self.queue.is_empty();
         batch.received_ns = std::mem::take(&mut self.received_ns);
         self.head = Some(head);
         self.head_due = false;
     }
 
+    /// The head is to be sent again. One that is behind is sent it at once, with the level and
+    /// table it has.
+    pub(super) fn beat(&mut self, current: Head, metrics: &Metrics) {
+        self.head_due = true;
+        if self.queue.is_empty() || !self.is_open() {
+            return;
+        }
+        if let Some(head) = self.head {
+            let mut batch = Pending::default();
+            let head = Head {
+                beat: current.beat,
+                ready: current.ready,
+                ..head
+            };
+            self.push_head(&mut batch, head);
+            self.send(batch, metrics);
+        }
+    }
+
+    /// Loads go before the head.
+    fn push_head(&mut self, batch: &mut Pending, head: Head) {
+        if let Some(loads) = self.loads.take() {
+            batch.push(&key::LOADS, &loads);
+        }
+        batch.push(&key::HEAD, &head.encode());
+    }
+
     pub(super) fn send(&mut self, batch: Pending, metrics: &Metrics) {
         self.seq += 1;
         let writes = batch.writes.iter().map(|(key, value)| Write { key, value });
-        let message = wire::encode(&Batch {
+        let batch_of_writes = Batch {
             seq: self.seq,
             writes: writes.collect(),
-        });
+        };
+        let message = wire::encode_for(self.version, &batch_of_writes);
         metrics.batches.inc();
         metrics.sent.inc_by(message.len() as u64);
         self.unacked.push_back(Sent {

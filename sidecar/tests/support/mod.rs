@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
 pub(crate) mod engine;
+pub(crate) mod vm;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -13,6 +14,8 @@ use bytes::Bytes;
 use hyper_util::rt::TokioIo;
 use kv_core::head::Head;
 use kv_core::key;
+use kv_core::loads::Loads;
+use kv_core::report::Report;
 use kv_core::table::Table;
 use kv_core::wire::{self, Ack, Batch, METHOD, SERVICE, Subscribe, Up};
 use kv_router::bridge::Raw;
@@ -250,6 +253,10 @@ impl Wrote {
         (self.key == key::HEAD).then(|| Head::decode(&self.value).unwrap())
     }
 
+    pub(crate) fn loads(&self) -> Option<Loads> {
+        (self.key == key::LOADS).then(|| Loads::decode(&self.value).unwrap())
+    }
+
     pub(crate) fn table(&self) -> Option<Table> {
         (self.key == key::TABLE).then(|| Table::decode(&self.value).unwrap())
     }
@@ -260,6 +267,8 @@ pub(crate) struct Bridge {
     up: mpsc::Sender<Bytes>,
     down: Streaming<Bytes>,
     seq: u64,
+    version: u8,
+    beat: u64,
 }
 
 pub(crate) fn subscribe(process: u64, term: u64) -> Subscribe {
@@ -285,12 +294,19 @@ impl Bridge {
         grpc.ready()
             .await
             .map_err(|e| Status::unknown(e.to_string()))?;
+        let version = wire::version(&first).unwrap();
         let (up, messages) = mpsc::channel(64);
         up.send(first).await.unwrap();
         let path = format!("/{SERVICE}/{METHOD}").parse().unwrap();
         let request = Request::new(ReceiverStream::new(messages));
         let down = grpc.streaming(request, path, Raw).await?.into_inner();
-        Ok(Self { up, down, seq: 0 })
+        Ok(Self {
+            up,
+            down,
+            seq: 0,
+            version,
+            beat: 0,
+        })
     }
 
     /// The next batch; `None` at the end of the stream.
@@ -299,6 +315,7 @@ impl Bridge {
             .await
             .expect("a batch or the end")
             .ok()??;
+        assert_eq!(wire::version(&message), Some(self.version));
         let batch: Batch<'_> = wire::decode(&message).unwrap();
         self.seq += 1;
         assert_eq!(batch.seq, self.seq, "batches are numbered from 1");
@@ -326,7 +343,43 @@ impl Bridge {
             written_at_ns: u64::try_from(written.unwrap().as_nanos()).unwrap(),
             refused: 0,
         });
-        self.up.send(wire::encode(&ack).into()).await.unwrap();
+        self.send(&ack).await;
+    }
+
+    /// Sends any message.
+    pub(crate) async fn send(&self, up: &Up) {
+        let message = wire::encode_for(self.version, up);
+        self.up.send(message.into()).await.unwrap();
+    }
+
+    /// Passes reports of VMs on.
+    pub(crate) async fn report(&self, reports: &[Report]) {
+        let reports = reports.iter().map(wire::encode).collect();
+        self.send(&Up::Reports(reports)).await;
+    }
+
+    /// Takes and acknowledges batches until loads satisfy a condition.
+    pub(crate) async fn loads(&mut self, what: &str, is_so: impl Fn(&Loads) -> bool) -> Loads {
+        let found = async {
+            loop {
+                let batch = self.next().await.expect("the stream goes on");
+                self.ack().await;
+                let head = batch.last().and_then(Wrote::head);
+                let Some(loads) = batch.iter().find_map(Wrote::loads) else {
+                    self.beat = head.map_or(self.beat, |head| head.beat);
+                    continue;
+                };
+                let head = head.expect("a head follows loads");
+                assert!(head.beat > self.beat, "VMs notice by the beat");
+                self.beat = head.beat;
+                if is_so(&loads) {
+                    return loads;
+                }
+            }
+        };
+        tokio::time::timeout(2 * PATIENCE, found)
+            .await
+            .unwrap_or_else(|_| panic!("in vain: {what}"))
     }
 
     /// Takes and acknowledges batches until one has a head that satisfies a condition. Returns all

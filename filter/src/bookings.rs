@@ -1,0 +1,384 @@
+//! The bookings of this VM: what each has added to the lanes, what all of them have, and what the
+//! sidecar is told.
+//!
+//! Whatever is added to a lane is added to its owner's sum in the same function, [`Bookings::add`],
+//! so the reported sums are exactly what this VM added.
+
+use hashbrown::HashMap;
+use kv_core::load::{Delta, Leg};
+use kv_core::report::{Booked, Evidence, OwnerKey, Step, Sum};
+use kv_core::table::Table;
+
+use crate::host::Host;
+use crate::lanes::Lane;
+use crate::metrics::{Event, Metrics};
+use crate::outbox::{NO_POOL, Outbox, Sums};
+
+/// Owners whose sums are kept although they are zero.
+const MAX_SUMS: usize = 4096;
+
+/// Sequence hashes that a booking names, at most; blocks past them count as nobody else's.
+pub const MAX_HASHES: usize = 16_384;
+
+/// Where a request may be booked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The owner's gauges.
+    pub lane: Lane,
+    /// The owner.
+    pub owner: OwnerKey,
+}
+
+/// A booking that is in the lanes and that nobody has been told of: it is to be opened or undone.
+#[derive(Debug)]
+#[must_use]
+pub struct Tentative {
+    place: Place,
+    leg: Leg,
+    prefill_tokens: u32,
+    blocks: u32,
+    delta: Delta,
+}
+
+/// What a booking is told with.
+#[derive(Clone, Debug, Default)]
+pub struct Told {
+    /// See [`Booked::prefix`].
+    pub prefix: Option<(u32, u64)>,
+    /// See [`Booked::hashes`].
+    pub hashes: Vec<u64>,
+    /// What the decision rested on.
+    pub evidence: Option<Evidence>,
+}
+
+/// Number of a booking within its VM.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BookingId(u64);
+
+#[derive(Debug)]
+struct Live {
+    lane: Lane,
+    leg: Leg,
+    /// As complete reports list it.
+    booked: Booked,
+}
+
+/// All bookings of a VM.
+#[derive(Debug, Default)]
+pub struct Bookings {
+    last: u64,
+    live: HashMap<u64, Live>,
+    sums: Sums,
+    outbox: Outbox,
+}
+
+impl Tentative {
+    /// What it has added to the lanes.
+    #[must_use]
+    pub fn delta(&self) -> Delta {
+        self.delta
+    }
+
+    /// Takes it back as if it had never been.
+    pub fn undo(mut self, bookings: &mut Bookings, host: &impl Host) {
+        bookings.add(host, self.place, self.leg.release());
+    }
+
+    /// Makes it known.
+    pub fn open(
+        self,
+        bookings: &mut Bookings,
+        host: &impl Host,
+        metrics: &mut Metrics,
+        told: Told,
+    ) -> BookingId {
+        bookings.last += 1;
+        let request = bookings.last;
+        let Told {
+            prefix,
+            mut hashes,
+            evidence,
+        } = told;
+        hashes.truncate(MAX_HASHES);
+        let owner = self.place.owner;
+        let booked = Booked {
+            request,
+            owner,
+            decoding: false,
+            prefill_tokens: self.prefill_tokens,
+            blocks: self.blocks,
+            prefix,
+            hashes,
+            evidence: None,
+        };
+        let live = Live {
+            lane: self.place.lane,
+            leg: self.leg,
+            booked: booked.clone(),
+        };
+        bookings.live.insert(request, live);
+        let booked = Booked { evidence, ..booked };
+        bookings.tell(host, metrics, owner, || Step::Book(Box::new(booked)));
+        BookingId(request)
+    }
+}
+
+impl Bookings {
+    /// Names the VM in reports.
+    pub fn set_vm(&mut self, vm: u64) {
+        self.outbox.set_vm(vm);
+    }
+
+    /// Books a request with this much prefill to do and these blocks to hold.
+    pub fn hold(
+        &mut self,
+        host: &impl Host,
+        place: Place,
+        prefill_tokens: u32,
+        blocks: u32,
+    ) -> Tentative {
+        let (leg, delta) = Leg::book(prefill_tokens, blocks);
+        self.add(host, place, delta);
+        Tentative {
+            place,
+            leg,
+            prefill_tokens,
+            blocks,
+            delta,
+        }
+    }
+
+    /// Another owner serves the request.
+    pub fn relocate(&mut self, host: &impl Host, metrics: &mut Metrics, id: BookingId, to: Place) {
+        let Some(mut live) = self.live.remove(&id.0) else {
+            return;
+        };
+        let from = live.place();
+        let released = live.leg.release();
+        self.add(host, from, released);
+        let (mut leg, booked) = Leg::book(live.booked.prefill_tokens, live.booked.blocks);
+        self.add(host, to, booked);
+        if live.booked.decoding {
+            let delta = leg.first_token();
+            self.add(host, to, delta);
+        }
+        live.leg = leg;
+        live.lane = to.lane;
+        live.booked.owner = to.owner;
+        self.live.insert(id.0, live);
+        self.tell(host, metrics, to.owner, || Step::Move {
+            request: id.0,
+            to: to.owner,
+        });
+    }
+
+    /// The first token has come. Counts once.
+    pub fn first_token(&mut self, host: &impl Host, metrics: &mut Metrics, id: BookingId) {
+        let Some(live) = self.live.get_mut(&id.0).filter(|l| !l.booked.decoding) else {
+            return;
+        };
+        live.booked.decoding = true;
+        let (place, delta) = (live.place(), live.leg.first_token());
+        self.add(host, place, delta);
+        self.tell(host, metrics, place.owner, || Step::FirstToken {
+            request: id.0,
+        });
+    }
+
+    /// The request is over. Counts once.
+    pub fn free(&mut self, host: &impl Host, metrics: &mut Metrics, id: BookingId) {
+        let Some(mut live) = self.live.remove(&id.0) else {
+            return;
+        };
+        let (place, delta) = (live.place(), live.leg.release());
+        self.add(host, place, delta);
+        self.tell(host, metrics, place.owner, || Step::Free { request: id.0 });
+    }
+
+    /// Reports what has happened, if it is time to.
+    pub fn settle(&mut self, host: &impl Host) {
+        if self.outbox.is_pending() {
+            self.outbox.settle(host, &self.sums);
+        }
+    }
+
+    /// Reports what has happened, and all bookings when that is due.
+    pub fn on_tick(&mut self, host: &impl Host, metrics: &mut Metrics) {
+        let live = self.live.values().map(|live| &live.booked);
+        if self.outbox.tick(host, &self.sums, live) {
+            metrics.count(host, Event::Complete, 1);
+        }
+    }
+
+    /// Reports what has happened, whenever the last report was.
+    pub fn flush(&mut self, host: &impl Host) {
+        self.outbox.flush(host, &self.sums, host.now_ns());
+    }
+
+    /// Follows pools to their positions in another table.
+    pub fn follow(&mut self, before: &Table, after: &Table) {
+        if self.sums.len() > MAX_SUMS {
+            self.sums.retain(|_, sum| (sum.a, sum.b) != (0, 0));
+        }
+        let position = |name: &str| {
+            let at = after.pools.iter().position(|pool| pool.name == name);
+            at.and_then(|at| u16::try_from(at).ok()).unwrap_or(NO_POOL)
+        };
+        let moved: Vec<u16> = before.pools.iter().map(|p| position(&p.name)).collect();
+        if moved.iter().zip(0..).all(|(to, from)| *to == from) {
+            return;
+        }
+        let follow = |owner: OwnerKey| OwnerKey {
+            pool: moved
+                .get(usize::from(owner.pool))
+                .copied()
+                .unwrap_or(NO_POOL),
+            ..owner
+        };
+        let sums = std::mem::take(&mut self.sums).into_values().map(|sum| Sum {
+            owner: follow(sum.owner),
+            ..sum
+        });
+        let kept = sums.filter(|sum| sum.owner.pool != NO_POOL);
+        self.sums = kept.map(|sum| (sum.owner, sum)).collect();
+        for live in self.live.values_mut() {
+            live.booked.owner = follow(live.booked.owner);
+        }
+        self.outbox.forget();
+    }
+
+    /// The only way into a lane.
+    fn add(&mut self, host: &impl Host, place: Place, delta: Delta) {
+        place.lane.add(host, delta);
+        let owner = place.owner;
+        self.sums
+            .entry(owner)
+            .or_insert_with(|| Sum::new(owner))
+            .add(delta);
+        self.outbox.touch(owner);
+    }
+
+    fn tell(
+        &mut self,
+        host: &impl Host,
+        metrics: &mut Metrics,
+        owner: OwnerKey,
+        step: impl FnOnce() -> Step,
+    ) {
+        if owner.pool != NO_POOL {
+            self.outbox.push(host, metrics, step());
+        }
+    }
+}
+
+impl Live {
+    fn place(&self) -> Place {
+        Place {
+            lane: self.lane,
+            owner: self.booked.owner,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fake::Fake;
+    use crate::lanes::Lanes;
+    use kv_core::id::OwnerId;
+    use kv_core::load::Load;
+    use kv_core::table::Pool;
+
+    const ID: OwnerId = OwnerId { worker: 7, rank: 1 };
+
+    fn place(host: &Fake, worker: u64) -> Place {
+        let id = OwnerId { worker, ..ID };
+        Place {
+            lane: Lanes::default().of(host, "p.q", id).unwrap(),
+            owner: OwnerKey { pool: 0, id },
+        }
+    }
+
+    fn sum(bookings: &Bookings, place: Place) -> (u64, u64) {
+        let sum = bookings.sums[&place.owner];
+        (sum.a, sum.b)
+    }
+
+    #[test]
+    fn vms_of_a_process_see_each_others_bookings_and_know_their_own() {
+        let one = Fake::default();
+        let two = one.beside();
+        let (here, there) = (place(&one, 7), place(&two, 7));
+        let (mut bookings, mut metrics) = (Bookings::default(), Metrics::default());
+        let booking = bookings.hold(&one, here, 100, 7);
+        let load = Load {
+            prefill_tokens: 100,
+            waiting: 1,
+            decoding: 0,
+            blocks: 7,
+        };
+        assert_eq!(there.lane.read(&two).load(), load);
+        let lanes = there.lane.read(&two);
+        assert_eq!(sum(&bookings, here), (lanes.a, lanes.b));
+        let id = booking.open(&mut bookings, &one, &mut metrics, Told::default());
+        bookings.first_token(&one, &mut metrics, id);
+        bookings.first_token(&one, &mut metrics, id);
+        assert_eq!(there.lane.read(&two).load().decoding, 1);
+        bookings.free(&one, &mut metrics, id);
+        bookings.free(&one, &mut metrics, id);
+        assert_eq!(there.lane.read(&two).load(), Load::default());
+        assert_eq!(sum(&bookings, here), (0, 0));
+        assert!(one.has_metric("kv_router_lane_b.p.q.7.1"));
+    }
+
+    #[test]
+    fn a_booking_moves_whole_in_either_phase() {
+        let host = Fake::default();
+        let (from, to) = (place(&host, 1), place(&host, 2));
+        for decoding in [false, true] {
+            let (mut bookings, mut metrics) = (Bookings::default(), Metrics::default());
+            let booking = bookings.hold(&host, from, 100, 7);
+            let id = booking.open(&mut bookings, &host, &mut metrics, Told::default());
+            if decoding {
+                bookings.first_token(&host, &mut metrics, id);
+            }
+            let before = from.lane.read(&host);
+            bookings.relocate(&host, &mut metrics, id, to);
+            assert_eq!(from.lane.read(&host).load(), Load::default());
+            assert_eq!(to.lane.read(&host), before);
+            assert_eq!(sum(&bookings, to), (before.a, before.b));
+            bookings.free(&host, &mut metrics, id);
+            assert_eq!(to.lane.read(&host).load(), Load::default());
+        }
+    }
+
+    #[test]
+    fn bookings_follow_their_pool_to_another_position() {
+        let host = Fake::default();
+        let here = place(&host, 1);
+        let (mut bookings, mut metrics) = (Bookings::default(), Metrics::default());
+        let booking = bookings.hold(&host, here, 100, 7);
+        let id = booking.open(&mut bookings, &host, &mut metrics, Told::default());
+        let table = |names: &[&str]| Table {
+            pools: names
+                .iter()
+                .map(|name| Pool {
+                    name: (*name).to_owned(),
+                    ..Pool::default()
+                })
+                .collect(),
+            ..Table::default()
+        };
+        bookings.follow(&table(&["p.q"]), &table(&["x", "p.q"]));
+        let moved = OwnerKey {
+            pool: 1,
+            ..here.owner
+        };
+        assert_eq!(bookings.live[&id.0].booked.owner, moved);
+        assert_eq!(bookings.sums.keys().collect::<Vec<_>>(), [&moved]);
+        bookings.follow(&table(&["x", "p.q"]), &table(&["x"]));
+        assert!(bookings.sums.is_empty());
+        bookings.free(&host, &mut metrics, id);
+        assert_eq!(here.lane.read(&host).load(), Load::default());
+    }
+}

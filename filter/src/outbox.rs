@@ -1,0 +1,240 @@
+//! What this VM has yet to tell the sidecar, and how it does: encoded reports in the shared queue
+//! that the bridge empties.
+
+use hashbrown::HashMap;
+use kv_core::key;
+use kv_core::report::{Booked, MAX_STEPS, OwnerKey, Report, Step, Sum};
+use kv_core::wire::{self, QUEUE};
+
+use crate::host::{Host, Queue};
+use crate::metrics::{Event, Metrics};
+
+/// Steps come at least this far apart in reports, unless a report is full.
+const SPACING_NS: u64 = 1_000_000;
+/// A complete report comes at least this often.
+const COMPLETE_NS: u64 = 5_000_000_000;
+/// Steps that wait for a queue, at most.
+const MAX_WAITING: usize = 4096;
+/// Their encoded size, at most, in bytes.
+const MAX_WAITING_BYTES: usize = 1 << 20;
+/// Aim for the encoded size of one report, in bytes.
+const REPORT_BYTES: usize = 24 << 10;
+/// Encoded size of the hashes in a complete report, at most, in bytes: in one that a sidecar needs,
+/// and in one that repeats what it knows. Bookings past it are listed by their number of blocks.
+const COMPLETE_BYTES: (usize, usize) = (1 << 20, 64 << 10);
+/// Encoded size of a sequence hash, at most, in bytes.
+const HASH_BYTES: usize = 10;
+
+/// Sums by owner.
+pub type Sums = HashMap<OwnerKey, Sum>;
+
+/// Position of a pool that has left the worker table: its owners are not reported.
+pub const NO_POOL: u16 = u16::MAX;
+
+/// Steps that wait, and how far the sidecar has been told.
+#[derive(Debug, Default)]
+pub struct Outbox {
+    vm: u64,
+    /// Number of the last report.
+    sequence: u64,
+    steps: Vec<Step>,
+    bytes: usize,
+    /// Owners whose sums have changed since they were last reported.
+    touched: Vec<OwnerKey>,
+    /// Whether a complete report was made that nothing has called into question since.
+    whole: bool,
+    completed_ns: u64,
+    sent_ns: u64,
+    /// Number of the bridge's stream that the last complete report was made for.
+    stream: Vec<u8>,
+    queue: Option<Queue>,
+}
+
+impl Outbox {
+    /// Names the VM.
+    pub fn set_vm(&mut self, vm: u64) {
+        self.vm = vm;
+    }
+
+    /// Whether something waits to be reported.
+    #[must_use]
+    pub fn is_pending(&self) -> bool {
+        !(self.steps.is_empty() && self.touched.is_empty())
+    }
+
+    /// An owner's sum has changed.
+    pub fn touch(&mut self, owner: OwnerKey) {
+        if !self.touched.contains(&owner) {
+            self.touched.push(owner);
+        }
+    }
+
+    /// Something has happened.
+    pub fn push(&mut self, host: &impl Host, metrics: &mut Metrics, step: Step) {
+        let bytes = size(&step);
+        if self.steps.len() >= MAX_WAITING || self.bytes + bytes > MAX_WAITING_BYTES {
+            let lost = u32::try_from(self.steps.len() + 1).unwrap_or(u32::MAX);
+            metrics.count(host, Event::StepDropped, lost);
+            self.forget();
+            return;
+        }
+        self.bytes += bytes;
+        self.steps.push(step);
+    }
+
+    /// Drops what waits; a complete report makes up for it.
+    pub fn forget(&mut self) {
+        self.steps = Vec::new();
+        self.bytes = 0;
+        self.whole = false;
+    }
+
+    /// Reports what waits, if it is time to.
+    pub fn settle(&mut self, host: &impl Host, sums: &Sums) {
+        let now_ns = host.now_ns();
+        if self.steps.len() >= MAX_STEPS || now_ns.saturating_sub(self.sent_ns) >= SPACING_NS {
+            self.flush(host, sums, now_ns);
+        }
+    }
+
+    /// Reports what waits, and everything when that is due. Whether a complete report was made.
+    pub fn tick<'a>(
+        &mut self,
+        host: &impl Host,
+        sums: &Sums,
+        live: impl Iterator<Item = &'a Booked>,
+    ) -> bool {
+        let now_ns = host.now_ns();
+        if !self.flush(host, sums, now_ns) {
+            return false;
+        }
+        let stream = host.shared(&key::STREAM).map(|shared| shared.bytes);
+        let stream = stream.unwrap_or_default();
+        let is_needed = !self.whole || stream != self.stream;
+        let is_due = is_needed || now_ns.saturating_sub(self.completed_ns) >= COMPLETE_NS;
+        if !is_due {
+            return false;
+        }
+        let (needed, repeated) = COMPLETE_BYTES;
+        let budget = if is_needed { needed } else { repeated };
+        let report = Report {
+            vm: self.vm,
+            sequence: self.sequence + 1,
+            complete: true,
+            sums: sums
+                .values()
+                .filter(|s| is_known(s.owner))
+                .copied()
+                .collect(),
+            steps: whole(live, budget),
+        };
+        if !self.send(host, &report, now_ns) {
+            return false;
+        }
+        self.whole = true;
+        self.completed_ns = now_ns;
+        self.stream = stream;
+        true
+    }
+
+    /// Reports all that waits. `false` if it could not.
+    pub fn flush(&mut self, host: &impl Host, all: &Sums, now_ns: u64) -> bool {
+        while self.is_pending() {
+            let count = self.fitting();
+            let is_last = count == self.steps.len();
+            // Sums are at least as new as the steps they come with.
+            let sums = self
+                .touched
+                .iter()
+                .filter(|owner| is_last && is_known(**owner));
+            let report = Report {
+                vm: self.vm,
+                sequence: self.sequence + 1,
+                complete: false,
+                sums: sums.map(|owner| sum(all, *owner)).collect(),
+                steps: self.steps.drain(..count).collect(),
+            };
+            if !self.send(host, &report, now_ns) {
+                self.steps.splice(..0, report.steps);
+                return false;
+            }
+            self.bytes = self
+                .bytes
+                .saturating_sub(report.steps.iter().map(size).sum());
+            if is_last {
+                self.touched.clear();
+            }
+        }
+        true
+    }
+
+    /// Steps at the front that one report takes: at least one, if there are any.
+    fn fitting(&self) -> usize {
+        let mut bytes = 0;
+        let fits = |step: &&Step| {
+            bytes += size(step);
+            bytes <= REPORT_BYTES
+        };
+        let fitting = self.steps.iter().take(MAX_STEPS).take_while(fits).count();
+        fitting.max(1).min(self.steps.len())
+    }
+
+    fn send(&mut self, host: &impl Host, report: &Report, now_ns: u64) -> bool {
+        // Until a bridge has registered the queue there is none.
+        self.queue = self.queue.or_else(|| host.resolve_queue(QUEUE));
+        let Some(queue) = self.queue else {
+            return false;
+        };
+        if !host.enqueue(queue, &wire::encode(report)) {
+            self.queue = None;
+            return false;
+        }
+        self.sequence = report.sequence;
+        self.sent_ns = now_ns;
+        true
+    }
+}
+
+fn is_known(owner: OwnerKey) -> bool {
+    owner.pool != NO_POOL
+}
+
+/// The sum of an owner; one that is not kept is zero.
+fn sum(sums: &Sums, owner: OwnerKey) -> Sum {
+    sums.get(&owner).copied().unwrap_or_else(|| Sum::new(owner))
+}
+
+/// All live bookings as steps, with so many bytes of hashes.
+fn whole<'a>(live: impl Iterator<Item = &'a Booked>, budget: usize) -> Vec<Step> {
+    let mut bytes = 0;
+    let mut book = |booked: &Booked| {
+        bytes += booked.hashes.len() * HASH_BYTES;
+        let named = bytes <= budget;
+        Step::Book(Box::new(Booked {
+            prefix: booked.prefix.filter(|_| named),
+            hashes: if named {
+                booked.hashes.clone()
+            } else {
+                Vec::new()
+            },
+            evidence: None,
+            ..*booked
+        }))
+    };
+    live.filter(|booked| is_known(booked.owner))
+        .map(&mut book)
+        .collect()
+}
+
+/// Encoded size of a step, about, in bytes.
+fn size(step: &Step) -> usize {
+    const FIXED: usize = 32;
+    const CANDIDATE: usize = 40;
+    match step {
+        Step::Book(booked) => {
+            let candidates = booked.evidence.as_ref().map_or(0, |e| e.candidates.len());
+            2 * FIXED + booked.hashes.len() * HASH_BYTES + candidates * CANDIDATE
+        }
+        Step::Move { .. } | Step::FirstToken { .. } | Step::Free { .. } => FIXED,
+    }
+}

@@ -1,0 +1,307 @@
+//! What would have been chosen from the exact state, and why it was not.
+
+use kv_core::cost::{Cost, Demand};
+use kv_core::decide::{Candidate, RECORDED, Scored};
+use kv_core::id::{OwnerId, Tier};
+use kv_core::load::Load;
+use kv_core::overlap::Overlap;
+use kv_core::policy::{Mode, Policy};
+use kv_core::report::{Evidence, Weighed};
+use serde::{Serialize, Serializer};
+
+use super::Side;
+use crate::index::Field;
+
+/// What the exact state says of a choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Verdict {
+    /// It is the one owner of least cost.
+    Agree,
+    /// It is one of several of least cost.
+    Tie,
+    /// What the filter took for the overlaps made the difference.
+    Overlap,
+    /// What it took for the loads did.
+    Load,
+    /// Both did, or only both together.
+    OverlapAndLoad,
+    /// The choice takes no requests, or the best owner was not known to the filter.
+    Membership,
+    /// The best owner is not among those that a filter reports.
+    Unlisted,
+    /// The choice is not the least by what the filter itself reports: a defect.
+    NotLeast,
+    /// A temperature above 0 chose another than the best.
+    Sampled,
+    /// The mode compares nothing.
+    Unchecked,
+    /// The prompt is not known any more, so overlaps can't be told.
+    UnknownPrompt,
+}
+
+impl Verdict {
+    /// Label for metrics and records.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Agree => "agree",
+            Self::Tie => "tie",
+            Self::Overlap => "overlap",
+            Self::Load => "load",
+            Self::OverlapAndLoad => "overlap_and_load",
+            Self::Membership => "membership",
+            Self::Unlisted => "unlisted",
+            Self::NotLeast => "not_least",
+            Self::Sampled => "sampled",
+            Self::Unchecked => "unchecked",
+            Self::UnknownPrompt => "unknown_prompt",
+        }
+    }
+
+    /// Whether the choice agrees; `None` where there is nothing to agree with.
+    #[must_use]
+    pub fn agrees(self) -> Option<bool> {
+        match self {
+            Self::Agree | Self::Tie => Some(true),
+            Self::Sampled | Self::Unchecked | Self::UnknownPrompt => None,
+            _ => Some(false),
+        }
+    }
+}
+
+impl Serialize for Verdict {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
+}
+
+/// The exact state of a decision.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Shadow {
+    /// What it says.
+    pub verdict: Verdict,
+    /// Cost of the choice less the least.
+    pub regret: Option<f64>,
+    /// The least cost.
+    pub least: Option<f64>,
+    scored: Vec<Scored>,
+    best: Option<usize>,
+}
+
+impl Shadow {
+    /// An owner of least cost.
+    #[must_use]
+    pub fn best(&self, field: &Field) -> Option<OwnerId> {
+        let scored = self.scored.get(self.best?)?;
+        let owner = field.pool.owners.get(scored.candidate.owner)?;
+        Some(owner.id)
+    }
+
+    /// What an owner's exact cost is made of.
+    #[must_use]
+    pub fn side(&self, field: &Field, owner: OwnerId) -> Option<Side> {
+        let scored = self.scored.get(position(&self.scored, field, owner)?)?;
+        let Candidate {
+            overlap,
+            load,
+            shared_blocks,
+            ..
+        } = scored.candidate;
+        Some(Side {
+            overlap: overlap.by_tier(),
+            prefill_tokens: load.prefill_tokens,
+            active_blocks: load.blocks,
+            shared_blocks,
+            requests: load.requests(),
+            cost: scored.cost.total(),
+        })
+    }
+}
+
+/// Holds a choice against the exact state. `is_prompt_known` says whether the field's overlaps are
+/// those of the request.
+#[must_use]
+pub fn judge(field: &Field, chosen: OwnerId, evidence: &Evidence, is_prompt_known: bool) -> Shadow {
+    let policy = &field.pool.policy;
+    let scored = scored(field, evidence);
+    let compared = |s: &Scored| s.compared(policy.mode);
+    let least = scored.iter().map(compared).reduce(f64::min);
+    let best = scored.iter().position(|s| Some(compared(s)) == least);
+    let own = position(&scored, field, chosen).and_then(|at| scored.get(at));
+    let is_compared = match policy.mode {
+        Mode::Kv => is_prompt_known,
+        Mode::LeastLoaded => true,
+        Mode::RoundRobin | Mode::Random | Mode::PowerOfTwo => false,
+    };
+    let regret = own.zip(least).map(|(own, least)| compared(own) - least);
+    let verdict = match (policy.mode, regret) {
+        (Mode::RoundRobin | Mode::Random | Mode::PowerOfTwo, _) => Verdict::Unchecked,
+        _ if !is_compared => Verdict::UnknownPrompt,
+        (_, Some(regret)) if regret <= 0.0 => {
+            let ties = scored.iter().filter(|s| Some(compared(s)) == least);
+            if ties.count() > 1 {
+                Verdict::Tie
+            } else {
+                Verdict::Agree
+            }
+        }
+        (Mode::Kv, Some(_)) if policy.temperature > 0.0 => Verdict::Sampled,
+        (_, None) => Verdict::Membership,
+        (_, Some(_)) => {
+            let best = best.and_then(|at| scored.get(at));
+            match (own, best) {
+                (Some(own), Some(best)) => cause(field, evidence, own, best),
+                _ => Verdict::Membership,
+            }
+        }
+    };
+    Shadow {
+        verdict,
+        regret: regret.filter(|_| is_compared),
+        least,
+        scored,
+        best,
+    }
+}
+
+/// All owners that take requests, at their exact cost.
+fn scored(field: &Field, evidence: &Evidence) -> Vec<Scored> {
+    let demand = demand(field, evidence);
+    let policy = &field.pool.policy;
+    let mut candidates = field.candidates();
+    if candidates.iter().any(|c| !c.load.is_saturated()) {
+        candidates.retain(|c| !c.load.is_saturated());
+    }
+    let score = |candidate: Candidate| {
+        let Candidate {
+            overlap,
+            load,
+            shared_blocks,
+            ..
+        } = &candidate;
+        Scored {
+            cost: Cost::new(demand, overlap, load, *shared_blocks, policy),
+            candidate,
+        }
+    };
+    candidates.into_iter().map(score).collect()
+}
+
+/// Why a choice was made that is not the best.
+fn cause(field: &Field, evidence: &Evidence, own: &Scored, best: &Scored) -> Verdict {
+    let id = |s: &Scored| field.pool.owners.get(s.candidate.owner).map(|o| o.id);
+    let seen = |s: &Scored| {
+        let is_it = |weighed: &&Weighed| Some(weighed.owner) == id(s);
+        evidence.candidates.iter().find(is_it)
+    };
+    let (Some(seen_own), Some(seen_best)) = (seen(own), seen(best)) else {
+        // A short list leaves nobody out.
+        let is_whole = evidence.candidates.len() < RECORDED;
+        return if is_whole {
+            Verdict::Membership
+        } else {
+            Verdict::Unlisted
+        };
+    };
+    let mode = field.pool.policy.mode;
+    let seen_least = evidence
+        .candidates
+        .iter()
+        .map(|weighed| by(mode, weighed))
+        .reduce(f64::min);
+    if seen_least.is_some_and(|least| by(mode, seen_own) > least) {
+        return Verdict::NotLeast;
+    }
+    let mixed =
+        |s: &Scored, seen: &Weighed, exact: (bool, bool)| mixed(field, evidence, s, seen, exact);
+    let is_better = |exact| mixed(best, seen_best, exact) < mixed(own, seen_own, exact);
+    match (is_better((true, false)), is_better((false, true))) {
+        (true, false) => Verdict::Overlap,
+        (false, true) => Verdict::Load,
+        _ => Verdict::OverlapAndLoad,
+    }
+}
+
+/// What a mode compares, as the filter saw it.
+fn by(mode: Mode, weighed: &Weighed) -> f64 {
+    if mode == Mode::Kv {
+        weighed.cost
+    } else {
+        f64::from(weighed.requests)
+    }
+}
+
+/// What is compared of an owner whose overlap or load is exact, and the other as it was seen.
+fn mixed(
+    field: &Field,
+    evidence: &Evidence,
+    exact: &Scored,
+    seen: &Weighed,
+    (is_overlap_exact, is_load_exact): (bool, bool),
+) -> f64 {
+    let policy = &field.pool.policy;
+    let (overlap, policy) = if is_overlap_exact {
+        (exact.candidate.overlap, *policy)
+    } else {
+        (overlap(seen), trusted(policy, evidence))
+    };
+    let (load, shared_blocks) = if is_load_exact {
+        (exact.candidate.load, exact.candidate.shared_blocks)
+    } else {
+        (load(seen), seen.shared_blocks)
+    };
+    let cost = Cost::new(
+        demand(field, evidence),
+        &overlap,
+        &load,
+        shared_blocks,
+        &policy,
+    );
+    let candidate = Candidate {
+        overlap,
+        load,
+        shared_blocks,
+        ..exact.candidate
+    };
+    Scored { candidate, cost }.compared(policy.mode)
+}
+
+pub(super) fn demand(field: &Field, evidence: &Evidence) -> Demand {
+    Demand {
+        tokens: evidence.tokens,
+        block_size: field.pool.block_size,
+    }
+}
+
+/// The policy that the filter applied.
+pub(super) fn trusted(policy: &Policy, evidence: &Evidence) -> Policy {
+    policy.trusted(f64::from(evidence.trust))
+}
+
+/// The overlap that the filter saw.
+pub(super) fn overlap(seen: &Weighed) -> Overlap {
+    let mut depth = [0; Tier::COUNT];
+    let mut sum = 0_u32;
+    for (depth, blocks) in depth.iter_mut().zip(seen.overlap) {
+        sum = sum.saturating_add(blocks);
+        *depth = sum;
+    }
+    Overlap { depth }
+}
+
+/// The load that the filter saw; all requests count as waiting.
+pub(super) fn load(seen: &Weighed) -> Load {
+    let decoding = seen.requests.saturating_sub(u16::MAX.into());
+    Load {
+        prefill_tokens: seen.prefill_tokens,
+        waiting: u16::try_from(seen.requests).unwrap_or(u16::MAX),
+        decoding: u16::try_from(decoding).unwrap_or(u16::MAX),
+        blocks: seen.active_blocks,
+    }
+}
+
+fn position(scored: &[Scored], field: &Field, owner: OwnerId) -> Option<usize> {
+    let owners = &field.pool.owners;
+    let is_it = |s: &Scored| owners.get(s.candidate.owner).is_some_and(|o| o.id == owner);
+    scored.iter().position(is_it)
+}

@@ -1,0 +1,191 @@
+//! Reports of proxies into the accounts of load, and corrections out to them.
+
+use std::sync::Arc;
+
+use kv_core::ledger::Continuity;
+use kv_core::loads::Loads;
+use kv_core::report::{Booked, Report, Step, Sum};
+use kv_core::table;
+use tokio::time::{Duration, Instant};
+
+use super::{Service, unix_ms};
+use crate::decision::Origin;
+use crate::load::{Outcome, Prompt, ProxyId};
+use crate::metrics::Kind;
+
+/// Least time between two corrections.
+const LOADS_PAUSE: Duration = Duration::from_millis(5);
+/// Finding out what to tell takes at most this part of the service's time.
+const LOADS_SHARE: u32 = 10;
+
+impl Service {
+    pub(super) fn disconnect_proxy(&mut self, stream: u64) {
+        let now_ms = self.now_ms();
+        self.accounts.disconnected(stream, now_ms);
+    }
+
+    pub(super) fn reports(&mut self, stream: u64, reports: Vec<Report>) {
+        let now_ms = self.now_ms();
+        let Some(proxy) = self.accounts.proxy_of(stream).cloned() else {
+            // Another stream has taken its place.
+            let fenced = self.metrics.reports.get_or_create(&Kind { kind: "fenced" });
+            fenced.inc_by(reports.len() as u64);
+            return;
+        };
+        for report in reports {
+            let kind = match self.accounts.report(stream, &report, now_ms) {
+                None | Some(Continuity::Repeated) => "repeated",
+                Some(Continuity::Gap) => "gap",
+                Some(Continuity::Next) if report.complete => "complete",
+                Some(Continuity::Next) => "next",
+            };
+            self.metrics.reports.get_or_create(&Kind { kind }).inc();
+            if kind == "repeated" {
+                continue;
+            }
+            let origin = Origin {
+                proxy: proxy.clone(),
+                vm: report.vm,
+            };
+            for step in &report.steps {
+                let outcome = self.step(&origin, step, now_ms);
+                let kind = outcome.kind();
+                self.metrics.steps.get_or_create(&Kind { kind }).inc();
+            }
+        }
+        self.loads_due();
+    }
+
+    fn step(&mut self, origin: &Origin, step: &Step, now_ms: u64) -> Outcome {
+        let vm = origin.vm;
+        let outcome = match step {
+            Step::Book(booked) => {
+                let prompt = self.prompt(booked);
+                if let Some(evidence) = &booked.evidence {
+                    self.judge(origin.clone(), booked, evidence, &prompt);
+                }
+                let is_told = prompt.start == 0 && self.is_predicted(booked.owner);
+                let told = is_told.then(|| prompt.hashes.clone());
+                let outcome = self.accounts.book(vm, booked, prompt, now_ms);
+                if let Some(hashes) = told.filter(|_| outcome == Outcome::Booked) {
+                    self.predict(booked.owner, &hashes, now_ms);
+                }
+                outcome
+            }
+            _ => self.accounts.step(vm, step, now_ms),
+        };
+        if let Step::Move { request, to } = step
+            && outcome == Outcome::Moved
+            && self.is_predicted(*to)
+            && let Some(blocks) = self.accounts.blocks(vm, *request)
+        {
+            let blocks = blocks.to_vec();
+            self.predict(*to, &blocks, now_ms);
+        }
+        outcome
+    }
+
+    /// The prompt of a booking: the index has the blocks that the report names by their last one.
+    fn prompt(&mut self, booked: &Booked) -> Prompt {
+        let Some((depth, hash)) = booked.prefix.filter(|(depth, _)| *depth > 0) else {
+            return Prompt {
+                start: 0,
+                hashes: booked.hashes.clone(),
+            };
+        };
+        let chain = self.index.chain(usize::from(booked.owner.pool), hash);
+        match chain.filter(|chain| u32::try_from(chain.len()) == Ok(depth)) {
+            Some(mut hashes) => {
+                hashes.extend(&booked.hashes);
+                Prompt { start: 0, hashes }
+            }
+            None => {
+                self.metrics.unknown_prefixes.inc();
+                Prompt {
+                    start: depth,
+                    hashes: booked.hashes.clone(),
+                }
+            }
+        }
+    }
+
+    pub(super) fn lanes(&mut self, stream: u64, shown: &[Sum]) {
+        let now_ms = self.now_ms();
+        let leaks = self.accounts.lanes(stream, shown, now_ms);
+        for (owner, leak) in &leaks {
+            self.metrics.leaks.inc();
+            tracing::warn!(
+                stream,
+                pool = owner.pool,
+                worker = owner.id.worker,
+                rank = owner.id.rank,
+                load = ?leak.load(),
+                "lanes held what no report accounts for"
+            );
+        }
+        if !leaks.is_empty() {
+            self.loads_due();
+        }
+    }
+
+    /// Drops what nobody claims.
+    pub(super) fn sweep_loads(&mut self) {
+        let swept = self.accounts.sweep(self.now_ms());
+        for (proxy, vm) in &swept.vms {
+            let ProxyId { process, vm_id } = proxy;
+            tracing::warn!(process, vm_id, vm, "vm fell silent, its bookings are freed");
+        }
+        for ProxyId { process, vm_id } in &swept.proxies {
+            tracing::warn!(process, vm_id, "proxy is gone, its bookings are freed");
+        }
+        self.metrics.retired_vms.inc_by(swept.vms.len() as u64);
+        self.metrics.lost_proxies.inc_by(swept.proxies.len() as u64);
+        self.metrics.expired.inc_by(swept.expired as u64);
+        if swept != Default::default() {
+            self.loads_due();
+        }
+    }
+
+    /// Takes the pools and owners of the roster over.
+    pub(super) fn serve_owners(&mut self) {
+        self.forget_gauges();
+        let pools = self.roster.table_pools().into_iter();
+        self.tables = pools.map(Arc::new).collect();
+        let owners = |pool: &Arc<table::Pool>| {
+            let owners = pool.owners.iter();
+            owners.map(|o| (o.slot, o.id)).collect::<Vec<_>>()
+        };
+        self.accounts
+            .serve(self.tables.iter().map(owners).collect());
+        self.loads_due();
+    }
+
+    /// Something has changed that proxies may have to be told.
+    fn loads_due(&mut self) {
+        self.loads_at.get_or_insert(self.loads_from);
+    }
+
+    /// Tells every proxy what it doesn't know yet.
+    pub(super) fn publish_loads(&mut self) {
+        let begun = Instant::now();
+        self.loads_at = None;
+        for news in self.accounts.news() {
+            self.loads_version = unix_ms().max(self.loads_version + 1);
+            let loads = Loads {
+                epoch: self.epoch,
+                version: self.loads_version,
+                pools: news.pools,
+            };
+            self.publisher
+                .loads(news.stream, loads.encode(), &mut self.index);
+            self.metrics.corrections.inc();
+        }
+        let pause = LOADS_PAUSE.max(LOADS_SHARE * begun.elapsed());
+        self.loads_from = Instant::now() + pause;
+    }
+
+    /// Milliseconds since the start.
+    pub(super) fn now_ms(&self) -> u64 {
+        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}

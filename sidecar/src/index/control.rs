@@ -1,0 +1,66 @@
+//! What the service is told and asked, besides events.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use kv_core::report::{Report, Sum};
+use kv_core::table::Table;
+use kv_core::wire::{Ack, Subscribe};
+use tokio::sync::{mpsc, oneshot};
+
+use super::{Field, IndexReport, Readiness, Refusal, WorkersReport};
+use crate::config::Config;
+use crate::decision::{DecisionsReport, Wanted};
+use crate::load::RawReport;
+
+/// Anything but events.
+#[derive(Debug)]
+pub enum Control {
+    /// A bridge subscribes.
+    Subscribe {
+        /// Its first message.
+        who: Subscribe,
+        /// Protocol version of that.
+        version: u8,
+        /// Takes batches; its capacity is a window.
+        out: mpsc::Sender<Bytes>,
+        /// The number of the subscription, or why it is refused.
+        reply: oneshot::Sender<Result<u64, Refusal>>,
+    },
+    /// A batch was written.
+    Ack(u64, Ack),
+    /// Reports of VMs, in order.
+    Reports(u64, Vec<Report>),
+    /// Lanes as Envoy's gauges show them.
+    Lanes(u64, Vec<Sum>),
+    /// A subscription's stream is over.
+    Gone(u64),
+    /// Pools, workers, policies or settings have changed.
+    Configure {
+        /// The configuration; its pools are the same by name and order.
+        config: Arc<Config>,
+        /// Told once every Envoy has the table.
+        written: oneshot::Sender<()>,
+    },
+    /// Workers with what is known of them.
+    Workers(oneshot::Sender<WorkersReport>),
+    /// Lanes, reports and corrections of every proxy.
+    Raw(oneshot::Sender<RawReport>),
+    /// Decisions, and what the exact state says of them.
+    Decisions(Wanted, oneshot::Sender<DecisionsReport>),
+    /// The index and its publication.
+    Index(oneshot::Sender<IndexReport>),
+    /// What is missing for service.
+    Readiness(oneshot::Sender<Readiness>),
+    /// What a prompt would meet.
+    Overlaps {
+        /// Pool number.
+        pool: usize,
+        /// Sequence hashes of the prompt's blocks.
+        prompt: Vec<u64>,
+        /// The owners and what they have, if there is such a pool.
+        reply: oneshot::Sender<Option<Field>>,
+    },
+    /// The worker table.
+    Table(oneshot::Sender<Table>),
+}

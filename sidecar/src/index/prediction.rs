@@ -1,0 +1,87 @@
+//! Blocks of pools without KV events, predicted from bookings.
+
+use kv_core::approximate::Approximate;
+use kv_core::event::{EventData, Removed};
+use kv_core::id::{Slot, Tier};
+use kv_core::index::Held;
+use kv_core::report::OwnerKey;
+
+use super::Service;
+
+/// Predicted blocks of a pool, counted once for each owner.
+const MAX_PREDICTED: usize = 1 << 21;
+/// Blocks forgotten at a time.
+const MAX_EXPIRED: usize = 20_000;
+
+impl Service {
+    /// Whether no events tell of an owner's blocks.
+    pub(super) fn is_predicted(&self, owner: OwnerKey) -> bool {
+        let pool = self.roster.pools.get(usize::from(owner.pool));
+        pool.is_some_and(|pool| !pool.config.kv_events)
+    }
+
+    /// A prompt goes to an owner: its blocks are taken to be there.
+    pub(super) fn predict(&mut self, owner: OwnerKey, prompt: &[u64], now_ms: u64) {
+        let number = usize::from(owner.pool);
+        let owners = self.tables.get(number).map(|pool| &pool.owners);
+        let known = owners.and_then(|owners| owners.iter().find(|o| o.id == owner.id));
+        let Some(slot) = known.map(|o| o.slot) else {
+            return;
+        };
+        let approximate = self.predictions.entry(number);
+        let approximate = approximate.or_insert_with(|| Approximate::new(MAX_PREDICTED));
+        let known = approximate.insert(slot, prompt, now_ms);
+        let parents = std::iter::once(None).chain(prompt.iter().map(|hash| Some(*hash)));
+        let blocks = parents.zip(prompt).skip(known);
+        let held: Vec<Held> = blocks
+            .map(|(parent, hash)| Held {
+                sequence: *hash,
+                parent,
+                name: Some(*hash),
+                tiers: 1 << Tier::Device.index(),
+            })
+            .collect();
+        // Too many in all: the longest unused go.
+        let excess: Vec<_> = std::iter::from_fn(|| approximate.expire(0)).collect();
+        self.index.restore(number, slot, &held);
+        self.unpredict(number, &excess);
+    }
+
+    /// Forgets blocks that have not been used for too long.
+    pub(super) fn expire_predictions(&mut self) {
+        let now_ms = self.now_ms();
+        let mut expired = Vec::new();
+        for (number, approximate) in &mut self.predictions {
+            let Some(pool) = self.roster.pools.get(*number) else {
+                continue;
+            };
+            let before_ms = now_ms.saturating_sub(pool.config.ttl_ms);
+            let blocks = std::iter::from_fn(|| approximate.expire(before_ms));
+            expired.push((*number, blocks.take(MAX_EXPIRED).collect::<Vec<_>>()));
+        }
+        for (number, blocks) in expired {
+            self.unpredict(number, &blocks);
+        }
+    }
+
+    fn unpredict(&mut self, pool: usize, blocks: &[(Slot, u64)]) {
+        for (slot, hash) in blocks {
+            let removed = EventData::Removed(Removed {
+                block_hashes: vec![*hash],
+            });
+            self.index.apply(pool, *slot, Tier::Device, &removed);
+        }
+    }
+
+    /// An owner has left.
+    pub(super) fn forget_predictions(&mut self, pool: usize, slot: Slot) {
+        if let Some(approximate) = self.predictions.get_mut(&pool) {
+            approximate.remove_owner(slot);
+        }
+    }
+
+    /// Predicted blocks, over all pools.
+    pub(super) fn predicted(&self) -> usize {
+        self.predictions.values().map(Approximate::len).sum()
+    }
+}

@@ -1,0 +1,351 @@
+//! The true load of every owner, and what each proxy has to add to its lanes to see it.
+//!
+//! Every proxy has a ledger of what its VMs say they added to its lanes; one tracker holds the
+//! bookings of all. What is told to a proxy is the tracker's load less the ledger's, so that lane
+//! plus correction is the truth plus exactly what has not been reported yet. Synchronous: time is
+//! milliseconds of any clock that doesn't go back.
+
+mod correction;
+mod prefix;
+mod proxy;
+mod view;
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+
+use kv_core::id::{OwnerId, Slot};
+use kv_core::ledger::{Continuity, Lanes};
+use kv_core::loads::{LivePrefix, PoolLoads};
+use kv_core::report::{Booked, OwnerKey, Report, Step, Sum};
+use kv_core::tracker::{ActiveLoad, Booking, BookingId, TrackError, Tracker, Tracking};
+
+use proxy::Proxy;
+pub use proxy::ProxyId;
+pub use view::{LoadReport, ProxyRequests, RawReport};
+
+/// Bookings at a time, over all proxies.
+const MAX_BOOKINGS: usize = 1 << 18;
+/// How long a VM may be silent: it reports whole every 5 s.
+const VM_SILENCE_MS: u64 = 12_000;
+/// How long a proxy may be without a stream.
+const PROXY_SILENCE_MS: u64 = 15_000;
+
+/// Load as the sidecar is configured to track it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Settings {
+    /// Which parts count.
+    pub tracking: Tracking,
+    /// After this time without any step a booking counts no more.
+    pub expiry_ms: u64,
+}
+
+/// All proxies and bookings.
+#[derive(Debug)]
+pub struct Accounts {
+    tracker: Tracker,
+    proxies: BTreeMap<ProxyId, Proxy>,
+    /// Owners of the worker table by pool, ascending by slot.
+    owners: Vec<Vec<(Slot, OwnerId)>>,
+    expiry_ms: u64,
+}
+
+/// The prompt of a booking, as far as it is known.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Prompt {
+    /// Leading blocks whose hashes are not known.
+    pub start: u32,
+    /// Sequence hashes of the blocks after them.
+    pub hashes: Vec<u64>,
+}
+
+/// What a step came to, as a metric's label.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It was booked.
+    Booked,
+    /// It was listed again in a complete report.
+    Kept,
+    /// It goes to another owner.
+    Moved,
+    /// Its first token came.
+    FirstToken,
+    /// It is over.
+    Freed,
+    /// It was not booked.
+    Unknown,
+    /// It could not be booked.
+    Refused(TrackError),
+}
+
+impl Outcome {
+    /// Label for metrics.
+    #[must_use]
+    pub fn kind(self) -> &'static str {
+        match self {
+            Self::Booked => "booked",
+            Self::Kept => "kept",
+            Self::Moved => "moved",
+            Self::FirstToken => "first_token",
+            Self::Freed => "freed",
+            Self::Unknown => "unknown",
+            Self::Refused(error) => error.kind(),
+        }
+    }
+}
+
+/// What went because nobody claimed it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// VMs that fell silent, with their proxies.
+    pub vms: Vec<(ProxyId, u64)>,
+    /// Proxies that are gone.
+    pub proxies: Vec<ProxyId>,
+    /// Bookings of these.
+    pub freed: usize,
+    /// Bookings without any step for too long.
+    pub expired: usize,
+}
+
+/// What a proxy is to be told.
+#[derive(Clone, Debug, PartialEq)]
+pub struct News {
+    /// The subscription that serves it.
+    pub stream: u64,
+    /// By position of the pool in the table.
+    pub pools: Vec<PoolLoads>,
+}
+
+impl Accounts {
+    /// Nobody and nothing.
+    #[must_use]
+    pub fn new(settings: Settings) -> Self {
+        Self {
+            tracker: Tracker::new(settings.tracking, MAX_BOOKINGS),
+            proxies: BTreeMap::new(),
+            owners: Vec::new(),
+            expiry_ms: settings.expiry_ms,
+        }
+    }
+
+    /// The owners of the worker table, by pool; those of a pool ascending by slot.
+    pub fn serve(&mut self, owners: Vec<Vec<(Slot, OwnerId)>>) {
+        self.owners = owners;
+        for proxy in self.proxies.values_mut() {
+            let is_known = |owner: &OwnerKey| {
+                let pool = self.owners.get(usize::from(owner.pool));
+                pool.is_some_and(|pool| pool.iter().any(|(_, id)| *id == owner.id))
+            };
+            proxy.ledger.keep(is_known);
+        }
+    }
+
+    /// A proxy has a stream, which takes the place of any before it.
+    pub fn connected(&mut self, id: ProxyId, stream: u64, now_ms: u64) {
+        let proxy = self.proxies.entry(id).or_default();
+        proxy.connect(stream, now_ms);
+    }
+
+    /// A stream is over.
+    pub fn disconnected(&mut self, stream: u64, now_ms: u64) {
+        if let Some((_, proxy)) = self.proxy(stream) {
+            proxy.disconnect(now_ms);
+        }
+    }
+
+    /// The proxy that has a stream.
+    #[must_use]
+    pub fn proxy_of(&self, stream: u64) -> Option<&ProxyId> {
+        let mut proxies = self.proxies.iter();
+        let found = proxies.find(|(_, proxy)| proxy.stream == Some(stream));
+        found.map(|(id, _)| id)
+    }
+
+    fn proxy(&mut self, stream: u64) -> Option<(&ProxyId, &mut Proxy)> {
+        let is_its = |(_, proxy): &(&ProxyId, &mut Proxy)| proxy.stream == Some(stream);
+        self.proxies.iter_mut().find(is_its)
+    }
+
+    /// Enters a report's sums; a complete one frees the VM's bookings that it doesn't list. The
+    /// steps of one that isn't repeated are to be applied next. `None` where no proxy has this
+    /// stream.
+    pub fn report(&mut self, stream: u64, report: &Report, now_ms: u64) -> Option<Continuity> {
+        let (_, proxy) = self.proxy(stream)?;
+        let continuity = proxy.ledger.report(report, now_ms);
+        if report.complete && continuity != Continuity::Repeated {
+            let listed = report.steps.iter().filter_map(|step| match step {
+                Step::Book(booked) => Some(booked.request),
+                _ => None,
+            });
+            let listed: HashSet<u64> = listed.collect();
+            self.tracker
+                .retain(report.vm, |request| listed.contains(&request));
+        }
+        Some(continuity)
+    }
+
+    /// Applies a booking of a VM.
+    pub fn book(&mut self, vm: u64, booked: &Booked, prompt: Prompt, now_ms: u64) -> Outcome {
+        let id = booking_id(vm, booked.request);
+        if let Some((owner, booking)) = self.tracker.get(&id) {
+            let is_first_token = booked.decoding && !booking.decoding;
+            self.tracker.touch(&id, now_ms);
+            if owner != booked.owner {
+                self.tracker.relocate(&id, booked.owner, now_ms);
+            }
+            if is_first_token {
+                self.tracker.first_token(&id, now_ms);
+            }
+            return Outcome::Kept;
+        }
+        let known = u32::try_from(prompt.hashes.len()).unwrap_or(u32::MAX);
+        let booking = Booking {
+            prefill_tokens: booked.prefill_tokens,
+            decoding: booked.decoding,
+            start: prompt.start,
+            private_blocks: booked.blocks.saturating_sub(known),
+            hashes: prompt.hashes,
+        };
+        match self.tracker.book(id, booked.owner, booking, now_ms) {
+            Ok(()) => Outcome::Booked,
+            Err(error) => Outcome::Refused(error),
+        }
+    }
+
+    /// Applies any other step of a VM.
+    pub fn step(&mut self, vm: u64, step: &Step, now_ms: u64) -> Outcome {
+        let tracker = &mut self.tracker;
+        let id = |request: &u64| booking_id(vm, *request);
+        let (is_booked, outcome) = match step {
+            Step::Book(booked) => {
+                return self.book(vm, booked, Prompt::default(), now_ms);
+            }
+            Step::Move { request, to } => {
+                let moved = tracker.relocate(&id(request), *to, now_ms);
+                (moved, Outcome::Moved)
+            }
+            Step::FirstToken { request } => {
+                let came = tracker.first_token(&id(request), now_ms);
+                (came, Outcome::FirstToken)
+            }
+            Step::Free { request } => (tracker.free(&id(request)), Outcome::Freed),
+        };
+        if is_booked { outcome } else { Outcome::Unknown }
+    }
+
+    /// Compares a proxy's lanes with its ledger, and names what had leaked.
+    pub fn lanes(&mut self, stream: u64, shown: &[Sum], now_ms: u64) -> Vec<(OwnerKey, Lanes)> {
+        let Some((_, proxy)) = self.proxy(stream) else {
+            return Vec::new();
+        };
+        let compare = |sum: &Sum| {
+            let lanes = Lanes { a: sum.a, b: sum.b };
+            let leak = proxy.ledger.compare(sum.owner, lanes, now_ms)?;
+            Some((sum.owner, leak))
+        };
+        shown.iter().filter_map(compare).collect()
+    }
+
+    /// Drops what nobody has claimed for too long.
+    pub fn sweep(&mut self, now_ms: u64) -> Swept {
+        let mut swept = Swept::default();
+        for (id, proxy) in &mut self.proxies {
+            let silent = proxy.retire(now_ms, VM_SILENCE_MS);
+            swept.vms.extend(silent.map(|vm| (id.clone(), vm)));
+        }
+        let mut orphans: Vec<u64> = swept.vms.iter().map(|(_, vm)| *vm).collect();
+        self.proxies.retain(|id, proxy| {
+            let stays = !proxy.is_gone(now_ms, PROXY_SILENCE_MS);
+            if !stays {
+                orphans.extend(proxy.ledger.vms());
+                swept.proxies.push(id.clone());
+            }
+            stays
+        });
+        for vm in orphans {
+            swept.freed += self.tracker.retain(vm, |_| false);
+        }
+        let idle_since = now_ms.saturating_sub(self.expiry_ms);
+        swept.expired = self.tracker.expire(idle_since);
+        swept
+    }
+
+    /// What is to be told to proxies whose corrections or live prefixes have changed.
+    pub fn news(&mut self) -> Vec<News> {
+        let mut prefixes: Option<Vec<Vec<LivePrefix>>> = None;
+        let mut news = Vec::new();
+        for proxy in self.proxies.values_mut() {
+            let Some(stream) = proxy.stream else { continue };
+            let prefixes =
+                prefixes.get_or_insert_with(|| prefix::live(&self.tracker, &self.owners));
+            let pools = (0_u16..).zip(&self.owners).zip(prefixes.iter());
+            let pools = pools.map(|((pool, owners), prefixes)| PoolLoads {
+                corrections: correction::of(&self.tracker, &proxy.ledger, pool, owners),
+                prefixes: prefixes.clone(),
+            });
+            let pools: Vec<PoolLoads> = pools.collect();
+            if proxy.told.as_ref() != Some(&pools) {
+                proxy.told = Some(pools.clone());
+                news.push(News { stream, pools });
+            }
+        }
+        news
+    }
+
+    /// The true load of an owner.
+    #[must_use]
+    pub fn load(&self, owner: &OwnerKey) -> ActiveLoad {
+        self.tracker.load(owner)
+    }
+
+    /// Leading blocks of a prompt in use on an owner.
+    #[must_use]
+    pub fn shared_blocks(&self, owner: &OwnerKey, prompt: &[u64]) -> u32 {
+        let shared = self.tracker.shared_blocks(owner, prompt);
+        u32::try_from(shared).unwrap_or(u32::MAX)
+    }
+
+    /// The blocks of a booking whose whole prompt is known.
+    #[must_use]
+    pub fn blocks(&self, vm: u64, request: u64) -> Option<&[u64]> {
+        let (_, booking) = self.tracker.get(&booking_id(vm, request))?;
+        (booking.start == 0).then_some(&booking.hashes)
+    }
+
+    /// Whether some proxy reports its load.
+    #[must_use]
+    pub fn is_reported(&self) -> bool {
+        !self.proxies.is_empty()
+    }
+
+    /// Bookings.
+    #[must_use]
+    pub fn bookings(&self) -> usize {
+        self.tracker.len()
+    }
+
+    /// Requests on each owner by the proxy that booked them.
+    #[must_use]
+    pub fn requests(&self) -> HashMap<OwnerKey, BTreeMap<&ProxyId, u32>> {
+        let vms = self.proxies.iter().flat_map(|(id, proxy)| {
+            let vms = proxy.ledger.vms();
+            vms.map(move |vm| (vm, id))
+        });
+        let vms: HashMap<u64, &ProxyId> = vms.collect();
+        let mut requests: HashMap<OwnerKey, BTreeMap<&ProxyId, u32>> = HashMap::new();
+        for (id, owner, _) in self.tracker.bookings() {
+            if let Some(proxy) = vms.get(&id.source) {
+                *requests.entry(owner).or_default().entry(proxy).or_default() += 1;
+            }
+        }
+        requests
+    }
+}
+
+fn booking_id(vm: u64, request: u64) -> BookingId {
+    BookingId {
+        source: vm,
+        request,
+    }
+}
+
+#[cfg(test)]
+mod tests;

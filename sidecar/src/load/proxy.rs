@@ -1,0 +1,59 @@
+//! One proxy: the VMs of one `vm_id` in one Envoy process.
+
+use kv_core::ledger::Ledger;
+use kv_core::loads::PoolLoads;
+use serde::Serialize;
+
+/// Who a proxy is.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+pub struct ProxyId {
+    /// Nonce of the Envoy process.
+    pub process: u64,
+    /// The filter's `vm_id`.
+    pub vm_id: String,
+}
+
+/// What is known of a proxy.
+#[derive(Debug, Default)]
+pub(super) struct Proxy {
+    /// What its VMs added to its lanes.
+    pub(super) ledger: Ledger,
+    /// The subscription that serves it.
+    pub(super) stream: Option<u64>,
+    /// Since when it has that, or none.
+    since_ms: u64,
+    /// What it was told last on this stream.
+    pub(super) told: Option<Vec<PoolLoads>>,
+}
+
+impl Proxy {
+    pub(super) fn connect(&mut self, stream: u64, now_ms: u64) {
+        self.stream = Some(stream);
+        self.since_ms = now_ms;
+        // Envoy may hold what an earlier run of the sidecar said.
+        self.told = None;
+    }
+
+    pub(super) fn disconnect(&mut self, now_ms: u64) {
+        self.stream = None;
+        self.since_ms = now_ms;
+    }
+
+    /// VMs that had `silence_ms` to report through a stream and did not.
+    pub(super) fn retire(
+        &mut self,
+        now_ms: u64,
+        silence_ms: u64,
+    ) -> impl Iterator<Item = u64> + use<> {
+        let before_ms = now_ms.checked_sub(silence_ms);
+        let before_ms =
+            before_ms.filter(|before| self.stream.is_some() && self.since_ms <= *before);
+        let retired = before_ms.map(|before| self.ledger.retire(before));
+        retired.into_iter().flatten()
+    }
+
+    /// Whether it has had no stream for longer than `silence_ms`.
+    pub(super) fn is_gone(&self, now_ms: u64, silence_ms: u64) -> bool {
+        self.stream.is_none() && now_ms.saturating_sub(self.since_ms) > silence_ms
+    }
+}
