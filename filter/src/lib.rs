@@ -8,7 +8,8 @@
 //! The decisions are made in `kv_core`. This crate is what connects them to Envoy:
 //!
 //! - [`host`]: everything that is asked of Envoy, behind one trait; `abi` implements it.
-//! - [`vm`]: what one VM is made of, and the callbacks that Envoy calls.
+//! - [`vm`]: what one VM is made of, and the callbacks that Envoy calls; `plugin` is their way
+//!   through the SDK.
 //! - [`request`], [`hold`], [`choose`], [`record`]: the life of a request.
 //! - [`world`], [`fleet`], [`lanes`]: pages, worker table and load as this VM sees them.
 //! - [`bridge`]: the one VM of a process that copies the sidecar's writes into shared data.
@@ -35,6 +36,8 @@ pub mod hold;
 pub mod host;
 pub mod lanes;
 pub mod metrics;
+#[cfg(target_arch = "wasm32")]
+mod plugin;
 pub mod reason;
 pub mod record;
 pub mod request;
