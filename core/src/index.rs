@@ -353,8 +353,8 @@ impl Index {
         self.tree.units.has_changes() || self.tree.units.directory.is_dirty()
     }
 
-    /// The image of one page, for a reader that has none. Units that began or split since the last
-    /// flush are not in it and come with the next one.
+    /// The image of one page as of the last flush, for a reader that has none: what has changed
+    /// since comes with the next flush.
     pub fn page(&mut self, id: u32) -> Vec<u8> {
         publish::page(&mut self.tree, id, self.epoch)
     }
