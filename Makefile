@@ -73,6 +73,8 @@ bench: ## every bench, one after the other: tables here, JSON in target/bench
 
 bench-%: tools filter ## one bench by name (a file of benches/src/bin)
 	@mkdir -p target/bench
+	@echo '==> building kv-router (two to four minutes the first time)'
+	@cargo build --quiet --release -p kv-router
 	@echo '==> bench $* (some minutes), into target/bench/$*.json'
 	@cargo run --quiet --release -p kv-benches --bin $*
 

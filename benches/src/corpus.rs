@@ -62,7 +62,11 @@ impl Chain {
     /// Appends a block.
     pub fn push(&mut self, tokens: u64) {
         self.tokens.push(tokens);
-        self.sequence.push(self.sequence.last().map_or(tokens, |last| chain(*last, tokens)));
+        self.sequence.push(
+            self.sequence
+                .last()
+                .map_or(tokens, |last| chain(*last, tokens)),
+        );
     }
 
     /// Blocks.
@@ -87,7 +91,9 @@ impl Chain {
     ) -> impl Iterator<Item = Store> + '_ {
         (from..to).step_by(EVENT_BLOCKS).map(move |start| {
             let end = to.min(start + EVENT_BLOCKS);
-            let pairs = self.sequence[start..end].iter().zip(&self.tokens[start..end]);
+            let pairs = self.sequence[start..end]
+                .iter()
+                .zip(&self.tokens[start..end]);
             let block = |(name, tokens): (&u64, &u64)| StoredBlock {
                 block_hash: *name,
                 tokens_hash: *tokens,
@@ -95,7 +101,15 @@ impl Chain {
             };
             let parent_hash = start.checked_sub(1).map(|before| self.sequence[before]);
             let blocks = pairs.map(block).collect();
-            Store { worker, tier, data: Stored { parent_hash, start_position: None, blocks } }
+            Store {
+                worker,
+                tier,
+                data: Stored {
+                    parent_hash,
+                    start_position: None,
+                    blocks,
+                },
+            }
         })
     }
 }
@@ -127,7 +141,12 @@ impl Corpus {
         let mut rng = Rng::new(seed);
         let system = |_| Chain::default().fork(0, SYSTEM_BLOCKS, &mut rng);
         let systems = (0..SYSTEMS).map(system).collect();
-        Self { rng, owners, systems, last: Chain::default() }
+        Self {
+            rng,
+            owners,
+            systems,
+            last: Chain::default(),
+        }
     }
 
     /// Conversations of `blocks` blocks in all.
@@ -169,6 +188,10 @@ impl Corpus {
             stores.extend(chain.stores(self.worker(), device, 0, all * 6 / 10));
         }
         self.last = chain.clone();
-        Conversation { chain, fresh, stores }
+        Conversation {
+            chain,
+            fresh,
+            stores,
+        }
     }
 }

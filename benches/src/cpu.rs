@@ -23,16 +23,24 @@ pub fn threads(process: u32) -> anyhow::Result<Vec<Thread>> {
     let mut threads = Vec::new();
     for entry in fs::read_dir(format!("/proc/{process}/task"))? {
         let dir = entry?.path();
-        let id = dir.file_name().and_then(|n| n.to_str()).and_then(|n| n.parse().ok());
+        let id = dir
+            .file_name()
+            .and_then(|n| n.to_str())
+            .and_then(|n| n.parse().ok());
         // A thread may end between listing and reading.
-        let (Ok(name), Ok(times)) =
-            (fs::read_to_string(dir.join("comm")), fs::read_to_string(dir.join("schedstat")))
-        else {
+        let (Ok(name), Ok(times)) = (
+            fs::read_to_string(dir.join("comm")),
+            fs::read_to_string(dir.join("schedstat")),
+        ) else {
             continue;
         };
         let ns = times.split(' ').next().and_then(|ns| ns.parse().ok());
         let name = name.trim().to_owned();
-        threads.push(Thread { id: id.unwrap_or(0), name, ns: ns.unwrap_or(0) });
+        threads.push(Thread {
+            id: id.unwrap_or(0),
+            name,
+            ns: ns.unwrap_or(0),
+        });
     }
     Ok(threads)
 }
@@ -52,6 +60,8 @@ pub fn total_ns(process: u32) -> anyhow::Result<u64> {
 pub fn resident(process: u32) -> anyhow::Result<u64> {
     let status = fs::read_to_string(format!("/proc/{process}/status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-    let kib = line.and_then(|rest| rest.split_whitespace().next()).context("no VmRSS")?;
+    let kib = line
+        .and_then(|rest| rest.split_whitespace().next())
+        .context("no VmRSS")?;
     Ok(kib.parse::<u64>()? * 1024)
 }

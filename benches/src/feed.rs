@@ -1,9 +1,12 @@
 //! Fills an index the way engines do: over NATS, on Dynamo's event plane, with large events.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use kv_core::event::{Envelope, EventData, KvCacheEvent, RouterEvent};
+
+use tokio::time::sleep;
 
 use crate::corpus::Store;
 use crate::fleet::Fleet;
@@ -19,6 +22,7 @@ const AHEAD: u64 = 64;
 #[derive(Debug)]
 pub struct Feed {
     client: async_nats::Client,
+    publisher: u64,
     ids: HashMap<u64, u64>,
     messages: u64,
     batch: Vec<RouterEvent>,
@@ -30,20 +34,32 @@ pub struct Feed {
 }
 
 impl Feed {
-    /// Connects.
+    /// Connects as the publisher with this id, and sends empty messages until the sidecar has seen one: what is published before
+    /// it has subscribed is lost.
     ///
     /// # Errors
-    /// When NATS can't be reached.
-    pub async fn connect(url: &str) -> anyhow::Result<Self> {
-        Ok(Self {
-            client: async_nats::connect(url).await?,
+    /// When NATS can't be reached or the sidecar doesn't listen.
+    pub async fn connect(fleet: &Fleet, publisher: u64) -> anyhow::Result<Self> {
+        let mut feed = Self {
+            client: async_nats::connect(fleet.nats.url()).await?,
+            publisher,
             ids: HashMap::new(),
             messages: 0,
             batch: Vec::new(),
             batch_blocks: 0,
             marks: Vec::new(),
             events: 0,
-        })
+        };
+        for _ in 0..1000 {
+            feed.send().await?;
+            feed.client.flush().await?;
+            if fleet.index().await?["planes"]["dynamo"]["messages"].as_u64() > Some(0) {
+                feed.marks.clear();
+                return Ok(feed);
+            }
+            sleep(Duration::from_millis(5)).await;
+        }
+        bail!("the sidecar does not listen to NATS")
     }
 
     /// Adds stores, sending what fills a message.
@@ -60,7 +76,7 @@ impl Feed {
             let event = self.event(store);
             self.batch.push(event);
             if self.batch_blocks >= MESSAGE_BLOCKS {
-                self.send().await?;
+                self.send_some().await?;
             }
             if self.marks.len() as u64 >= AHEAD {
                 self.client.flush().await?;
@@ -77,7 +93,7 @@ impl Feed {
     /// # Errors
     /// When NATS or the sidecar is gone.
     pub async fn finish(&mut self, fleet: &Fleet) -> anyhow::Result<()> {
-        self.send().await?;
+        self.send_some().await?;
         self.client.flush().await?;
         self.marks.clear();
         fleet.settled(self.events).await
@@ -119,12 +135,17 @@ impl Feed {
         }
     }
 
-    async fn send(&mut self) -> anyhow::Result<()> {
+    async fn send_some(&mut self) -> anyhow::Result<()> {
         if self.batch.is_empty() {
-            return Ok(());
+            Ok(())
+        } else {
+            self.send().await
         }
+    }
+
+    async fn send(&mut self) -> anyhow::Result<()> {
         let envelope = Envelope {
-            publisher_id: 1,
+            publisher_id: self.publisher,
             sequence: self.messages,
             published_at: 0,
             topic: "kv-events".to_owned(),

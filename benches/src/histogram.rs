@@ -29,7 +29,9 @@ impl Histogram {
             let n = n - before.bins.get(bin).copied().unwrap_or(0);
             (n > 0).then_some((*bin, n))
         };
-        Self { bins: self.bins.iter().filter_map(rest).collect() }
+        Self {
+            bins: self.bins.iter().filter_map(rest).collect(),
+        }
     }
 
     /// A quantile, in microseconds.
@@ -89,7 +91,8 @@ impl Timings {
 /// When they don't in ten seconds.
 pub async fn read(client: &Client, admin: u16, count: u64) -> anyhow::Result<Timings> {
     let start = Instant::now();
-    let path = "/stats?filter=kv_router_.*_us&type=Histograms&histogram_buckets=detailed&format=json";
+    let path =
+        "/stats?filter=kv_router_.*_us&type=Histograms&histogram_buckets=detailed&format=json";
     loop {
         let stats = client.get(admin, path).await.map_err(anyhow::Error::msg)?;
         let timings = parse(&stats).with_context(|| stats.to_string())?;
@@ -97,7 +100,10 @@ pub async fn read(client: &Client, admin: u16, count: u64) -> anyhow::Result<Tim
             return Ok(timings);
         }
         if start.elapsed() > Duration::from_secs(10) {
-            bail!("{} of {count} decisions in {stats}", timings.decision.count());
+            bail!(
+                "{} of {count} decisions in {stats}",
+                timings.decision.count()
+            );
         }
         sleep(Duration::from_millis(5)).await;
     }
@@ -106,7 +112,10 @@ pub async fn read(client: &Client, admin: u16, count: u64) -> anyhow::Result<Tim
 fn parse(stats: &Value) -> Option<Timings> {
     let mut timings = Timings::default();
     let all = stats["stats"].as_array()?;
-    let details = all.iter().filter_map(|s| s["histograms"]["details"].as_array()).flatten();
+    let details = all
+        .iter()
+        .filter_map(|s| s["histograms"]["details"].as_array())
+        .flatten();
     for histogram in details {
         let read = Histogram::read(&histogram["totals"])?;
         match histogram["name"].as_str()? {

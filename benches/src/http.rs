@@ -39,7 +39,10 @@ impl Connection {
         let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
         stream.set_nodelay(true)?;
         stream.set_read_timeout(Some(LIMIT))?;
-        Ok(Self { stream, buffer: vec![0; 64 << 10] })
+        Ok(Self {
+            stream,
+            buffer: vec![0; 64 << 10],
+        })
     }
 
     /// Sends a request and reads the whole answer; returns the answer's head.
@@ -51,7 +54,9 @@ impl Connection {
         let mut filled = 0;
         let head_end = loop {
             filled += self.read(filled)?;
-            let end = self.buffer[..filled].windows(4).position(|w| w == b"\r\n\r\n");
+            let end = self.buffer[..filled]
+                .windows(4)
+                .position(|w| w == b"\r\n\r\n");
             if let Some(end) = end {
                 break end + 4;
             }

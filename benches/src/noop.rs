@@ -44,23 +44,30 @@ pub fn module() -> Vec<u8> {
         if *result {
             // `i32.const`, in signed LEB128.
             body.push(0x41);
-            body.extend(if *value < 64 { vec![*value] } else { vec![*value | 0x80, 0] });
+            body.extend(if *value < 64 {
+                vec![*value]
+            } else {
+                vec![*value | 0x80, 0]
+            });
         }
         body.push(0x0b);
         [length(body.len()), body].concat()
     });
     [
         b"\0asm\x01\0\0\0".to_vec(),
-        section(1, types.collect()),
-        section(3, functions.collect()),
-        section(5, vec![vec![0, 1]]),
-        section(7, std::iter::once(memory).chain(exports).collect()),
-        section(10, codes.collect()),
+        section(1, &types.collect::<Vec<_>>()),
+        section(3, &functions.collect::<Vec<_>>()),
+        section(5, &[vec![0, 1]]),
+        section(
+            7,
+            &std::iter::once(memory).chain(exports).collect::<Vec<_>>(),
+        ),
+        section(10, &codes.collect::<Vec<_>>()),
     ]
     .concat()
 }
 
-fn section(id: u8, items: Vec<Vec<u8>>) -> Vec<u8> {
+fn section(id: u8, items: &[Vec<u8>]) -> Vec<u8> {
     let body = [length(items.len()), items.concat()].concat();
     [vec![id], length(body.len()), body].concat()
 }

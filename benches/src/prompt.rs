@@ -95,13 +95,22 @@ impl Prompt {
             }
             Case::Miss => None,
         };
-        Self { ids, chain, stores, worker }
+        Self {
+            ids,
+            chain,
+            stores,
+            worker,
+        }
     }
 
     /// The body of a completion request.
     #[must_use]
     pub fn body(&self) -> Vec<u8> {
         let ids: Vec<String> = self.ids.iter().map(u32::to_string).collect();
-        format!(r#"{{"model":"sim","prompt":[{}],"max_tokens":1}}"#, ids.join(",")).into_bytes()
+        format!(
+            r#"{{"model":"sim","prompt":[{}],"max_tokens":1}}"#,
+            ids.join(",")
+        )
+        .into_bytes()
     }
 }

@@ -82,7 +82,12 @@ impl Cell {
             Self::Number(number) => short(*number),
             Self::Spread(s) if s.repeats < 2 => short(s.median),
             Self::Spread(s) => {
-                format!("{} ({}..{})", short(s.median), short(s.least), short(s.most))
+                format!(
+                    "{} ({}..{})",
+                    short(s.median),
+                    short(s.least),
+                    short(s.most)
+                )
             }
         }
     }
@@ -101,7 +106,11 @@ impl Table {
     #[must_use]
     pub fn new(title: &str, columns: &[&str]) -> Self {
         let columns = columns.iter().map(|c| (*c).to_owned()).collect();
-        Self { title: title.to_owned(), columns, rows: Vec::new() }
+        Self {
+            title: title.to_owned(),
+            columns,
+            rows: Vec::new(),
+        }
     }
 
     /// Adds a row with a cell to each column.
@@ -111,25 +120,38 @@ impl Table {
     }
 
     fn print(&self) {
-        let texts: Vec<Vec<String>> =
-            self.rows.iter().map(|row| row.iter().map(Cell::text).collect()).collect();
+        let texts: Vec<Vec<String>> = self
+            .rows
+            .iter()
+            .map(|row| row.iter().map(Cell::text).collect())
+            .collect();
         let width = |i: usize| {
             let cells = texts.iter().map(|row| row[i].len());
             cells.max().unwrap_or(0).max(self.columns[i].len())
         };
         let widths: Vec<usize> = (0..self.columns.len()).map(width).collect();
         let line = |cells: &[String]| {
-            let cells = cells.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}"));
+            let cells = cells
+                .iter()
+                .zip(&widths)
+                .map(|(cell, width)| format!("{cell:width$}"));
             cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
         };
         println!("\n{}\n{}", self.title, line(&self.columns));
-        println!("{}", "-".repeat(widths.iter().sum::<usize>() + 2 * (widths.len() - 1)));
+        println!(
+            "{}",
+            "-".repeat(widths.iter().sum::<usize>() + 2 * (widths.len() - 1))
+        );
         texts.iter().for_each(|row| println!("{}", line(row)));
     }
 
     fn json(&self) -> Value {
         let row = |row: &Vec<Cell>| -> Map<String, Value> {
-            self.columns.iter().cloned().zip(row.iter().map(Cell::json)).collect()
+            self.columns
+                .iter()
+                .cloned()
+                .zip(row.iter().map(Cell::json))
+                .collect()
         };
         json!({"title": self.title, "rows": self.rows.iter().map(row).collect::<Vec<_>>()})
     }
@@ -141,7 +163,11 @@ impl Report {
     pub fn new(name: &'static str) -> Self {
         let cores = std::thread::available_parallelism().map_or(0, usize::from);
         println!("bench {name}, {cores} cores; numbers are medians (least..most of the repeats)");
-        Self { name, tables: Vec::new(), targets: Vec::new() }
+        Self {
+            name,
+            tables: Vec::new(),
+            targets: Vec::new(),
+        }
     }
 
     /// Prints a table and keeps it.
@@ -172,8 +198,15 @@ impl Report {
         for t in &self.targets {
             let number = |key: &str| short(t[key].as_f64().unwrap_or(f64::NAN));
             let word = if t["met"] == true { "met   " } else { "MISSED" };
-            let (what, unit) = (t["what"].as_str().unwrap_or(""), t["unit"].as_str().unwrap_or(""));
-            println!("  {word}  {what}: {} {unit}, target {}", number("got"), number("target"));
+            let (what, unit) = (
+                t["what"].as_str().unwrap_or(""),
+                t["unit"].as_str().unwrap_or(""),
+            );
+            println!(
+                "  {word}  {what}: {} {unit}, target {}",
+                number("got"),
+                number("target")
+            );
         }
         let dir = place::root().join("target/bench");
         fs::create_dir_all(&dir)?;

@@ -23,7 +23,12 @@ impl Spread {
         let at = |i: usize| values.get(i).copied().unwrap_or(0.0);
         let n = values.len();
         let median = f64::midpoint(at(n.saturating_sub(1) / 2), at(n / 2));
-        Self { median, least: at(0), most: at(n.saturating_sub(1)), repeats: n }
+        Self {
+            median,
+            least: at(0),
+            most: at(n.saturating_sub(1)),
+            repeats: n,
+        }
     }
 
     /// For the report.
@@ -56,7 +61,10 @@ mod tests {
     #[test]
     fn a_quantile_is_the_nearest_rank() {
         let values: Vec<f64> = (1..=200).map(f64::from).collect();
-        assert_eq!([0.5, 0.99, 1.0].map(|q| quantile(&values, q)), [100.0, 198.0, 200.0]);
+        assert_eq!(
+            [0.5, 0.99, 1.0].map(|q| quantile(&values, q)),
+            [100.0, 198.0, 200.0]
+        );
         assert_eq!(quantile(&[], 0.5), 0.0);
     }
 }

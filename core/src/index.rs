@@ -356,6 +356,26 @@ impl Index {
         Some(chain)
     }
 
+    /// Positions of a prompt's blocks after which other prompts go on differently, deepest first,
+    /// at most `most`.
+    #[must_use]
+    pub fn branches(&self, pool: usize, prompt: &[u64], most: usize) -> Vec<u32> {
+        let pool = u16::try_from(pool).unwrap_or(u16::MAX);
+        let nodes = prompt.iter().map_while(|hash| self.tree.find(pool, *hash));
+        let nodes: Vec<u32> = nodes.collect();
+        let numbered = (0_u32..).zip(nodes.iter().enumerate());
+        let branch = |(position, (at, node)): (u32, (usize, &u32))| {
+            let next = prompt.get(at + 1);
+            let goes_elsewhere = |child| Some(&self.tree.node(child).sequence) != next;
+            let branches = next.is_some() && self.tree.children(*node).any(goes_elsewhere);
+            branches.then_some(position)
+        };
+        let mut branches: Vec<u32> = numbered.filter_map(branch).collect();
+        branches.reverse();
+        branches.truncate(most);
+        branches
+    }
+
     /// The next pages to write, in the order in which a reader may see them. Bounded per call:
     /// call again while [`Index::is_dirty`].
     pub fn flush(&mut self) -> Vec<PageWrite> {
@@ -368,8 +388,8 @@ impl Index {
         self.tree.units.has_changes() || self.tree.units.directory.is_dirty()
     }
 
-    /// The image of one page, for a reader that has none. Units that began or split since the last
-    /// flush are not in it and come with the next one.
+    /// The image of one page as of the last flush, for a reader that has none: what has changed
+    /// since comes with the next flush.
     pub fn page(&mut self, id: u32) -> Vec<u8> {
         publish::page(&mut self.tree, id, self.epoch)
     }

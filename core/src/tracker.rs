@@ -3,13 +3,10 @@
 //! Blocks are counted once per owner however many requests share them; requests and prefill
 //! tokens are sums. Everything is synchronous; ids and time are arguments.
 
-mod blocks;
-
 use hashbrown::HashMap;
 
 use crate::load::Load;
 use crate::report::OwnerKey;
-use blocks::Blocks;
 
 /// Who made a booking, and its number there: a filter VM, another router, the select service.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -31,6 +28,8 @@ pub struct Booking {
     pub start: u32,
     /// Sequence hashes of its blocks, in the order of the prompt.
     pub hashes: Vec<u64>,
+    /// Positions in `hashes` of blocks after which other prompts go on differently.
+    pub branches: Vec<u32>,
     /// Blocks whose hashes are not known: nobody shares them.
     pub private_blocks: u32,
 }
@@ -65,8 +64,12 @@ impl From<ActiveLoad> for Load {
 #[derive(Debug, Default)]
 struct Owner {
     load: ActiveLoad,
+    /// Requests by block in use.
     blocks: Blocks,
 }
+
+/// Requests by block that they use.
+type Blocks = HashMap<u64, u32>;
 
 #[derive(Debug)]
 struct Entry {
@@ -123,6 +126,8 @@ impl TrackError {
 pub struct Tracker {
     entries: HashMap<BookingId, Entry>,
     owners: HashMap<OwnerKey, Owner>,
+    /// Blocks in use on the owners of each pool.
+    pools: HashMap<u16, Blocks>,
     tracking: Tracking,
     capacity: usize,
 }
@@ -134,6 +139,7 @@ impl Tracker {
         Self {
             entries: HashMap::new(),
             owners: HashMap::new(),
+            pools: HashMap::new(),
             tracking,
             capacity,
         }
@@ -169,6 +175,7 @@ impl Tracker {
             booking.hashes = Vec::new();
         }
         self.owners.entry(owner).or_default().add(&booking);
+        use_blocks(self.pools.entry(owner.pool).or_default(), &booking.hashes);
         let entry = Entry {
             owner,
             booking,
@@ -180,11 +187,16 @@ impl Tracker {
 
     /// The request goes to another owner. Whether it is booked.
     pub fn relocate(&mut self, id: &BookingId, to: OwnerKey, now_ms: u64) -> bool {
-        self.change(id, now_ms, |entry, owners| {
-            release(owners, entry);
-            entry.owner = to;
-            owners.entry(to).or_default().add(&entry.booking);
-        })
+        let pools = &mut self.pools;
+        let Some(entry) = self.entries.get_mut(id) else {
+            return false;
+        };
+        release(&mut self.owners, pools, entry);
+        entry.owner = to;
+        entry.touched_ms = now_ms;
+        self.owners.entry(to).or_default().add(&entry.booking);
+        use_blocks(pools.entry(to.pool).or_default(), &entry.booking.hashes);
+        true
     }
 
     /// The first token has come: prefill is done. Whether it is booked.
@@ -234,19 +246,19 @@ impl Tracker {
     pub fn free(&mut self, id: &BookingId) -> bool {
         let entry = self.entries.remove(id);
         entry.is_some_and(|entry| {
-            release(&mut self.owners, &entry);
+            release(&mut self.owners, &mut self.pools, &entry);
             true
         })
     }
 
     /// Frees every booking of a source for which `keep` is false, and returns how many.
     pub fn retain(&mut self, source: u64, mut keep: impl FnMut(u64) -> bool) -> usize {
-        let owners = &mut self.owners;
+        let (owners, pools) = (&mut self.owners, &mut self.pools);
         let before = self.entries.len();
         self.entries.retain(|id, entry| {
             let stays = id.source != source || keep(id.request);
             if !stays {
-                release(owners, entry);
+                release(owners, pools, entry);
             }
             stays
         });
@@ -255,12 +267,12 @@ impl Tracker {
 
     /// Frees bookings without any step since `before_ms`, and returns how many.
     pub fn expire(&mut self, before_ms: u64) -> usize {
-        let owners = &mut self.owners;
+        let (owners, pools) = (&mut self.owners, &mut self.pools);
         let before = self.entries.len();
         self.entries.retain(|_, entry| {
             let stays = entry.touched_ms >= before_ms;
             if !stays {
-                release(owners, entry);
+                release(owners, pools, entry);
             }
             stays
         });
@@ -288,33 +300,46 @@ impl Tracker {
         };
         let in_use = prompt
             .iter()
-            .take_while(|hash| owner.blocks.uses(**hash) > 0);
+            .take_while(|hash| owner.blocks.contains_key(*hash));
         in_use.count()
     }
 
     /// Requests that use each block of an owner.
     pub fn blocks_in_use(&self, owner: &OwnerKey) -> impl Iterator<Item = (u64, u32)> + '_ {
-        let owner = self.owners.get(owner);
-        owner.into_iter().flat_map(|o| o.blocks.iter())
+        let blocks = self.owners.get(owner).map(|o| &o.blocks);
+        let uses = blocks.into_iter().flatten();
+        uses.map(|(hash, uses)| (*hash, *uses))
     }
 
     /// Whether some request on an owner uses a block.
     #[must_use]
     pub fn is_in_use(&self, owner: &OwnerKey, hash: u64) -> bool {
         let owner = self.owners.get(owner);
-        owner.is_some_and(|o| o.blocks.uses(hash) > 0)
+        owner.is_some_and(|o| o.blocks.contains_key(&hash))
     }
 
-    /// The longest prefixes that two or more requests on one owner share: owner, sequence hash of
-    /// the last block, number of blocks.
-    pub fn shared_prefixes(&self) -> impl Iterator<Item = (OwnerKey, u64, u32)> + '_ {
-        let ends = |(key, owner): (&OwnerKey, &'_ Owner)| {
-            let key = *key;
-            let ends: Vec<_> = owner.blocks.ends().collect();
-            ends.into_iter()
-                .map(move |(hash, depth)| (key, hash, depth))
-        };
-        self.owners.iter().flat_map(ends)
+    /// Prefixes of live prompts that another prompt may have in common with them: of each booking
+    /// the longest one that another booking in its pool uses too, and those that end where other
+    /// prompts went on differently. Pool, sequence hash of the last block, number of blocks.
+    pub fn prefixes(&self) -> impl Iterator<Item = (u16, u64, u32)> + '_ {
+        self.entries.values().flat_map(|entry| {
+            let Booking {
+                start,
+                hashes,
+                branches,
+                ..
+            } = &entry.booking;
+            let pool = entry.owner.pool;
+            let uses = self.pools.get(&pool);
+            let is_shared = |hash: &u64| uses.and_then(|u| u.get(hash)).is_some_and(|n| *n >= 2);
+            // A block is used by no fewer requests than the one after it.
+            let shared = hashes.partition_point(is_shared).checked_sub(1);
+            let branches = branches.iter().map(|at| *at as usize);
+            shared.into_iter().chain(branches).filter_map(move |at| {
+                let depth = start.checked_add(u32::try_from(at).ok()?)?.checked_add(1)?;
+                Some((pool, *hashes.get(at)?, depth))
+            })
+        })
     }
 
     /// A booking and its owner.
@@ -344,7 +369,10 @@ impl Tracker {
 }
 
 /// Takes a booking off its owner; an owner without load is forgotten.
-fn release(owners: &mut HashMap<OwnerKey, Owner>, entry: &Entry) {
+fn release(owners: &mut HashMap<OwnerKey, Owner>, pools: &mut HashMap<u16, Blocks>, entry: &Entry) {
+    if let Some(blocks) = pools.get_mut(&entry.owner.pool) {
+        leave_blocks(blocks, &entry.booking.hashes);
+    }
     if let Some(owner) = owners.get_mut(&entry.owner) {
         owner.subtract(&entry.booking);
         if owner.load == ActiveLoad::default() {
@@ -353,12 +381,38 @@ fn release(owners: &mut HashMap<OwnerKey, Owner>, entry: &Entry) {
     }
 }
 
+/// Counts a request's blocks. Returns how many were not in use.
+fn use_blocks(blocks: &mut Blocks, hashes: &[u64]) -> u64 {
+    let mut fresh = 0;
+    for hash in hashes {
+        let uses = blocks.entry(*hash).or_default();
+        fresh += u64::from(*uses == 0);
+        *uses += 1;
+    }
+    fresh
+}
+
+/// The inverse of [`use_blocks`]. Returns how many are in use no more.
+fn leave_blocks(blocks: &mut Blocks, hashes: &[u64]) -> u64 {
+    let mut gone = 0;
+    for hash in hashes {
+        if let Some(uses) = blocks.get_mut(hash) {
+            *uses -= 1;
+            if *uses == 0 {
+                blocks.remove(hash);
+                gone += 1;
+            }
+        }
+    }
+    gone
+}
+
 impl Owner {
     fn add(&mut self, booking: &Booking) {
         self.load.prefill_tokens += u64::from(booking.prefill_tokens);
         self.load.blocks += u64::from(booking.private_blocks);
         *self.requests(booking) += 1;
-        self.load.blocks += self.blocks.add(booking.start, &booking.hashes);
+        self.load.blocks += use_blocks(&mut self.blocks, &booking.hashes);
     }
 
     /// The inverse of [`Owner::add`].
@@ -366,7 +420,7 @@ impl Owner {
         self.load.prefill_tokens -= u64::from(booking.prefill_tokens);
         self.load.blocks -= u64::from(booking.private_blocks);
         *self.requests(booking) -= 1;
-        self.load.blocks -= self.blocks.subtract(&booking.hashes);
+        self.load.blocks -= leave_blocks(&mut self.blocks, &booking.hashes);
     }
 
     fn requests(&mut self, booking: &Booking) -> &mut u32 {
@@ -438,22 +492,38 @@ mod tests {
     }
 
     #[test]
-    fn prefixes_shared_on_an_owner_are_told_with_their_length() {
+    fn prefixes_that_prompts_may_share_are_told_with_their_length() {
         let mut tracker = Tracker::new(Tracking::default(), 10);
         for (request, worker, last) in [(1, 7, 3), (2, 7, 9), (3, 8, 3)] {
-            let booking = booking(0, &[1, 2, last]);
+            let booking = Booking {
+                start: 10,
+                branches: if request == 2 { vec![0] } else { Vec::new() },
+                ..booking(0, &[1, 2, last])
+            };
             tracker
                 .book(id(request), owner(worker), booking, 0)
                 .unwrap();
         }
-        let shared: Vec<_> = tracker.shared_prefixes().collect();
-        assert_eq!(shared, [(owner(7), 2, 2)]);
-        assert!(tracker.is_in_use(&owner(8), 2));
+        let prefixes = |tracker: &Tracker| {
+            let mut prefixes: Vec<_> = tracker.prefixes().collect();
+            prefixes.sort_unstable();
+            prefixes
+        };
+        // Requests 1 and 3 share all on two owners, 2 has two blocks in common with them.
+        let all = [(0, 1, 11), (0, 2, 12), (0, 3, 13), (0, 3, 13)];
+        assert_eq!(prefixes(&tracker), all);
+        assert!(tracker.is_in_use(&owner(8), 3));
         assert!(!tracker.is_in_use(&owner(8), 9));
         assert_eq!(tracker.get(&id(3)).unwrap().0, owner(8));
         assert_eq!(tracker.bookings().count(), 3);
+        tracker.relocate(&id(1), owner(8), 0);
+        assert_eq!(prefixes(&tracker), all);
         tracker.free(&id(1));
-        assert_eq!(tracker.shared_prefixes().count(), 0);
+        assert_eq!(prefixes(&tracker), [(0, 1, 11), (0, 2, 12), (0, 2, 12)]);
+        tracker.free(&id(3));
+        assert_eq!(prefixes(&tracker), [(0, 1, 11)]);
+        tracker.retain(id(2).source, |_| false);
+        assert!(tracker.pools.values().all(HashMap::is_empty));
     }
 
     #[test]

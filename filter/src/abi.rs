@@ -1,23 +1,30 @@
-//! Proxy-Wasm ABI 0.2.1: Envoy's functions that the module imports and the ones it exports. The
-//! only unsafe code of the filter.
+//! Envoy's functions of the Proxy-Wasm ABI 0.2.1 that the SDK's wrappers would not do for. The only
+//! unsafe code of the filter.
 //!
-//! The ABI is used directly, because the SDK panics on any status it does not expect, and a panic
-//! takes the thread's filter down.
+//! Each of those wrappers panics on a status it does not expect, and a panic takes the thread's
+//! filter down; here any status but `OK` is `None` or `false`. Besides:
+//!
+//! - Shared data: the SDK's keys are strings; the filter's are bytes.
+//! - Properties: the SDK builds the path from a list at each call.
+//! - Clocks and randomness: the SDK has neither a monotonic clock nor random bits.
+//! - Shared queues: registering and resolving, as the rest, the status only.
+//! - Log, tick, buffers, header maps, effective context, resumption, metrics, and a stream's
+//!   messages, close and cancel: the status only. Envoy gives unexpected ones where headers or a
+//!   body are gone already, and for functions that `capability_restriction_config` leaves out.
+//!
+//! A stream is opened by the SDK, whose dispatcher has to know its token; see
+//! [`Host::open_stream`].
 
 #![allow(unsafe_code)]
 
-use std::alloc::Layout;
-use std::cell::RefCell;
 use std::ptr::null_mut;
 
+use proxy_wasm::hostcalls;
+use proxy_wasm::types::{BufferType, StreamType};
+
 use crate::host::{Expect, Headers, Host, Level, MetricId, MetricKind, Queue, Shared, Token};
-use crate::vm::{Action, Vm};
 
 const OK: u32 = 0;
-const REQUEST_BODY: u32 = 0;
-const GRPC_MESSAGE: u32 = 5;
-const PLUGIN_CONFIGURATION: u32 = 7;
-const REQUEST_STREAM: u32 = 0;
 const MONOTONIC: u32 = 1;
 
 /// A version that no value has. Envoy compares versions only of keys that exist, so a write that
@@ -87,17 +94,6 @@ unsafe extern "C" {
     fn proxy_increment_metric(id: u32, delta: i64) -> u32;
     fn proxy_record_metric(id: u32, value: u64) -> u32;
     fn proxy_get_metric(id: u32, value: *mut u64) -> u32;
-    fn proxy_grpc_stream(
-        target: *const u8,
-        target_size: usize,
-        service: *const u8,
-        service_size: usize,
-        method: *const u8,
-        method_size: usize,
-        metadata: *const u8,
-        metadata_size: usize,
-        token: *mut u32,
-    ) -> u32;
     fn proxy_grpc_send(token: u32, data: *const u8, size: usize, end: u32) -> u32;
     fn proxy_grpc_close(token: u32) -> u32;
     fn proxy_grpc_cancel(token: u32) -> u32;
@@ -110,9 +106,9 @@ unsafe extern "C" {
 }
 
 /// Envoy.
-struct Envoy;
+pub(crate) struct Envoy;
 
-/// Runs a call that returns bytes, which Envoy allocates by [`malloc`]. Null stands for no bytes.
+/// Runs a call that returns bytes, which Envoy allocates by the SDK's `malloc`. Null stands for no bytes.
 fn bytes(call: impl FnOnce(*mut *mut u8, *mut usize) -> u32) -> Option<Vec<u8>> {
     let (mut data, mut size) = (null_mut(), 0);
     if call(&raw mut data, &raw mut size) != OK {
@@ -121,7 +117,7 @@ fn bytes(call: impl FnOnce(*mut *mut u8, *mut usize) -> u32) -> Option<Vec<u8>> 
     if data.is_null() {
         return Some(Vec::new());
     }
-    // SAFETY: `data` came from `malloc` below with exactly `size` bytes, all written by Envoy.
+    // SAFETY: `data` came from the SDK's `malloc`, a boxed slice of `size` bytes, all written by Envoy.
     Some(unsafe { Vec::from_raw_parts(data, size, size) })
 }
 
@@ -156,7 +152,13 @@ impl Host for Envoy {
 
     fn configuration(&self) -> Vec<u8> {
         let call = |data, size| unsafe {
-            proxy_get_buffer_bytes(PLUGIN_CONFIGURATION, 0, usize::MAX, data, size)
+            proxy_get_buffer_bytes(
+                BufferType::PluginConfiguration as u32,
+                0,
+                usize::MAX,
+                data,
+                size,
+            )
         };
         bytes(call).unwrap_or_default()
     }
@@ -248,13 +250,13 @@ impl Host for Envoy {
     }
 
     fn body(&self, start: usize, size: usize) -> Vec<u8> {
-        let call =
-            |data, len| unsafe { proxy_get_buffer_bytes(REQUEST_BODY, start, size, data, len) };
+        let body = BufferType::HttpRequestBody as u32;
+        let call = |data, len| unsafe { proxy_get_buffer_bytes(body, start, size, data, len) };
         bytes(call).unwrap_or_default()
     }
 
     fn resume_request(&self) -> bool {
-        unsafe { proxy_continue_stream(REQUEST_STREAM) == OK }
+        unsafe { proxy_continue_stream(StreamType::HttpRequest as u32) == OK }
     }
 
     fn define(&self, kind: MetricKind, name: &str) -> Option<MetricId> {
@@ -280,23 +282,8 @@ impl Host for Envoy {
 
     fn open_stream(&self, cluster: &str, service: &str, method: &str) -> Option<Token> {
         let target = grpc_service(cluster)?;
-        // An empty map: the number of pairs.
-        let metadata = [0; 4];
-        let mut token = 0;
-        let status = unsafe {
-            proxy_grpc_stream(
-                target.as_ptr(),
-                target.len(),
-                service.as_ptr(),
-                service.len(),
-                method.as_ptr(),
-                method.len(),
-                metadata.as_ptr(),
-                metadata.len(),
-                &raw mut token,
-            )
-        };
-        (status == OK).then_some(Token(token))
+        let token = hostcalls::open_grpc_stream(&target, service, method, Vec::new());
+        token.ok().map(Token)
     }
 
     fn send(&self, stream: Token, message: &[u8]) -> bool {
@@ -304,7 +291,8 @@ impl Host for Envoy {
     }
 
     fn message(&self, size: usize) -> Vec<u8> {
-        let call = |data, len| unsafe { proxy_get_buffer_bytes(GRPC_MESSAGE, 0, size, data, len) };
+        let message = BufferType::GrpcReceiveBuffer as u32;
+        let call = |data, len| unsafe { proxy_get_buffer_bytes(message, 0, size, data, len) };
         bytes(call).unwrap_or_default()
     }
 
@@ -317,156 +305,11 @@ impl Host for Envoy {
     }
 }
 
-/// `GrpcService { envoy_grpc { cluster_name } }` as protobuf; `None` for a name whose lengths
-/// don't fit one byte.
-fn grpc_service(cluster: &str) -> Option<Vec<u8>> {
-    const FIELD_1: u8 = 0x0a;
+/// `GrpcService { envoy_grpc { cluster_name } }` as protobuf, which is text as long as its lengths
+/// are below 128; `None` for a longer name.
+fn grpc_service(cluster: &str) -> Option<String> {
+    const FIELD_1: char = '\n';
     let name = u8::try_from(cluster.len()).ok().filter(|len| *len < 126)?;
-    let mut target = vec![FIELD_1, name + 2, FIELD_1, name];
-    target.extend(cluster.as_bytes());
-    Some(target)
-}
-
-/// Streams closed during a call of ours to Envoy that are not yet handled, at most.
-const MAX_CLOSED: usize = 64;
-
-thread_local! {
-    static VM: RefCell<Vm<Envoy>> = RefCell::new(Vm::new(Envoy));
-    /// Streams that Envoy closed while it was executing a call of ours; told at the next tick.
-    static CLOSED: RefCell<Vec<Token>> = const { RefCell::new(Vec::new()) };
-}
-
-/// Runs a callback; `otherwise` if Envoy called back during a call of ours.
-fn vm<R>(otherwise: R, callback: impl FnOnce(&mut Vm<Envoy>) -> R) -> R {
-    VM.with(|vm| match vm.try_borrow_mut() {
-        Ok(mut vm) => callback(&mut vm),
-        Err(_) => otherwise,
-    })
-}
-
-fn closed_meanwhile() -> Vec<Token> {
-    CLOSED.with(|closed| {
-        closed
-            .try_borrow_mut()
-            .map_or_else(|_| Vec::new(), |mut c| std::mem::take(&mut *c))
-    })
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn proxy_abi_version_0_2_1() {}
-
-#[unsafe(no_mangle)]
-extern "C" fn _initialize() {
-    std::panic::set_hook(Box::new(|info| {
-        Envoy.log(Level::Critical, &info.to_string());
-    }));
-}
-
-/// Memory that Envoy puts bytes into for us. A failure makes its call fail.
-#[unsafe(no_mangle)]
-extern "C" fn malloc(size: usize) -> *mut u8 {
-    match Layout::array::<u8>(size) {
-        // SAFETY: the layout is not empty.
-        Ok(layout) if size > 0 => unsafe { std::alloc::alloc(layout) },
-        _ => null_mut(),
-    }
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn proxy_on_context_create(context: u32, root: u32) {
-    vm((), |vm| vm.on_create(context, root));
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn proxy_on_vm_start(_root: u32, _size: usize) -> u32 {
-    u32::from(vm(false, Vm::on_start))
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn proxy_on_configure(root: u32, _size: usize) -> u32 {
-    u32::from(vm(false, |vm| vm.on_configure(root)))
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn proxy_on_tick(root: u32) {
-    vm((), |vm| {
-        for token in closed_meanwhile() {
-            vm.on_stream_close(token);
-        }
-        vm.on_tick(root);
-    });
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn proxy_on_queue_ready(root: u32, queue: u32) {
-    vm((), |vm| vm.on_queue_ready(root, Queue(queue)));
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn proxy_on_grpc_receive(root: u32, token: u32, size: usize) {
-    vm((), |vm| vm.on_stream_message(root, Token(token), size));
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn proxy_on_grpc_close(_root: u32, token: u32, _status: u32) {
-    let handled = vm(false, |vm| {
-        vm.on_stream_close(Token(token));
-        true
-    });
-    if !handled {
-        CLOSED.with(|closed| {
-            if let Ok(mut closed) = closed.try_borrow_mut()
-                && closed.len() < MAX_CLOSED
-            {
-                closed.push(Token(token));
-            }
-        });
-    }
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn proxy_on_request_headers(context: u32, _count: u32, end: u32) -> u32 {
-    vm(Action::Continue, |vm| {
-        vm.on_request_headers(context, end != 0)
-    }) as u32
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn proxy_on_request_body(context: u32, size: usize, end: u32) -> u32 {
-    vm(Action::Continue, |vm| {
-        vm.on_request_body(context, size, end != 0)
-    }) as u32
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn proxy_on_request_trailers(context: u32, _count: u32) -> u32 {
-    vm(Action::Continue, |vm| vm.on_request_trailers(context)) as u32
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn proxy_on_response_headers(context: u32, _count: u32, _end: u32) -> u32 {
-    vm((), |vm| vm.on_response_headers(context));
-    Action::Continue as u32
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn proxy_on_response_body(context: u32, size: usize, _end: u32) -> u32 {
-    vm((), |vm| vm.on_response_body(context, size));
-    Action::Continue as u32
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn proxy_on_done(context: u32) -> u32 {
-    vm((), |vm| vm.on_done(context));
-    1
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn proxy_on_log(context: u32) {
-    vm((), |vm| vm.on_log(context));
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn proxy_on_delete(context: u32) {
-    vm((), |vm| vm.on_delete(context));
+    let (service, name) = (char::from(name + 2), char::from(name));
+    Some(format!("{FIELD_1}{service}{FIELD_1}{name}{cluster}"))
 }

@@ -8,7 +8,8 @@
 //! The decisions are made in `kv_core`. This crate is what connects them to Envoy:
 //!
 //! - [`host`]: everything that is asked of Envoy, behind one trait; `abi` implements it.
-//! - [`vm`]: what one VM is made of, and the callbacks that Envoy calls.
+//! - [`vm`]: what one VM is made of, and the callbacks that Envoy calls; `plugin` is their way
+//!   through the SDK.
 //! - [`request`], [`hold`], [`choose`], [`routed`], [`record`]: the life of a request.
 //! - [`world`], [`fleet`], [`lanes`], [`correction`]: pages, worker table and load as this VM sees
 //!   them.
@@ -41,6 +42,8 @@ pub mod host;
 pub mod lanes;
 pub mod metrics;
 pub mod outbox;
+#[cfg(target_arch = "wasm32")]
+mod plugin;
 pub mod reason;
 pub mod record;
 pub mod relay;

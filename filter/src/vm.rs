@@ -17,12 +17,11 @@ use crate::world::World;
 
 /// What a callback tells Envoy to do with a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u32)]
 pub enum Action {
     /// Send on.
-    Continue = 0,
+    Continue,
     /// Keep.
-    Pause = 1,
+    Pause,
 }
 
 /// What the requests of a VM share.

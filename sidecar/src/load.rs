@@ -55,6 +55,8 @@ pub struct Prompt {
     pub start: u32,
     /// Sequence hashes of the blocks after them.
     pub hashes: Vec<u64>,
+    /// Positions in `hashes` of blocks after which other prompts go on differently.
+    pub branches: Vec<u32>,
 }
 
 /// What a step came to, as a metric's label.
@@ -203,6 +205,7 @@ impl Accounts {
             start: prompt.start,
             private_blocks: booked.blocks.saturating_sub(known),
             hashes: prompt.hashes,
+            branches: prompt.branches,
         };
         match self.tracker.book(id, booked.owner, booking, now_ms) {
             Ok(()) => Outcome::Booked,

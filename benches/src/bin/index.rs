@@ -28,7 +28,12 @@ fn slot(worker: u64) -> Slot {
 }
 
 fn empty() -> (Index, usize) {
-    let config = IndexConfig { epoch: 1, level: 6, group: GROUP, max_orphans: 0 };
+    let config = IndexConfig {
+        epoch: 1,
+        level: 6,
+        group: GROUP,
+        max_orphans: 0,
+    };
     let mut index = Index::new(config);
     let pool = index.add_pool(POOL_KEY);
     (index, pool)
@@ -70,7 +75,14 @@ fn main() -> anyhow::Result<()> {
 }
 
 fn changes(report: &mut Report, conversations: &[Conversation]) -> anyhow::Result<()> {
-    let [mut stores, mut flushes, mut images, mut singles, mut removals] = [const { Vec::new() }; 5];
+    let [
+        mut stores,
+        mut flushes,
+        mut images,
+        mut singles,
+        mut removals,
+        mut dumps,
+    ] = [const { Vec::new() }; 6];
     let mut memory = 0.0;
     let mut stats = None;
     for repeat in 0..REPEATS {
@@ -100,7 +112,12 @@ fn changes(report: &mut Report, conversations: &[Conversation]) -> anyhow::Resul
         for _ in 0..appended {
             let of = &conversations[rng.below(conversations.len())];
             let grown = of.chain.fork(of.chain.len(), 1, &mut rng);
-            let store = grown.stores(of.stores[0].worker, of.stores[0].tier, of.chain.len(), grown.len());
+            let store = grown.stores(
+                of.stores[0].worker,
+                of.stores[0].tier,
+                of.chain.len(),
+                grown.len(),
+            );
             for store in store {
                 let data = EventData::Stored(store.data);
                 index.apply(pool, slot(store.worker), Tier::from(store.tier), &data);
@@ -109,12 +126,19 @@ fn changes(report: &mut Report, conversations: &[Conversation]) -> anyhow::Resul
         }
         singles.push(micros(since) / f64::from(appended));
         stats = Some(index.stats());
+        let since = Instant::now();
+        for worker in 1..=8 {
+            black_box(index.dump(pool, slot(worker)));
+        }
+        dumps.push(micros(since) / 8000.0);
 
         // Leaves first, as engines evict.
         let (mut removed, since) = (0, Instant::now());
         for store in conversations.iter().flat_map(|c| &c.stores).rev() {
             let names = store.data.blocks.iter().rev().map(|b| b.block_hash);
-            let data = EventData::Removed(Removed { block_hashes: names.collect() });
+            let data = EventData::Removed(Removed {
+                block_hashes: names.collect(),
+            });
             let tier = Tier::from(store.tier);
             removed += index.apply(pool, slot(store.worker), tier, &data).removed;
         }
@@ -123,21 +147,74 @@ fn changes(report: &mut Report, conversations: &[Conversation]) -> anyhow::Resul
     let stats = stats.expect("a repeat");
     let blocks = stats.blocks as f64;
     let mut table = Table::new(
-        &format!("changes, {} blocks of {OWNERS} owners, {} pages", stats.blocks, stats.pages),
+        &format!(
+            "changes, {} blocks of {OWNERS} owners, {} pages",
+            stats.blocks, stats.pages
+        ),
         &["what", "value", "unit"],
     );
-    let images_ms = Spread::of(images.iter().map(|us| us * f64::from(stats.pages) / 1000.0).collect());
-    table.row(vec!["stores".into(), Spread::of(stores).into(), "M blocks/s".into()]);
-    table.row(vec!["removals".into(), Spread::of(removals).into(), "M blocks/s".into()]);
-    table.row(vec!["flush after a fill".into(), Spread::of(flushes).into(), "us/page".into()]);
-    table.row(vec!["image of a page".into(), Spread::of(images).into(), "us/page".into()]);
-    table.row(vec!["images of all pages".into(), images_ms.into(), "ms".into()]);
-    table.row(vec!["append a block and flush".into(), Spread::of(singles).into(), "us".into()]);
-    table.row(vec!["mean page".into(), (stats.page_bytes / stats.pages as usize).into(), "B".into()]);
+    let images_ms = Spread::of(
+        images
+            .iter()
+            .map(|us| us * f64::from(stats.pages) / 1000.0)
+            .collect(),
+    );
+    table.row(vec![
+        "stores".into(),
+        Spread::of(stores).into(),
+        "M blocks/s".into(),
+    ]);
+    table.row(vec![
+        "removals".into(),
+        Spread::of(removals).into(),
+        "M blocks/s".into(),
+    ]);
+    table.row(vec![
+        "flush after a fill".into(),
+        Spread::of(flushes).into(),
+        "us/page".into(),
+    ]);
+    table.row(vec![
+        "image of a page".into(),
+        Spread::of(images).into(),
+        "us/page".into(),
+    ]);
+    table.row(vec![
+        "images of all pages".into(),
+        images_ms.into(),
+        "ms".into(),
+    ]);
+    table.row(vec![
+        "append a block and flush".into(),
+        Spread::of(singles).into(),
+        "us".into(),
+    ]);
+    table.row(vec![
+        "dump of an owner".into(),
+        Spread::of(dumps).into(),
+        "ms".into(),
+    ]);
+    table.row(vec![
+        "mean page".into(),
+        (stats.page_bytes / stats.pages as usize).into(),
+        "B".into(),
+    ]);
     let per_block = (stats.page_bytes as f64 + 94.0 * f64::from(stats.pages)) / blocks;
-    table.row(vec!["pages".into(), (stats.page_bytes as f64 / blocks).into(), "B/block".into()]);
-    table.row(vec!["pages and their keys (94 B)".into(), per_block.into(), "B/block".into()]);
-    table.row(vec!["native index".into(), (memory / blocks).into(), "B/block".into()]);
+    table.row(vec![
+        "pages".into(),
+        (stats.page_bytes as f64 / blocks).into(),
+        "B/block".into(),
+    ]);
+    table.row(vec![
+        "pages and their keys (94 B)".into(),
+        per_block.into(),
+        "B/block".into(),
+    ]);
+    table.row(vec![
+        "native index".into(),
+        (memory / blocks).into(),
+        "B/block".into(),
+    ]);
     report.table(&table);
     report.at_most("pages and keys per block", per_block, 4.0, "B");
     Ok(())
@@ -170,7 +247,14 @@ fn lookups(report: &mut Report, conversations: &[Conversation]) {
     };
     let mut table = Table::new(
         &format!("lookups, {OWNERS} owners, us"),
-        &["tokens", "case", "tree", "pages, gallop", "pages, linear", "pages read"],
+        &[
+            "tokens",
+            "case",
+            "tree",
+            "pages, gallop",
+            "pages, linear",
+            "pages read",
+        ],
     );
     let mut reader = Reader::new();
     for (tokens, case, prompts) in &cells {
@@ -191,9 +275,14 @@ fn lookups(report: &mut Report, conversations: &[Conversation]) {
                 sums[2] += micros(since);
             }
             let count = (rounds * prompts.len()) as f64;
-            times.iter_mut().zip(sums).for_each(|(t, sum)| t.push(sum / count));
+            times
+                .iter_mut()
+                .zip(sums)
+                .for_each(|(t, sum)| t.push(sum / count));
         }
-        reader.gallop(&view, &prompts[0].chain.sequence, |id| pages.get(&id).cloned());
+        reader.gallop(&view, &prompts[0].chain.sequence, |id| {
+            pages.get(&id).cloned()
+        });
         let [tree, gallop, linear] = times.map(Spread::of);
         table.row(vec![
             (*tokens).into(),
@@ -242,7 +331,13 @@ fn bodies(report: &mut Report) {
             times[2].push(per_token(since));
         }
         let [scan, both, hash] = times.map(Spread::of);
-        table.row(vec![tokens.into(), body.len().into(), scan.into(), both.into(), hash.into()]);
+        table.row(vec![
+            tokens.into(),
+            body.len().into(),
+            scan.into(),
+            both.into(),
+            hash.into(),
+        ]);
     }
     report.table(&table);
 }

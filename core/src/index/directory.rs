@@ -22,8 +22,8 @@ struct Dirt {
 #[derive(Debug, Default)]
 struct Entry {
     units: Vec<UnitId>,
-    /// Bytes when last encoded.
-    bytes: usize,
+    /// As last encoded; empty before.
+    image: Vec<u8>,
     /// Units that didn't fit when last encoded.
     left_out: usize,
 }
@@ -121,14 +121,20 @@ impl Directory {
         self.dirty.insert(page, dirt);
     }
 
-    /// Notes the size of a page as encoded.
-    pub(super) fn sized(&mut self, page: u32, bytes: usize, left_out: usize) {
+    /// Keeps a page as encoded.
+    pub(super) fn keep(&mut self, page: u32, image: &[u8], left_out: usize) {
         if let Some(page) = self.pages.get_mut(page as usize) {
-            self.bytes = self.bytes + bytes - page.bytes;
+            self.bytes = self.bytes + image.len() - page.image.len();
             self.left_out = self.left_out + left_out - page.left_out;
-            page.bytes = bytes;
+            page.image.clear();
+            page.image.extend_from_slice(image);
             page.left_out = left_out;
         }
+    }
+
+    /// A page as last encoded; empty before.
+    pub(super) fn image(&self, page: u32) -> &[u8] {
+        self.pages.get(page as usize).map_or(&[], |p| &p.image)
     }
 
     pub(super) fn is_dirty(&self) -> bool {

@@ -28,13 +28,20 @@ pub(super) fn flush(tree: &mut Tree, epoch: u32) -> Vec<PageWrite> {
     let pages = tree.units.directory.take_dirty(FLUSH_PAGES);
     let write = |id| PageWrite {
         id,
-        bytes: page(tree, id, epoch),
+        bytes: encoded(tree, id, epoch),
     };
     pages.into_iter().map(write).collect()
 }
 
-/// The image of one page.
+/// The image of one page as of the last flush.
 pub(super) fn page(tree: &mut Tree, id: u32, epoch: u32) -> Vec<u8> {
+    match tree.units.directory.image(id) {
+        [] => encoded(tree, id, epoch),
+        image => image.to_vec(),
+    }
+}
+
+fn encoded(tree: &mut Tree, id: u32, epoch: u32) -> Vec<u8> {
     let level = tree.units.directory.level_of(id);
     let mut ids = tree.units.directory.units(id).to_vec();
     let image = |ids: &[UnitId]| {
@@ -46,7 +53,7 @@ pub(super) fn page(tree: &mut Tree, id: u32, epoch: u32) -> Vec<u8> {
         ids.sort_by_key(|id| std::cmp::Reverse(tree.units.at(*id).touched));
         (bytes, left_out) = image(&ids);
     }
-    tree.units.directory.sized(id, bytes.len(), left_out);
+    tree.units.directory.keep(id, &bytes, left_out);
     bytes
 }
 

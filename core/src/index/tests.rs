@@ -304,6 +304,25 @@ fn a_chain_leads_from_the_first_block_to_the_named_one() {
 }
 
 #[test]
+fn branches_are_where_other_prompts_went_elsewhere() {
+    let mut index = small();
+    let store = |index: &mut Index, blocks: &[(u64, u64)]| {
+        index.apply(0, Slot(1), Tier::Device, &stored(None, blocks));
+    };
+    store(&mut index, &[(1, 11), (2, 12), (3, 13), (4, 14)]);
+    store(&mut index, &[(1, 11), (5, 15)]);
+    let prompt = |tokens: &[u64]| History::sequence(tokens);
+    let branches = |tokens: &[u64], most| index.branches(0, &prompt(tokens), most);
+    assert_eq!(branches(&[11, 12, 13, 14], 9), [0]);
+    // It goes a way of its own after the second block.
+    assert_eq!(branches(&[11, 12, 99], 9), [1, 0]);
+    assert_eq!(branches(&[11, 12, 99], 1), [1]);
+    assert_eq!(branches(&[11, 12, 13, 14, 99], 9), [0]);
+    assert_eq!(branches(&[11, 12, 13], 9), [0]);
+    assert!(branches(&[99, 11], 9).is_empty());
+}
+
+#[test]
 fn a_removed_middle_hides_what_follows_until_it_returns() {
     let mut index = small();
     let all = [(1, 11), (2, 22), (3, 33), (4, 44)];

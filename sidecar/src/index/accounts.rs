@@ -15,6 +15,8 @@ use crate::metrics::Kind;
 
 /// Least time between two corrections.
 const LOADS_PAUSE: Duration = Duration::from_millis(5);
+/// Places of a prompt, the deepest ones, at which the next one is expected to leave it.
+const MAX_BRANCHES: usize = 4;
 /// Finding out what to tell takes at most this part of the service's time.
 const LOADS_SHARE: u32 = 10;
 
@@ -87,25 +89,27 @@ impl Service {
 
     /// The prompt of a booking: the index has the blocks that the report names by their last one.
     fn prompt(&mut self, booked: &Booked) -> Prompt {
-        let Some((depth, hash)) = booked.prefix.filter(|(depth, _)| *depth > 0) else {
+        let pool = usize::from(booked.owner.pool);
+        let chain = match booked.prefix.filter(|(depth, _)| *depth > 0) {
+            None => Some(Vec::new()),
+            Some((depth, hash)) => {
+                let chain = self.index.chain(pool, hash);
+                chain.filter(|chain| u32::try_from(chain.len()) == Ok(depth))
+            }
+        };
+        let Some(mut hashes) = chain else {
+            self.metrics.unknown_prefixes.inc();
             return Prompt {
-                start: 0,
+                start: booked.prefix.map_or(0, |(depth, _)| depth),
                 hashes: booked.hashes.clone(),
+                branches: Vec::new(),
             };
         };
-        let chain = self.index.chain(usize::from(booked.owner.pool), hash);
-        match chain.filter(|chain| u32::try_from(chain.len()) == Ok(depth)) {
-            Some(mut hashes) => {
-                hashes.extend(&booked.hashes);
-                Prompt { start: 0, hashes }
-            }
-            None => {
-                self.metrics.unknown_prefixes.inc();
-                Prompt {
-                    start: depth,
-                    hashes: booked.hashes.clone(),
-                }
-            }
+        hashes.extend(&booked.hashes);
+        Prompt {
+            start: 0,
+            branches: self.index.branches(pool, &hashes, MAX_BRANCHES),
+            hashes,
         }
     }
 

@@ -1,17 +1,21 @@
-//! Prefixes that live requests share.
+//! Prefixes of live requests that the next request may have in common with them.
+
+use std::cmp::Reverse;
+use std::collections::HashMap;
 
 use kv_core::id::{OwnerId, Slot};
 use kv_core::loads::{LivePrefix, MAX_PREFIXES};
 use kv_core::report::OwnerKey;
 use kv_core::tracker::Tracker;
 
-/// The longest prefixes that two or more requests on some owner share, by pool, longest first, with
-/// all owners on which they are in use.
+/// Live prefixes by pool, with all owners on which they are in use: first those of two or more
+/// requests, the longest first, then those of one.
 pub(super) fn live(tracker: &Tracker, owners: &[Vec<(Slot, OwnerId)>]) -> Vec<Vec<LivePrefix>> {
-    let mut ends: Vec<Vec<(u32, u64)>> = vec![Vec::new(); owners.len()];
-    for (owner, hash, depth) in tracker.shared_prefixes() {
-        if let Some(ends) = ends.get_mut(usize::from(owner.pool)) {
-            ends.push((depth, hash));
+    let mut ends: Vec<HashMap<u64, End>> = vec![HashMap::new(); owners.len()];
+    for (pool, hash, depth) in tracker.prefixes() {
+        if let Some(ends) = ends.get_mut(usize::from(pool)) {
+            let end = ends.entry(hash).or_insert(End { depth, requests: 0 });
+            end.requests += 1;
         }
     }
     let pools = (0_u16..).zip(ends).zip(owners);
@@ -20,21 +24,30 @@ pub(super) fn live(tracker: &Tracker, owners: &[Vec<(Slot, OwnerId)>]) -> Vec<Ve
         .collect()
 }
 
+/// The end of a prefix.
+#[derive(Clone, Copy)]
+struct End {
+    depth: u32,
+    /// Requests that name it.
+    requests: u32,
+}
+
 fn of_pool(
     tracker: &Tracker,
     pool: u16,
-    mut ends: Vec<(u32, u64)>,
+    ends: HashMap<u64, End>,
     owners: &[(Slot, OwnerId)],
 ) -> Vec<LivePrefix> {
-    ends.sort_unstable_by(|a, b| b.cmp(a));
-    ends.dedup();
+    let mut ends: Vec<(u64, End)> = ends.into_iter().collect();
+    // By hash at last, so that the same prefixes make the same list.
+    ends.sort_unstable_by_key(|(hash, end)| Reverse((end.requests >= 2, end.depth, *hash)));
     ends.truncate(MAX_PREFIXES);
-    let prefix = |(depth, hash)| {
+    let prefix = |(hash, end): (u64, End)| {
         let uses =
             |(_, id): &&(Slot, OwnerId)| tracker.is_in_use(&OwnerKey { pool, id: *id }, hash);
         LivePrefix {
             hash,
-            depth,
+            depth: end.depth,
             slots: owners.iter().filter(uses).map(|(slot, _)| *slot).collect(),
         }
     };

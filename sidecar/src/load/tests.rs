@@ -58,6 +58,7 @@ fn apply(accounts: &mut Accounts, stream: u64, report: &Report, now_ms: u64) {
         let prompt = Prompt {
             start: 0,
             hashes: booked.hashes.clone(),
+            branches: Vec::new(),
         };
         accounts.book(report.vm, booked, prompt, now_ms);
     }
@@ -178,6 +179,7 @@ fn blocks_that_nobody_can_name_are_counted_and_shared_with_nobody() {
     let prompt = Prompt {
         start: 3,
         hashes: vec![8, 9],
+        branches: Vec::new(),
     };
     let booked = |request| Booked {
         blocks: 5,
