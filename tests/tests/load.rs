@@ -163,13 +163,15 @@ async fn a_proxy_sees_what_another_booked() {
         let workers = stack.client.get(stack.sidecar.admin, "/v1/workers").await?;
         let mut load = Vec::new();
         collect_load(&workers, &mut load);
-        if load.iter().sum::<f64>() > 0.0 {
+        let index = stack.sidecar.index().await?;
+        let told = load.iter().sum::<f64>() > 0.0 && index["settled"] == true;
+        if told {
             Ok(())
         } else {
-            Err(workers.to_string())
+            Err(format!("{workers} {index}"))
         }
     };
-    wait::until("the first booking at the sidecar", known).await;
+    wait::until("the first booking at the other proxy", known).await;
     let mut since = counts(&upstreams).into_iter().zip(&start);
     let busy = since
         .position(|(now, start)| now > *start)
