@@ -30,7 +30,8 @@ pub struct Loads {
 pub struct PoolLoads {
     /// Corrections that are not zero, ascending by slot.
     pub corrections: Vec<(Slot, Correction)>,
-    /// The longest prefixes that two or more live requests share.
+    /// Prefixes of live requests that the next one may share: those that two or more have in common,
+    /// those that end where earlier prompts went on differently, and whole prompts.
     pub prefixes: Vec<LivePrefix>,
 }
 

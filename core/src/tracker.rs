@@ -47,6 +47,19 @@ pub struct ActiveLoad {
     pub blocks: u64,
 }
 
+/// A prefix of a live prompt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Prefix {
+    /// Position of the pool in the table.
+    pub pool: u16,
+    /// Sequence hash of its last block.
+    pub hash: u64,
+    /// Its blocks.
+    pub depth: u32,
+    /// Whether it is named for being the whole prompt.
+    pub is_whole: bool,
+}
+
 impl From<ActiveLoad> for Load {
     /// The load as lanes hold it; fields end at their greatest value.
     fn from(load: ActiveLoad) -> Self {
@@ -319,9 +332,9 @@ impl Tracker {
     }
 
     /// Prefixes of live prompts that another prompt may have in common with them: of each booking
-    /// the longest one that another booking in its pool uses too, and those that end where other
-    /// prompts went on differently. Pool, sequence hash of the last block, number of blocks.
-    pub fn prefixes(&self) -> impl Iterator<Item = (u16, u64, u32)> + '_ {
+    /// the longest one that another booking in its pool uses too, those that end where other
+    /// prompts went on differently, and all of it, which the next turn would start with.
+    pub fn prefixes(&self) -> impl Iterator<Item = Prefix> + '_ {
         self.entries.values().flat_map(|entry| {
             let Booking {
                 start,
@@ -335,9 +348,15 @@ impl Tracker {
             // A block is used by no fewer requests than the one after it.
             let shared = hashes.partition_point(is_shared).checked_sub(1);
             let branches = branches.iter().map(|at| *at as usize);
-            shared.into_iter().chain(branches).filter_map(move |at| {
-                let depth = start.checked_add(u32::try_from(at).ok()?)?.checked_add(1)?;
-                Some((pool, *hashes.get(at)?, depth))
+            let parts = shared.into_iter().chain(branches).map(|at| (at, false));
+            let whole = hashes.len().checked_sub(1).map(|at| (at, true));
+            parts.chain(whole).filter_map(move |(at, is_whole)| {
+                Some(Prefix {
+                    pool,
+                    hash: *hashes.get(at)?,
+                    depth: start.checked_add(u32::try_from(at).ok()?)?.checked_add(1)?,
+                    is_whole,
+                })
             })
         })
     }
@@ -505,8 +524,12 @@ mod tests {
                 .unwrap();
         }
         let prefixes = |tracker: &Tracker| {
-            let mut prefixes: Vec<_> = tracker.prefixes().collect();
+            let named = tracker.prefixes().filter(|p| !p.is_whole);
+            let mut prefixes: Vec<_> = named.map(|p| (p.pool, p.hash, p.depth)).collect();
             prefixes.sort_unstable();
+            let whole = tracker.prefixes().filter(|p| p.is_whole);
+            let whole: Vec<u32> = whole.map(|p| p.depth).collect();
+            assert_eq!(whole, vec![13; tracker.len()]);
             prefixes
         };
         // Requests 1 and 3 share all on two owners, 2 has two blocks in common with them.

@@ -139,26 +139,32 @@ async fn two_processes_see_the_same_load_and_shared_blocks_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_longest_shared_live_prefix_is_published_with_its_owners() {
+async fn live_prefixes_are_published_with_their_owners_shared_ones_first() {
     let sidecar = Sidecar::start(TWO_WORKERS).await;
     let mut proxy = Proxy::start(&sidecar, 1).await;
     proxy.vm.book(1, 1, &[1, 2, 3, 4]);
     proxy.vm.book(2, 1, &[1, 2, 3, 5]);
     proxy.vm.book(3, 2, &[1, 2, 3, 6]);
     proxy.report().await;
-    let is_shared = |loads: &Loads| !loads.pools[0].prefixes.is_empty();
-    let loads = proxy.bridge.loads("a shared prefix", is_shared).await;
+    let is_shared = |loads: &Loads| loads.pools[0].prefixes.len() == 4;
+    let loads = proxy.bridge.loads("live prefixes", is_shared).await;
     let prefixes: Vec<_> = loads.pools[0]
         .prefixes
         .iter()
         .map(|p| (p.hash, p.depth, p.slots.clone()))
         .collect();
-    assert_eq!(prefixes, [(3, 3, vec![Slot(0), Slot(1)])]);
+    let shared = (3, 3, vec![Slot(0), Slot(1)]);
+    let whole = [(6, 1), (5, 0), (4, 0)].map(|(hash, slot)| (hash, 4, vec![Slot(slot)]));
+    assert_eq!(prefixes[0], shared);
+    assert_eq!(prefixes[1..], whole);
     proxy.vm.free(1);
-    proxy.report().await;
-    let is_none = |loads: &Loads| loads.pools[0].prefixes.is_empty();
-    proxy.bridge.loads("no shared prefix", is_none).await;
     proxy.vm.free(2);
+    proxy.report().await;
+    let is_whole = |loads: &Loads| {
+        let prefixes = &loads.pools[0].prefixes;
+        matches!(prefixes.as_slice(), [only] if (only.hash, only.depth) == (6, 4))
+    };
+    proxy.bridge.loads("the one that is left", is_whole).await;
     proxy.vm.free(3);
     proxy.report().await;
     all_zero(&sidecar, &[&proxy]).await;

@@ -89,7 +89,8 @@ pub struct IndexReport {
     pub ready: bool,
     /// Whether its contents came from the state folder.
     pub restored: bool,
-    /// Whether somebody subscribed, and every page is written and acknowledged by every subscriber.
+    /// Whether somebody subscribed, and every page and load is written and acknowledged by every
+    /// subscriber.
     pub settled: bool,
     /// Workers whose snapshot is awaited.
     pub repairs: usize,
@@ -198,6 +199,7 @@ impl Service {
             ready: self.ready,
             restored: self.is_restored,
             settled: !self.index.is_dirty()
+                && self.loads_at.is_none()
                 && !subscribers.is_empty()
                 && subscribers.iter().all(is_idle),
             repairs: self.roster.workers().filter(|w| w.repair.is_some()).count(),

@@ -9,13 +9,15 @@ use kv_core::report::OwnerKey;
 use kv_core::tracker::Tracker;
 
 /// Live prefixes by pool, with all owners on which they are in use: first those of two or more
-/// requests, the longest first, then those of one.
+/// requests, then those of one at whose end other prompts went on differently, then whole prompts;
+/// of each kind the longest first.
 pub(super) fn live(tracker: &Tracker, owners: &[Vec<(Slot, OwnerId)>]) -> Vec<Vec<LivePrefix>> {
     let mut ends: Vec<HashMap<u64, End>> = vec![HashMap::new(); owners.len()];
-    for (pool, hash, depth) in tracker.prefixes() {
-        if let Some(ends) = ends.get_mut(usize::from(pool)) {
-            let end = ends.entry(hash).or_insert(End { depth, requests: 0 });
-            end.requests += 1;
+    for prefix in tracker.prefixes() {
+        if let Some(ends) = ends.get_mut(usize::from(prefix.pool)) {
+            let end = ends.entry(prefix.hash).or_default();
+            end.depth = prefix.depth;
+            end.parts += u32::from(!prefix.is_whole);
         }
     }
     let pools = (0_u16..).zip(ends).zip(owners);
@@ -25,11 +27,11 @@ pub(super) fn live(tracker: &Tracker, owners: &[Vec<(Slot, OwnerId)>]) -> Vec<Ve
 }
 
 /// The end of a prefix.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct End {
     depth: u32,
-    /// Requests that name it.
-    requests: u32,
+    /// How often it is named as a part of a prompt.
+    parts: u32,
 }
 
 fn of_pool(
@@ -40,7 +42,7 @@ fn of_pool(
 ) -> Vec<LivePrefix> {
     let mut ends: Vec<(u64, End)> = ends.into_iter().collect();
     // By hash at last, so that the same prefixes make the same list.
-    ends.sort_unstable_by_key(|(hash, end)| Reverse((end.requests >= 2, end.depth, *hash)));
+    ends.sort_unstable_by_key(|(hash, end)| Reverse((end.parts.min(2), end.depth, *hash)));
     ends.truncate(MAX_PREFIXES);
     let prefix = |(hash, end): (u64, End)| {
         let uses =

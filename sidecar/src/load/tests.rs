@@ -167,8 +167,21 @@ fn only_changes_are_told() {
     assert_eq!(streams(accounts.news()), [10, 20]);
     assert!(accounts.news().is_empty());
     apply(&mut accounts, 10, &report(1, &[1], false), 0);
-    // The first proxy's lanes are right as they are.
-    assert_eq!(streams(accounts.news()), [20]);
+    let news = accounts.news();
+    let told = |news: &News| {
+        let PoolLoads {
+            corrections,
+            prefixes,
+        } = &news.pools[0];
+        (news.stream, corrections.len(), prefixes.len())
+    };
+    // The first proxy's lanes are right as they are; both hear of the prefix in use.
+    let told: Vec<_> = news.iter().map(told).collect();
+    assert_eq!(told, [(10, 0, 1), (20, 1, 1)]);
+    accounts.step(7, &Step::FirstToken { request: 1 }, 0);
+    let came = accounts.news();
+    assert_eq!(streams(came), [10, 20]);
+    assert!(accounts.news().is_empty());
     accounts.connected(proxy(1), 11, 0);
     assert_eq!(streams(accounts.news()), [11]);
 }
