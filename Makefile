@@ -13,6 +13,7 @@ export RUSTUP_TOOLCHAIN ?= $(shell sed -n 's/^channel = "\(.*\)"/\1/p' rust-tool
 export ENVOY := $(TOOLS)/envoy
 export NATS_SERVER := $(TOOLS)/nats-server
 export KV_FILTER_WASM := $(CURDIR)/target/wasm32-unknown-unknown/wasm/kv_filter.wasm
+export KV_FILTER_CHAOS_WASM := $(CURDIR)/target/chaos/wasm32-unknown-unknown/wasm/kv_filter.wasm
 
 CLIPPY := -D warnings
 
@@ -41,6 +42,11 @@ filter: preflight ## the filter that Envoy loads (target/wasm32-unknown-unknown/
 	@echo '==> building the filter for wasm32 (half a minute the first time)'
 	@envoy/tools/wasm-cargo build -p kv-filter --profile wasm
 
+.PHONY: filter-chaos
+filter-chaos: preflight
+	@echo '==> building the filter that traps on request, for tests (half a minute the first time)'
+	@envoy/tools/wasm-cargo build -p kv-filter --features chaos --profile wasm --target-dir target/chaos
+
 .PHONY: tools
 tools: preflight ## fetch Envoy, NATS and Node into .tools
 	@python3 -B envoy/tools/fetch.py
@@ -56,7 +62,7 @@ check: components ## format, lints and unit tests, seconds when warm
 	@cargo test --quiet --workspace --lib --bins
 
 .PHONY: test
-test: tools filter ## every test: unit, property, wasm32 under Node, end to end with real Envoy and NATS
+test: tools filter filter-chaos ## every test: unit, property, wasm32 under Node, end to end with real Envoy and NATS
 	@envoy/tools/wasm-test-runner
 	@echo '==> building the tests (three to five minutes the first time)'
 	@cargo test --quiet --workspace --no-run

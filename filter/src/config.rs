@@ -13,6 +13,9 @@ pub struct Config {
     /// After how long a silent bridge is replaced, at least three ticks and at most 60,000
     /// milliseconds.
     pub lease_ms: u32,
+    /// Any number. The sidecar writes another one when a VM has trapped: Envoy replaces trapped VMs
+    /// when the plugin configuration changes, and leaves the others as they are.
+    pub generation: u64,
 }
 
 impl Default for Config {
@@ -21,6 +24,7 @@ impl Default for Config {
             sidecar_cluster: "kv_router_sidecar".to_owned(),
             tick_ms: 50,
             lease_ms: 300,
+            generation: 0,
         }
     }
 }

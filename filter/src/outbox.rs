@@ -12,7 +12,7 @@ use crate::metrics::{Event, Metrics};
 /// Steps come at least this far apart in reports, unless a report is full.
 const SPACING_NS: u64 = 1_000_000;
 /// A complete report comes at least this often.
-const COMPLETE_NS: u64 = 5_000_000_000;
+const COMPLETE_NS: u64 = 2_000_000_000;
 /// Steps that wait for a queue, at most.
 const MAX_WAITING: usize = 4096;
 /// Their encoded size, at most, in bytes.

@@ -9,6 +9,7 @@ mod control;
 mod cursor;
 mod decisions;
 mod field;
+mod peering;
 mod prediction;
 mod publisher;
 mod repair;
@@ -30,7 +31,7 @@ use kv_core::id::WorkerId;
 use kv_core::index::{Index, IndexConfig};
 use kv_core::table::{self, Settings, Table};
 use kv_core::wire::Subscribe;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
@@ -80,6 +81,7 @@ pub struct Service {
     decisions: Decisions,
     /// Predicted blocks, by pool.
     predictions: BTreeMap<usize, Approximate>,
+    peering: Option<peering::Peering>,
     loads_version: u64,
     /// When proxies are to be told about load; `None` while nothing has changed.
     loads_at: Option<Instant>,
@@ -99,6 +101,7 @@ pub struct Service {
     flush_at: Option<Instant>,
     received_ns: Vec<u64>,
     saving: saving::Saving,
+    silence: Arc<Notify>,
     metrics: Arc<Metrics>,
 }
 
@@ -144,6 +147,7 @@ impl Service {
             accounts: Accounts::new(config.load),
             decisions: Decisions::default(),
             predictions: BTreeMap::new(),
+            peering: None,
             loads_version: 0,
             loads_at: None,
             loads_from: Instant::now(),
@@ -161,6 +165,7 @@ impl Service {
             flush_at: None,
             received_ns: Vec::new(),
             saving: saving::Saving::new(config.state_dir.as_deref().map(state::file)),
+            silence: Arc::default(),
             metrics,
         };
         service.restore(&config.pools, states);
@@ -170,6 +175,12 @@ impl Service {
         // Epoch and slots are worth saving, events or not.
         service.saving.touch();
         service
+    }
+
+    /// Is told when a filter VM has fallen silent while its Envoy lives: it has trapped.
+    #[must_use]
+    pub fn silence(&self) -> Arc<Notify> {
+        Arc::clone(&self.silence)
     }
 
     /// Serves until cancelled, then saves.
@@ -228,6 +239,7 @@ impl Service {
             Control::Ack(id, ack) => self.publisher.acked(id, ack, &mut self.index),
             Control::Reports(id, reports) => self.reports(id, reports),
             Control::Lanes(id, lanes) => self.lanes(id, &lanes),
+            Control::Peer(arrival) => self.peer_arrived(arrival),
             Control::Gone(id) => {
                 self.publisher.gone(id);
                 self.disconnect_proxy(id);
@@ -296,6 +308,7 @@ impl Service {
         }
         self.report_change(&change);
         self.serve_owners();
+        self.reconfigure_peers();
         if self.connected.contains(&Plane::Json) {
             for worker in change.joined {
                 self.begin_repair(worker, false);
@@ -355,6 +368,7 @@ impl Service {
     fn tick(&mut self, tick: u32) {
         self.look_after_repairs();
         self.sweep_loads();
+        self.tick_peers(tick);
         self.expire_predictions();
         self.check_ready();
         self.save_step();

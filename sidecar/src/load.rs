@@ -24,8 +24,8 @@ pub use view::{LoadReport, ProxyRequests, RawReport};
 
 /// Bookings at a time, over all proxies.
 const MAX_BOOKINGS: usize = 1 << 18;
-/// How long a VM may be silent: it reports whole every 5 s.
-const VM_SILENCE_MS: u64 = 12_000;
+/// How long a VM may be silent: it reports whole every 2 s.
+const VM_SILENCE_MS: u64 = 5_000;
 /// How long a proxy may be without a stream.
 const PROXY_SILENCE_MS: u64 = 15_000;
 
@@ -291,6 +291,17 @@ impl Accounts {
             }
         }
         news
+    }
+
+    /// All bookings.
+    #[must_use]
+    pub(crate) fn tracker(&self) -> &Tracker {
+        &self.tracker
+    }
+
+    /// All bookings, for those that are no proxy's.
+    pub(crate) fn tracker_mut(&mut self) -> &mut Tracker {
+        &mut self.tracker
     }
 
     /// The true load of an owner.

@@ -167,11 +167,29 @@ metrics! {
     regret: Histogram = Histogram::new(regret_buckets()), "regret_blocks", None, "Exact cost of the choice above the least";
     /// `kv_router_predicted_blocks`: blocks predicted for owners of pools without KV events.
     predicted: Gauge = Gauge::default(), "predicted_blocks", None, "Blocks predicted from requests";
+    /// `kv_router_peers`: other routers that announce requests or give signs of life.
+    peers: Gauge = Gauge::default(), "peers", None, "Other routers";
+    /// `kv_router_peer_events_total{kind}`: events of peers applied, kind `booked`, `first_token`,
+    /// `freed`, `stale`. `stale`: a snapshot showed that the end of a request was missed.
+    peer_events: Family<Kind, Counter> = Family::default(), "peer_events", None, "Events of peers applied";
+    /// `kv_router_peer_sent_events_total{kind}`: events told to peers, kind `booked`,
+    /// `first_token`, `freed`.
+    peer_sent: Family<Kind, Counter> = Family::default(), "peer_sent_events", None, "Events told to peers";
+    /// `kv_router_peer_dropped_total{kind}`: what was dropped on the way from or to peers, kind says
+    /// why ([`crate::peers::Dropped`]).
+    peer_dropped: Family<Kind, Counter> = Family::default(), "peer_dropped", None, "Dropped on the way from or to peers";
+    /// `kv_router_peer_snapshots_total{kind}`: snapshots of live bookings, kind `asked`, `answered`.
+    peer_snapshots: Family<Kind, Counter> = Family::default(), "peer_snapshots", None, "Snapshots of live bookings";
+    /// `kv_router_lost_peers_total`: sidecars that fell silent; their bookings were freed.
+    lost_peers: Counter = Counter::default(), "lost_peers", None, "Sidecars that fell silent";
     /// `kv_router_state_saves_total{kind}`: snapshots of the index to disk, kind `saved`, `failed`.
     saves: Family<Kind, Counter> = Family::default(), "state_saves", None, "Snapshots written";
     /// `kv_router_state_restores_total{kind}`: starts by where the index came from, kind
     /// `restored`, `absent`, `corrupt`.
     restores: Family<Kind, Counter> = Family::default(), "state_restores", None, "Starts by state found";
+    /// `kv_router_filter_revivals_total{kind}`: filter configurations rewritten because a VM had
+    /// trapped, kind `replaced`, `failed`. A trap is a defect: Envoy's log has its message.
+    revivals: Family<Kind, Counter> = Family::default(), "filter_revivals", None, "Rewritten filter configurations";
     /// `kv_router_config_reloads_total{kind}`: changes of the file, kind `applied`, `refused`,
     /// `restart_needed`.
     reloads: Family<Kind, Counter> = Family::default(), "config_reloads", None, "Configuration changes";

@@ -5,8 +5,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::admin;
@@ -25,6 +26,9 @@ const ARRIVALS: usize = 256;
 const CONTROLS: usize = 1024;
 /// Requests for snapshots under way, at most one to a worker.
 const REQUESTS: usize = 1 << 16;
+/// Least time between two replacements of trapped VMs: one that was taken for trapped wrongly must
+/// not keep Envoy busy.
+const REPLACE_PAUSE: Duration = Duration::from_secs(10);
 /// How long Envoy may take to have a worker table before its endpoints follow.
 const TABLE_WRITTEN: Duration = Duration::from_secs(2);
 /// How long tasks may take to end.
@@ -66,6 +70,7 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
     let restored =
         tokio::task::spawn_blocking(move || state::restore(state_file.as_deref())).await?;
     let service = Service::new(&config, restored, requests, Arc::clone(&metrics));
+    let silence = service.silence();
 
     let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
     if let Some(settings) = &config.nats {
@@ -102,6 +107,7 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
         files,
         control,
         metrics,
+        silence,
     };
     let reload_cancel = cancel.clone();
     tasks.spawn(async move {
@@ -147,6 +153,14 @@ async fn after_shutdown(cancel: &CancellationToken) {
     tokio::time::sleep(SHUTDOWN).await;
 }
 
+/// A VM has fallen silent, and the last replacement is long enough ago.
+async fn silence(silence: &Notify, replaced_at: Option<Instant>) {
+    if let Some(at) = replaced_at {
+        tokio::time::sleep_until(at + REPLACE_PAUSE).await;
+    }
+    silence.notified().await;
+}
+
 /// Keeps the running sidecar in line with its file.
 struct Reloader {
     config: Config,
@@ -154,11 +168,13 @@ struct Reloader {
     files: Option<Files>,
     control: mpsc::Sender<Control>,
     metrics: Arc<Metrics>,
+    silence: Arc<Notify>,
 }
 
 impl Reloader {
     /// Never returns.
     async fn run(mut self) {
+        let mut replaced_at = None;
         match Watch::new(&self.source.file) {
             Ok(mut watch) => {
                 // It may have changed after it was read and before it was watched.
@@ -166,8 +182,17 @@ impl Reloader {
                 if read.is_ok_and(|read| read != self.config) {
                     self.reload().await;
                 }
-                while watch.changed().await.is_some() {
-                    self.reload().await;
+                loop {
+                    tokio::select! {
+                        changed = watch.changed() => match changed {
+                            Some(_) => self.reload().await,
+                            None => break,
+                        },
+                        () = silence(&self.silence, replaced_at) => {
+                            self.replace_trapped();
+                            replaced_at = Some(Instant::now());
+                        }
+                    }
                 }
                 tracing::error!("watching the configuration has failed, changes need a restart");
             }
@@ -175,7 +200,30 @@ impl Reloader {
                 tracing::error!(%error, "can't watch the configuration, changes need a restart");
             }
         }
-        std::future::pending::<()>().await;
+        loop {
+            silence(&self.silence, replaced_at).await;
+            self.replace_trapped();
+            replaced_at = Some(Instant::now());
+        }
+    }
+
+    /// A trapped VM lets its thread's requests pass by until the filter's configuration changes.
+    fn replace_trapped(&self) {
+        let Some(files) = &self.files else {
+            tracing::error!("a filter VM has trapped, and there is no filter file to rewrite");
+            return;
+        };
+        let outcome = files.write_filter(&self.config, files.generation() + 1);
+        let kind = if outcome.is_ok() {
+            "replaced"
+        } else {
+            "failed"
+        };
+        self.metrics.revivals.get_or_create(&Kind { kind }).inc();
+        match outcome {
+            Ok(()) => tracing::error!("a filter VM has trapped, envoy is told to replace it"),
+            Err(error) => tracing::error!(%error, "a filter VM has trapped and can't be replaced"),
+        }
     }
 
     async fn reload(&mut self) {

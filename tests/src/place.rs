@@ -43,6 +43,13 @@ pub fn filter() -> PathBuf {
     file("KV_FILTER_WASM", built, "make filter")
 }
 
+/// The filter module that traps on request.
+#[must_use]
+pub fn chaos_filter() -> PathBuf {
+    let built = root().join("target/chaos/wasm32-unknown-unknown/wasm/kv_filter.wasm");
+    file("KV_FILTER_CHAOS_WASM", built, "make filter-chaos")
+}
+
 /// The sidecar, from the same build as the test.
 #[must_use]
 pub fn kv_router() -> PathBuf {

@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use kv_router::config::{Config, Flags, schema};
-use kv_router::metrics::{InPool, Kind, Metrics, PlaneKind};
+use kv_router::metrics::{InPool, Kind, Metrics, OfOwner, Outcome, PlaneKind};
 use serde_json::Value;
 
 const CONFIGURATION: &str = include_str!("../../docs/guide/configuration.md");
-const OPERATIONS: &str = include_str!("../../docs/guide/operations.md");
+const METRICS: &str = include_str!("../../docs/guide/metrics.md");
 const EVENTS: &str = include_str!("../../docs/guide/events.md");
 
 /// The first line of an example that is a whole configuration file.
@@ -76,16 +76,12 @@ fn bare(name: &str) -> String {
     name.split('{').next().unwrap().to_owned()
 }
 
-fn documented_metrics() -> [BTreeSet<String>; 2] {
-    let section = section(OPERATIONS, "## Metrics");
-    let (sidecar, filter) = section.split_once("The filter's, at").expect("both tables");
-    [sidecar, filter].map(|table| {
-        let rows = rows(table);
-        rows.iter()
-            .map(|row| bare(codes(row[0])[0]))
-            .filter(|name| name.starts_with("kv_router_"))
-            .collect()
-    })
+fn documented_metrics(heading: &str) -> BTreeSet<String> {
+    let rows = rows(section(METRICS, heading));
+    rows.iter()
+        .map(|row| bare(codes(row[0])[0]))
+        .filter(|name| name.starts_with("kv_router_"))
+        .collect()
 }
 
 #[test]
@@ -105,8 +101,20 @@ fn every_metric_of_the_sidecar_is_in_the_catalogue() {
         &metrics.saves,
         &metrics.restores,
         &metrics.reloads,
+        &metrics.reports,
+        &metrics.steps,
     ] {
         family.get_or_create(&Kind { kind }).inc();
+    }
+    let outcome = "";
+    metrics.shadow.get_or_create(&Outcome { outcome }).inc();
+    for family in [
+        &metrics.active_blocks,
+        &metrics.active_prefill_tokens,
+        &metrics.active_requests,
+    ] {
+        let (pool, worker, rank) = (String::new(), 0, 0);
+        family.get_or_create(&OfOwner { pool, worker, rank }).set(1);
     }
     let text = metrics.encode();
     let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
@@ -120,7 +128,7 @@ fn every_metric_of_the_sidecar_is_in_the_catalogue() {
     // An empty family is not exposed: this sees one that the lists above lack.
     let registered = format!("{metrics:?}").matches("Descriptor {").count();
     assert_eq!(names.len(), registered, "families not touched above");
-    assert_eq!(documented_metrics()[0], names);
+    assert_eq!(documented_metrics("## Metrics of the sidecar"), names);
 }
 
 #[test]
@@ -146,7 +154,7 @@ fn every_metric_of_the_filter_is_in_the_catalogue() {
             }
         }
     }
-    assert_eq!(documented_metrics()[1], names);
+    assert_eq!(documented_metrics("## Metrics of the filter"), names);
 }
 
 /// The labels that a type of a source file gives its variants.
@@ -161,17 +169,28 @@ fn labels(file: &str, of: &str) -> BTreeSet<String> {
 }
 
 #[test]
-fn every_reason_fault_and_rejection_is_explained() {
+fn every_label_is_explained() {
     let first_cells = |page: &'static str, heading| -> BTreeSet<String> {
         let rows = rows(section(page, heading));
         let names = rows.iter().flat_map(|row| codes(row[0]));
         names.map(str::to_owned).collect()
     };
-    let reasons = first_cells(OPERATIONS, "## Reasons");
+    let reasons = first_cells(METRICS, "## Reasons");
     assert_eq!(reasons, labels("filter/src/reason.rs", "Reason"));
     let mut faults = labels("filter/src/metrics.rs", "Fault");
     faults.extend(labels("core/src/wire.rs", "WireError"));
-    assert_eq!(first_cells(OPERATIONS, "### Faults"), faults);
+    assert_eq!(first_cells(METRICS, "### Faults"), faults);
+    let misses = labels("filter/src/metrics.rs", "Miss");
+    assert_eq!(first_cells(METRICS, "### Misses"), misses);
+    let verdicts = labels("sidecar/src/decision/shadow.rs", "Verdict");
+    assert_eq!(first_cells(METRICS, "### Verdicts"), verdicts);
+    let mut steps = labels("sidecar/src/load.rs", "Outcome");
+    steps.extend(labels("core/src/tracker.rs", "TrackError"));
+    let named = |row: &&Vec<&str>| row[0].contains("kv_router_report_steps_total");
+    let catalogue = rows(section(METRICS, "## Metrics of the sidecar"));
+    let row = catalogue.iter().find(named).expect("the steps");
+    let kinds = codes(row[1]).into_iter().map(str::to_owned);
+    assert_eq!(kinds.collect::<BTreeSet<_>>(), steps);
     let wrong = section(EVENTS, "## What is counted when something is wrong");
     let (rejections, rest) = wrong
         .split_once("Outcomes of requests")

@@ -8,6 +8,9 @@ use super::{FILTER, SIDECAR_CLUSTER, WASM_TYPE, cluster, quoted};
 use crate::config::{Config, Pool};
 use crate::state::replace;
 
+/// Key of the filter's configuration that tells its generations apart.
+const GENERATION: &str = "generation";
+
 /// Why the files can't be written.
 #[derive(Debug, thiserror::Error)]
 pub enum FilesError {
@@ -59,11 +62,33 @@ impl Files {
     /// # Errors
     /// When the system refuses.
     pub fn write(&self, config: &Config) -> Result<(), FilesError> {
-        write(&self.filter(), &filter(config))?;
+        self.write_filter(config, self.generation())?;
         for pool in &config.pools {
             self.write_endpoints(&pool.name, &endpoints_of(pool))?;
         }
         Ok(())
+    }
+
+    /// Writes the filter's configuration with this generation. Another one makes Envoy replace VMs
+    /// that have trapped.
+    ///
+    /// # Errors
+    /// When the system refuses.
+    pub fn write_filter(&self, config: &Config, generation: u64) -> Result<(), FilesError> {
+        write(&self.filter(), &filter(config, generation))
+    }
+
+    /// The generation in the filter's configuration; 0 without one.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        let text = std::fs::read_to_string(self.filter()).unwrap_or_default();
+        let after = text.split(GENERATION).nth(1).unwrap_or_default();
+        let digits = after.trim_start_matches(|c: char| !c.is_ascii_digit());
+        let end = digits.find(|c: char| !c.is_ascii_digit());
+        digits
+            .get(..end.unwrap_or(digits.len()))
+            .and_then(|n| n.parse().ok())
+            .unwrap_or(0)
     }
 
     /// Writes a pool's endpoints.
@@ -92,10 +117,14 @@ fn write(file: &Path, text: &str) -> Result<(), FilesError> {
     })
 }
 
-fn filter(config: &Config) -> String {
+fn filter(config: &Config, generation: u64) -> String {
     let wasm = absolute(&config.filter_wasm).unwrap_or_else(|_| config.filter_wasm.clone());
     let wasm = quoted(&wasm.to_string_lossy());
-    let settings = quoted(&serde_json::json!({ "sidecar_cluster": SIDECAR_CLUSTER }).to_string());
+    let settings = serde_json::json!({
+        "sidecar_cluster": SIDECAR_CLUSTER,
+        (GENERATION): generation,
+    });
+    let settings = quoted(&settings.to_string());
     format!(
         r#"resources:
 - "@type": type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig

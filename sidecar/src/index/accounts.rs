@@ -45,16 +45,21 @@ impl Service {
             if kind == "repeated" {
                 continue;
             }
+            if report.complete {
+                self.report_for_peers(report.vm);
+            }
             let origin = Origin {
                 proxy: proxy.clone(),
                 vm: report.vm,
             };
             for step in &report.steps {
                 let outcome = self.step(&origin, step, now_ms);
+                self.step_for_peers(report.vm, step);
                 let kind = outcome.kind();
                 self.metrics.steps.get_or_create(&Kind { kind }).inc();
             }
         }
+        self.announce();
         self.loads_due();
     }
 
@@ -142,9 +147,15 @@ impl Service {
         for ProxyId { process, vm_id } in &swept.proxies {
             tracing::warn!(process, vm_id, "proxy is gone, its bookings are freed");
         }
+        if !swept.vms.is_empty() {
+            self.silence.notify_one();
+        }
         self.metrics.retired_vms.inc_by(swept.vms.len() as u64);
         self.metrics.lost_proxies.inc_by(swept.proxies.len() as u64);
         self.metrics.expired.inc_by(swept.expired as u64);
+        if swept.freed + swept.expired > 0 {
+            self.swept_for_peers();
+        }
         if swept != Default::default() {
             self.loads_due();
         }
@@ -165,7 +176,7 @@ impl Service {
     }
 
     /// Something has changed that proxies may have to be told.
-    fn loads_due(&mut self) {
+    pub(super) fn loads_due(&mut self) {
         self.loads_at.get_or_insert(self.loads_from);
     }
 

@@ -12,6 +12,7 @@ use super::{Field, IndexReport, Readiness, Refusal, WorkersReport};
 use crate::config::Config;
 use crate::decision::{DecisionsReport, Wanted};
 use crate::load::RawReport;
+use crate::peers;
 
 /// Anything but events.
 #[derive(Debug)]
@@ -33,6 +34,8 @@ pub enum Control {
     Reports(u64, Vec<Report>),
     /// Lanes as Envoy's gauges show them.
     Lanes(u64, Vec<Sum>),
+    /// Something of other routers.
+    Peer(peers::Arrival),
     /// A subscription's stream is over.
     Gone(u64),
     /// Pools, workers, policies or settings have changed.
