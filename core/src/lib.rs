@@ -34,6 +34,7 @@ pub mod page;
 pub mod pick;
 pub mod policy;
 pub mod reader;
+pub mod replica;
 pub mod report;
 pub mod rng;
 pub mod scan;

@@ -64,6 +64,8 @@ pub struct Nats {
     pub dynamo: Option<DynamoPlane>,
     /// Subject of plain JSON events.
     pub json: Option<Template>,
+    /// Whether load is exchanged with other sidecars and Dynamo's routers; needs `dynamo`.
+    pub replica_sync: bool,
     /// Credentials file.
     pub credentials_file: Option<PathBuf>,
     /// File with an nkey seed.

@@ -12,6 +12,7 @@ pub mod index;
 pub mod ingest;
 pub mod load;
 pub mod metrics;
+pub mod peers;
 pub mod serve;
 pub mod state;
 pub mod watch;

@@ -17,6 +17,7 @@ use crate::envoy::{Files, FilesError, endpoints_of};
 use crate::index::{Control, Service, state_file};
 use crate::ingest::nats;
 use crate::metrics::{Kind, Metrics};
+use crate::peers::Link;
 use crate::state;
 use crate::watch::Watch;
 
@@ -69,7 +70,7 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
     let state_file = state_file(&config);
     let restored =
         tokio::task::spawn_blocking(move || state::restore(state_file.as_deref())).await?;
-    let service = Service::new(&config, restored, requests, Arc::clone(&metrics));
+    let mut service = Service::new(&config, restored, requests, Arc::clone(&metrics));
     let silence = service.silence();
 
     let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
@@ -78,6 +79,17 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
         let cancel = cancel.clone();
         tasks.spawn(async move {
             nats.run(cancel).await;
+            Ok(())
+        });
+    }
+    let peers = config.nats.as_ref().filter(|nats| nats.replica_sync);
+    if let Some((nats, plane)) = peers.and_then(|nats| Some((nats, nats.dynamo.as_ref()?))) {
+        let metrics = Arc::clone(&metrics);
+        let (link, out) = Link::new(nats, plane, control.clone(), metrics).await?;
+        service = service.with_peers(link.router_id(), out);
+        let cancel = cancel.clone();
+        tasks.spawn(async move {
+            link.run(cancel).await;
             Ok(())
         });
     }

@@ -103,6 +103,11 @@ fn every_metric_of_the_sidecar_is_in_the_catalogue() {
         &metrics.reloads,
         &metrics.reports,
         &metrics.steps,
+        &metrics.peer_events,
+        &metrics.peer_sent,
+        &metrics.peer_dropped,
+        &metrics.peer_snapshots,
+        &metrics.revivals,
     ] {
         family.get_or_create(&Kind { kind }).inc();
     }
@@ -182,6 +187,8 @@ fn every_label_is_explained() {
     assert_eq!(first_cells(METRICS, "### Faults"), faults);
     let misses = labels("filter/src/metrics.rs", "Miss");
     assert_eq!(first_cells(METRICS, "### Misses"), misses);
+    let dropped = labels("sidecar/src/peers.rs", "Dropped");
+    assert_eq!(first_cells(METRICS, "### Peers"), dropped);
     let verdicts = labels("sidecar/src/decision/shadow.rs", "Verdict");
     assert_eq!(first_cells(METRICS, "### Verdicts"), verdicts);
     let mut steps = labels("sidecar/src/load.rs", "Outcome");

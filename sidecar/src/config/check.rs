@@ -116,6 +116,10 @@ impl Check {
             let why = "needs `dynamo` or `json_subject`, or nothing is read from it";
             self.refuse("nats", url, why);
         }
+        if nats.replica_sync && nats.dynamo.is_none() {
+            let why = "needs nats.dynamo, whose subjects it goes over";
+            self.refuse("nats.replica_sync", true, why);
+        }
         let json = nats.json_subject.as_deref().and_then(|subject| {
             let template = Template::new(subject);
             let refuse = |why: TemplateError| {
@@ -150,6 +154,7 @@ impl Check {
                 component: plane.component.clone().unwrap_or_default(),
             }),
             json,
+            replica_sync: nats.replica_sync,
             credentials_file: nats.credentials_file.clone(),
             nkey_seed_file: nats.nkey_seed_file.clone(),
             tls: nats.tls.clone(),

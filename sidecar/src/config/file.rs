@@ -208,6 +208,10 @@ pub struct Nats {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "String")]
     pub json_subject: Option<String>,
+    /// Whether load is exchanged with other sidecars, and with Dynamo's routers; needs `dynamo`,
+    /// whose subjects it goes over. Mirrors Dynamo's `--router-replica-sync`.
+    #[serde(default)]
+    pub replica_sync: bool,
     /// Credentials file (JWT and seed).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "PathBuf")]

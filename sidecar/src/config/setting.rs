@@ -240,6 +240,14 @@ static SETTINGS: &[Setting] = &[
         &["KV_ROUTER_NATS_URL"],
         "NATS server",
     ),
+    setting(
+        "nats.replica_sync",
+        false,
+        Kind::Switch(&["no-router-replica-sync"]),
+        &["router-replica-sync"],
+        &["DYN_ROUTER_REPLICA_SYNC"],
+        "Exchange load with other sidecars and Dynamo's routers",
+    ),
 ];
 
 impl Setting {

@@ -72,7 +72,7 @@ impl Service {
         let standings = table.owners.iter().map(standing).collect();
         Some(Field {
             pool: table,
-            is_load_known: self.accounts.is_reported(),
+            is_load_known: self.is_load_known(),
             standings,
         })
     }

@@ -105,10 +105,9 @@ impl Service {
         let Some(peering) = &mut self.peering else {
             return;
         };
-        let sources = peering.mirror.sources();
         let sent = peering.announcer.announce(
             self.accounts.tracker(),
-            |source| !sources.contains(&source),
+            || peering.mirror.sources(),
             &peering.out,
         );
         for kind in sent.events {

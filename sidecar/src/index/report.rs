@@ -10,6 +10,7 @@ use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use serde::Serialize;
 
+use super::peering::{ByPeer, PeerRequests};
 use super::publisher::SubscriberReport;
 use super::{Service, roster};
 use crate::ingest::Plane;
@@ -121,10 +122,10 @@ pub struct Available {
 }
 
 impl Available {
-    /// It is where some proxy reports it.
+    /// It is where some proxy or peer reports it.
     #[must_use]
     pub fn new(is_reported: bool) -> Self {
-        let error = "no proxy that reports load is connected";
+        let error = "neither a proxy nor a peer that reports load is connected";
         Self {
             available: is_reported,
             error: (!is_reported).then_some(error),
@@ -180,6 +181,8 @@ pub struct OwnerReport {
     pub load: Option<LoadReport>,
     /// Requests on it, by proxy.
     pub requests: Vec<ProxyRequests>,
+    /// Requests on it, by peer that announced them.
+    pub peers: Vec<PeerRequests>,
 }
 
 /// What readiness rests on.
@@ -209,23 +212,42 @@ impl Service {
         }
     }
 
+    /// Whether some proxy or peer tells of load.
+    pub(super) fn is_load_known(&self) -> bool {
+        self.accounts.is_reported() || self.has_peers()
+    }
+
     pub(super) fn report_workers(&self) -> WorkersReport {
         let requests = self.accounts.requests();
+        let by_peer = self.peer_requests();
         let pools = (0_u16..).zip(&self.roster.pools);
         WorkersReport {
-            load: Available::new(self.accounts.is_reported()),
+            load: Available::new(self.is_load_known()),
             pools: pools
-                .map(|(number, pool)| self.report_pool(number, pool, &requests))
+                .map(|(number, pool)| self.report_pool(number, pool, &requests, &by_peer))
                 .collect(),
         }
     }
 
-    fn report_pool(&self, number: u16, pool: &roster::Pool, requests: &Requests<'_>) -> PoolReport {
-        let is_reported = self.accounts.is_reported();
+    fn report_pool(
+        &self,
+        number: u16,
+        pool: &roster::Pool,
+        requests: &Requests<'_>,
+        by_peer: &ByPeer,
+    ) -> PoolReport {
+        let is_reported = self.is_load_known();
         let of_owner = |owner: &OwnerKey| {
             let by_proxy = requests.get(owner).into_iter().flatten();
             by_proxy.map(|(proxy, requests)| ProxyRequests {
                 proxy: ProxyId::clone(proxy),
+                requests: *requests,
+            })
+        };
+        let of_peers = |owner: &OwnerKey| {
+            let by_peer = by_peer.get(owner).into_iter().flatten();
+            by_peer.map(|(router_id, requests)| PeerRequests {
+                router_id: *router_id,
                 requests: *requests,
             })
         };
@@ -247,6 +269,7 @@ impl Service {
                     repairing: worker.repair.is_some(),
                     load: is_reported.then(|| self.accounts.load(&key).into()),
                     requests: of_owner(&key).collect(),
+                    peers: of_peers(&key).collect(),
                 }
             })
         });

@@ -260,7 +260,7 @@ async fn next_json(json: &mut Option<(Template, Subscriber)>) -> Option<Message>
     }
 }
 
-async fn options(nats: &Nats) -> Result<ConnectOptions, NatsError> {
+pub(crate) async fn options(nats: &Nats) -> Result<ConnectOptions, NatsError> {
     let mut options = ConnectOptions::new()
         .name("kv-router")
         .retry_on_initial_connect()

@@ -15,13 +15,18 @@ const PLACEHOLDER: &str = "{worker_id}";
 /// `namespace.{ns}.component.{c}[.endpoint.{e}].kv-events`.
 #[must_use]
 pub fn dynamo(plane: &DynamoPlane) -> [String; 2] {
-    let namespace = encode(&plane.namespace);
-    let component = encode(&plane.component);
-    let scope = format!("namespace.{namespace}.component.{component}");
+    let scope = scope(plane);
     [
         format!("{scope}.endpoint.*.{TOPIC}"),
         format!("{scope}.{TOPIC}"),
     ]
+}
+
+/// What the subjects of a component start with.
+pub(crate) fn scope(plane: &DynamoPlane) -> String {
+    let namespace = encode(&plane.namespace);
+    let component = encode(&plane.component);
+    format!("namespace.{namespace}.component.{component}")
 }
 
 /// One segment of a Dynamo subject: bytes outside `[A-Za-z0-9_-]` are percent-encoded.
