@@ -65,11 +65,12 @@ impl Cost {
             + policy.disk_cache_hit_weight * (disk + external);
         let queued = f64::from(load.prefill_tokens) + f64::from(demand.tokens);
         let blocks = queued / f64::from(demand.block_size.max(1));
+        // Prefixes in use are told a moment after the load that uses them has gone.
+        let shared = shared_blocks.min(load.blocks);
         Self {
             prefill: policy.prefill_load_scale * (blocks - credit).max(0.0),
             credit,
-            decode: f64::from(load.blocks)
-                + f64::from(demand.blocks().saturating_sub(shared_blocks)),
+            decode: f64::from(load.blocks) + f64::from(demand.blocks().saturating_sub(shared)),
             requests: policy.decode_active_request_weight * f64::from(load.requests()),
         }
     }

@@ -173,7 +173,6 @@ impl Config {
         };
         differs("http_host, http_port", self.listen != next.listen);
         differs("admin", self.admin != next.admin);
-        differs("envoy_admin", self.envoy_admin != next.envoy_admin);
         differs("socket", self.socket != next.socket);
         differs("state_dir", self.state_dir != next.state_dir);
         differs("filter_wasm", self.filter_wasm != next.filter_wasm);

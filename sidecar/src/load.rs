@@ -27,7 +27,7 @@ const MAX_BOOKINGS: usize = 1 << 18;
 /// How long a VM may be silent: it reports whole every 2 s.
 const VM_SILENCE_MS: u64 = 5_000;
 /// How long a proxy may be without a stream.
-const PROXY_SILENCE_MS: u64 = 15_000;
+const PROXY_SILENCE_MS: u64 = 8_000;
 
 /// Load as the sidecar is configured to track it.
 #[derive(Clone, Copy, Debug, PartialEq)]

@@ -125,13 +125,14 @@ async fn knows(stack: &Stack, requests: u64) {
 
 /// Waits until a sidecar and its Envoy's lanes hold nothing, and no correction is left.
 async fn is_empty(stack: &Stack) {
+    stack.envoy.idle().await;
     let empty = async || {
         let path = "/v1/workers?raw";
         let raw = stack.client.get(stack.sidecar.admin, path).await?["raw"].clone();
         let zero = json!({"prefill_tokens": 0, "waiting": 0, "decoding": 0, "blocks": 0});
         let proxies = raw["proxies"].as_array().cloned().unwrap_or_default();
         let owners = proxies.iter().filter_map(|p| p["owners"].as_array());
-        let columns = ["lanes", "booked", "load", "correction"];
+        let columns = ["booked", "load", "correction"];
         let clean = owners
             .flatten()
             .all(|owner| columns.iter().all(|column| owner[*column] == zero));
@@ -154,13 +155,11 @@ async fn an_envoy_keeps_away_from_a_worker_that_another_sidecars_envoy_made_busy
         let (busy, first) = all.held(&all.left, 2 * round).await;
         knows(&all.right, 2 * u64::from(round) + 1).await;
         let is_told = async || {
-            let path = "/v1/workers?raw";
-            let raw = all.right.client.get(all.right.sidecar.admin, path).await?;
             let index = all.right.sidecar.index().await?;
             if index["settled"] == true {
                 Ok(())
             } else {
-                Err(raw.to_string())
+                Err(index.to_string())
             }
         };
         wait::until("the correction in Envoy", is_told).await;

@@ -246,7 +246,7 @@ fn two_vms_report_their_own_shares() {
 }
 
 #[test]
-fn a_complete_report_comes_with_a_stream_and_every_five_seconds() {
+fn a_complete_report_comes_with_a_stream_and_every_two_seconds() {
     let mut site = site();
     let (held, over) = (
         site.complete(&body(&prompt(1, 40))),

@@ -120,10 +120,13 @@ fn write(file: &Path, text: &str) -> Result<(), FilesError> {
 fn filter(config: &Config, generation: u64) -> String {
     let wasm = absolute(&config.filter_wasm).unwrap_or_else(|_| config.filter_wasm.clone());
     let wasm = quoted(&wasm.to_string_lossy());
-    let settings = serde_json::json!({
-        "sidecar_cluster": SIDECAR_CLUSTER,
-        (GENERATION): generation,
-    });
+    let mut settings = serde_json::json!({ "sidecar_cluster": SIDECAR_CLUSTER });
+    // A filter that knows no generations starts from the file as long as none has trapped.
+    if generation > 0
+        && let Some(settings) = settings.as_object_mut()
+    {
+        settings.insert(GENERATION.to_owned(), generation.into());
+    }
     let settings = quoted(&settings.to_string());
     format!(
         r#"resources:

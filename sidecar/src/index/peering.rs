@@ -134,13 +134,13 @@ impl Service {
             Arrival::Events(decoded) => {
                 let find = |owner| owner_of(&mut self.roster, owner);
                 let tracker = self.accounts.tracker_mut();
-                let taken = peering.mirror.events(decoded, tracker, find, now_ms);
+                let taken = peering.mirror.events(&decoded, tracker, find, now_ms);
                 self.taken_from_peers(taken);
             }
             Arrival::Snapshot(decoded) => {
                 let find = |owner| owner_of(&mut self.roster, owner);
                 let tracker = self.accounts.tracker_mut();
-                let taken = peering.mirror.snapshot(decoded, tracker, find, now_ms);
+                let taken = peering.mirror.snapshot(&decoded, tracker, find, now_ms);
                 self.taken_from_peers(taken);
             }
             Arrival::Alive(alive) => {

@@ -73,13 +73,13 @@ fn a_vm_is_retired_only_after_it_could_have_reported() {
     let mut accounts = accounts();
     accounts.connected(proxy(1), 10, 0);
     apply(&mut accounts, 10, &report(1, &[1, 2], true), 0);
-    accounts.disconnected(10, 5_000);
+    accounts.disconnected(10, 3_000);
     // Nobody could report meanwhile.
-    assert_eq!(accounts.sweep(14_000), Swept::default());
-    accounts.connected(proxy(1), 11, 14_000);
-    assert_eq!(accounts.sweep(25_000), Swept::default());
+    assert_eq!(accounts.sweep(10_000), Swept::default());
+    accounts.connected(proxy(1), 11, 10_000);
+    assert_eq!(accounts.sweep(14_999), Swept::default());
     assert_eq!(waiting(&accounts), 2);
-    let swept = accounts.sweep(26_001);
+    let swept = accounts.sweep(15_000);
     assert_eq!((swept.vms, swept.freed), (vec![(proxy(1), 7)], 2));
     assert_eq!(waiting(&accounts), 0);
     let news = accounts.news();
@@ -99,9 +99,9 @@ fn a_process_without_a_stream_goes_after_a_while() {
     accounts.connected(proxy(2), 20, 0);
     apply(&mut accounts, 10, &report(1, &[1], true), 0);
     accounts.disconnected(10, 1_000);
-    assert_eq!(accounts.sweep(16_000).proxies, []);
+    assert_eq!(accounts.sweep(9_000).proxies, []);
     assert!(accounts.is_reported());
-    let swept = accounts.sweep(16_001);
+    let swept = accounts.sweep(9_001);
     assert_eq!((swept.proxies, swept.freed), (vec![proxy(1)], 1));
     assert_eq!((accounts.bookings(), accounts.raw().proxies.len()), (0, 1));
 }

@@ -3,6 +3,8 @@
 //! A peer's bookings stand in the tracker under a source of their own. What a peer announced but
 //! could not be booked is kept by name, so that its [`Alive`] can be held against what is known.
 
+mod snapshot;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use kv_core::id::OwnerId;
@@ -14,6 +16,7 @@ use xxhash_rust::xxh3::{xxh3_64, xxh3_64_with_seed};
 use super::codec::Decoded;
 use super::tombs::{Tomb, Tombs};
 use super::{Alive, Dropped};
+use snapshot::Snapshot;
 
 /// Peers at a time.
 const MAX_PEERS: usize = 256;
@@ -23,9 +26,6 @@ const MAX_REQUESTS: usize = 1 << 18;
 const SILENCE_MS: u64 = 5_000;
 /// Least time between two requests to one peer for its bookings.
 const ASK_PAUSE_MS: u64 = 2_000;
-/// A booking younger than this may be missing in a snapshot that was taken before it.
-const YOUNG_MS: u64 = 2_000;
-
 /// All peers.
 #[derive(Debug)]
 pub struct Mirror {
@@ -55,13 +55,6 @@ struct Known {
     /// Whether it is in the tracker.
     is_booked: bool,
     since_ms: u64,
-}
-
-/// A snapshot that is coming in.
-#[derive(Debug, Default)]
-struct Snapshot {
-    listed: HashSet<u64>,
-    parts: u64,
 }
 
 /// What an event came to, as a metric's label, or why it was dropped.
@@ -109,7 +102,7 @@ impl Mirror {
     /// Applies a message of events. `owner` finds a worker's rank.
     pub fn events(
         &mut self,
-        decoded: Decoded,
+        decoded: &Decoded,
         tracker: &mut Tracker,
         mut owner: impl FnMut(OwnerId) -> Result<OwnerKey, Dropped>,
         now_ms: u64,
@@ -122,97 +115,12 @@ impl Mirror {
             peer.is_suspect |= expected.is_some_and(|next| next != decoded.sequence);
             peer.next_sequence = Some(decoded.sequence.wrapping_add(1));
         }
-        let mut taken = Vec::new();
-        for event in decoded.events.iter().filter(|e| e.router_id != self.own) {
+        let (own, mut taken) = (self.own, Vec::new());
+        for event in decoded.events.iter().filter(|e| e.router_id != own) {
             taken.push(self.event(event, hash(event), tracker, &mut owner, now_ms));
         }
         taken.extend((0..decoded.malformed).map(|_| Err(Dropped::Malformed)));
         taken
-    }
-
-    /// Applies a part of a snapshot: what it lists is booked. At its end, what it didn't list is
-    /// freed.
-    pub fn snapshot(
-        &mut self,
-        decoded: Decoded,
-        tracker: &mut Tracker,
-        mut owner: impl FnMut(OwnerId) -> Result<OwnerKey, Dropped>,
-        now_ms: u64,
-    ) -> Vec<Taken> {
-        let (router, part) = (decoded.publisher, decoded.sequence);
-        if router == self.own || self.peer(router).is_none() {
-            return Vec::new();
-        }
-        let is_end = decoded.events.is_empty() && decoded.malformed == 0;
-        let mut snapshot = self.begin_part(router, part);
-        let mut taken = Vec::new();
-        for event in decoded.events.iter().filter(|e| e.router_id == router) {
-            let request = hash(event);
-            if let Some(snapshot) = &mut snapshot {
-                snapshot.listed.insert(request);
-            }
-            let is_add = matches!(event.data, ActiveSequenceEventData::AddRequest { .. });
-            if is_add && self.is_booked(router, request) {
-                continue;
-            }
-            if is_add {
-                // It may have been announced before its worker was known.
-                self.forget(router, request);
-            }
-            taken.push(self.event(event, request, tracker, &mut owner, now_ms));
-        }
-        taken.extend((0..decoded.malformed).map(|_| Err(Dropped::Malformed)));
-        match snapshot {
-            Some(snapshot) if is_end => {
-                let stale = self.unlisted(router, &snapshot, now_ms);
-                for request in stale {
-                    self.free(router, request, tracker);
-                    taken.push(Ok("stale"));
-                }
-            }
-            snapshot => {
-                if let Some(peer) = self.peers.get_mut(&router) {
-                    peer.snapshot = snapshot;
-                }
-            }
-        }
-        taken
-    }
-
-    /// The snapshot that a part continues, unless parts before it are missing.
-    fn begin_part(&mut self, router: u64, part: u64) -> Option<Snapshot> {
-        let peer = self.peers.get_mut(&router)?;
-        let mut snapshot = if part == 0 {
-            // Whatever was missed before is in it.
-            peer.is_suspect = false;
-            Some(Snapshot::default())
-        } else {
-            peer.snapshot.take()
-        };
-        if let Some(snapshot) = &mut snapshot {
-            if snapshot.parts != part {
-                peer.is_suspect = true;
-                return None;
-            }
-            snapshot.parts += 1;
-        }
-        snapshot
-    }
-
-    fn is_booked(&self, router: u64, request: u64) -> bool {
-        let peer = self.peers.get(&router);
-        let known = peer.and_then(|peer| peer.requests.get(&request));
-        known.is_some_and(|known| known.is_booked)
-    }
-
-    fn unlisted(&self, router: u64, snapshot: &Snapshot, now_ms: u64) -> Vec<u64> {
-        let requests = self.peers.get(&router).into_iter();
-        let requests = requests.flat_map(|peer| &peer.requests);
-        let is_stale = |(request, known): &(&u64, &Known)| {
-            let is_young = now_ms.saturating_sub(known.since_ms) < YOUNG_MS;
-            !is_young && !snapshot.listed.contains(request)
-        };
-        requests.filter(is_stale).map(|(r, _)| *r).collect()
     }
 
     /// Takes a sign of life. Whether the peer is to be asked for its bookings, because something of

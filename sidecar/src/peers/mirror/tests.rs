@@ -83,13 +83,13 @@ impl Setting {
         let decoded = Self::decoded(self.sequence, events);
         self.sequence += 1;
         self.mirror
-            .events(decoded, &mut self.tracker, find, self.now_ms)
+            .events(&decoded, &mut self.tracker, find, self.now_ms)
     }
 
     fn snapshot(&mut self, part: u64, events: Vec<ActiveSequenceEvent>) -> Vec<Taken> {
         let decoded = Self::decoded(part, events);
         self.mirror
-            .snapshot(decoded, &mut self.tracker, find, self.now_ms)
+            .snapshot(&decoded, &mut self.tracker, find, self.now_ms)
     }
 
     fn alive(&mut self, live: u64) -> bool {
