@@ -25,8 +25,9 @@ const MESSAGE_LANES: usize = 1_000;
 pub struct Relay {
     queue: Option<Queue>,
     shown_ns: u64,
-    /// Owners whose lanes were not zero when they were last shown.
-    loaded: HashSet<OwnerKey>,
+    /// Owners whose lanes were not zero when they were last shown; `None` before this leader has
+    /// shown any, when the one before it may have shown them all.
+    loaded: Option<HashSet<OwnerKey>>,
 }
 
 impl Relay {
@@ -34,7 +35,7 @@ impl Relay {
     pub fn register(&mut self, host: &impl Host) {
         self.queue = host.register_queue(QUEUE);
         self.shown_ns = 0;
-        self.loaded.clear();
+        self.loaded = None;
     }
 
     /// Sends the reports that are in the queue; without a stream they are dropped, and their VMs
@@ -71,14 +72,15 @@ impl Relay {
         }
         self.shown_ns = now_ns;
         let mut shown = Vec::new();
-        let before = std::mem::take(&mut self.loaded);
+        let before = self.loaded.take();
+        let mut now_loaded = HashSet::new();
         for place in fleet.places() {
             let lanes = place.lane.read(host);
             let loaded = (lanes.a, lanes.b) != (0, 0);
             if loaded {
-                self.loaded.insert(place.owner);
+                now_loaded.insert(place.owner);
             }
-            if loaded || before.contains(&place.owner) {
+            if loaded || before.as_ref().is_none_or(|b| b.contains(&place.owner)) {
                 shown.push(Sum {
                     owner: place.owner,
                     a: lanes.a,
@@ -86,6 +88,7 @@ impl Relay {
                 });
             }
         }
+        self.loaded = Some(now_loaded);
         let send = |part: &[Sum]| host.send(stream, &wire::encode(&Up::Lanes(part.to_vec())));
         shown.chunks(MESSAGE_LANES).all(send)
     }

@@ -18,6 +18,8 @@ pub struct Watch {
     file: PathBuf,
     text: Option<Vec<u8>>,
     events: mpsc::Receiver<()>,
+    /// An event has come that has not been looked into: waiting may be broken off.
+    is_pending: bool,
     _watcher: RecommendedWatcher,
 }
 
@@ -48,15 +50,21 @@ impl Watch {
             text: std::fs::read(file).ok(),
             file: file.into(),
             events,
+            is_pending: false,
             _watcher: watcher,
         })
     }
 
-    /// Waits until the text is another; `None` if watching has failed for good.
+    /// Waits until the text is another; `None` if watching has failed for good. Breaking the wait
+    /// off loses no change.
     pub async fn changed(&mut self) -> Option<()> {
         loop {
-            self.events.recv().await?;
+            if !self.is_pending {
+                self.events.recv().await?;
+                self.is_pending = true;
+            }
             tokio::time::sleep(SETTLE).await;
+            self.is_pending = false;
             // What came meanwhile is seen by reading below.
             let _ = self.events.try_recv();
             // A file that is away for a moment is being replaced.

@@ -100,10 +100,10 @@ fn blocks_in_use_already_count_once() {
         depth: 8,
         slots: vec![Slot(2)],
     }];
-    // The owner has seven blocks in use, the prompt shares eight of its ten.
+    // The owner has eight blocks in use, and the prompt shares them all; the others have five.
     let pool = PoolLoads {
         prefixes,
-        ..blocks(&[(2, 7)])
+        ..blocks(&[(0, 5), (1, 5), (2, 8), (3, 5)])
     };
     correct(&site, EPOCH, 1, pool);
     let context = site.complete(&body(&tokens));
@@ -113,7 +113,7 @@ fn blocks_in_use_already_count_once() {
     let record = site.host.text(Headers::Response, DECISION).unwrap();
     let record: serde_json::Value = serde_json::from_str(&record).unwrap();
     assert_eq!(record["candidates"][0]["shared_blocks"], 8);
-    assert_eq!(record["candidates"][0]["decode_cost"], 9.0);
+    assert_eq!(record["candidates"][0]["decode_cost"], 10.0);
     site.over(context);
     // Another prompt shares none.
     site.complete(&body(&prompt(2, 40)));

@@ -255,7 +255,7 @@ fn a_complete_report_comes_with_a_stream_and_every_two_seconds() {
     site.vm.on_response_body(held, 3);
     site.over(over);
     let mut sidecar = Sidecar::default();
-    run(&mut site, 5_100);
+    run(&mut site, 2_100);
     sidecar.read(&[&site]);
     let complete = |sidecar: &Sidecar| sidecar.reports.iter().filter(|r| r.complete).count();
     assert_eq!(complete(&sidecar), 2);
@@ -412,23 +412,41 @@ fn lanes_are_shown_each_second_and_once_more_when_they_are_empty() {
     }
     let mut sidecar = Sidecar::default();
     sidecar.read(&[&site]);
-    assert!(sidecar.lanes.is_empty());
+    // Once all, because the leader before may have shown others; then none.
+    assert_eq!(sidecar.lanes.len(), 4);
+    assert!(sidecar.lanes.iter().all(|sum| (sum.a, sum.b) == (0, 0)));
+    sidecar.lanes.clear();
     let context = site.complete(&body(&prompt(1, 40)));
     for _ in 0..20 {
         site.tick();
     }
     sidecar.read(&[&site]);
-    let [shown] = sidecar.lanes[..] else {
+    // A VM that has had traffic may have handed over to itself, and shown all again.
+    let loaded: Vec<Sum> = sidecar
+        .lanes
+        .iter()
+        .filter(|sum| sum.a != 0)
+        .copied()
+        .collect();
+    let [shown, ..] = loaded[..] else {
         panic!("{:?}", sidecar.lanes);
     };
+    assert!(loaded.iter().all(|sum| sum == &shown), "{loaded:?}");
     assert_eq!(shown.a, site.lanes(shown.owner.id.worker).a);
     site.over(context);
     for _ in 0..60 {
         site.tick();
     }
+    sidecar.lanes.clear();
     sidecar.read(&[&site]);
-    let shown = sidecar.lanes[1..].iter().map(|sum| (sum.a, sum.b));
-    assert_eq!(shown.collect::<Vec<_>>(), [(0, 0)]);
+    let after: Vec<Sum> = sidecar
+        .lanes
+        .iter()
+        .filter(|s| s.owner == shown.owner)
+        .copied()
+        .collect();
+    assert_eq!(after.len(), 1);
+    assert_eq!((after[0].a, after[0].b), (0, 0));
 }
 
 #[test]
