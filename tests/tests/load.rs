@@ -172,10 +172,13 @@ async fn a_proxy_sees_what_another_booked() {
         }
     };
     wait::until("the first booking at the other proxy", known).await;
-    let mut since = counts(&upstreams).into_iter().zip(&start);
-    let busy = since
-        .position(|(now, start)| now > *start)
-        .expect("the first request");
+    let at_work = async || {
+        let mut since = counts(&upstreams).into_iter().zip(&start);
+        since
+            .position(|(now, start)| now > *start)
+            .ok_or("not there")
+    };
+    let busy = wait::until("the first request at a worker", at_work).await;
     // The other proxy has booked nothing itself, and still keeps away from the busy worker.
     let mut seen = Vec::new();
     for i in 2..5 {
