@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use kv_sim::engine::Engine;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -157,6 +158,15 @@ impl Stack {
         let draft = self.dir.path().join("kv-router.yaml.draft");
         std::fs::write(&draft, self.config.to_string()).expect("a writable directory");
         std::fs::rename(&draft, &self.config_file).expect("a writable directory");
+    }
+
+    /// Makes these engines the workers, and waits until Envoy has them.
+    pub async fn serve(&mut self, engines: &[Engine]) {
+        let version = self.table_version().await;
+        let worker = |e: &Engine| json!({"id": e.worker_id(), "endpoint": e.address()});
+        let workers: Vec<Value> = engines.iter().map(worker).collect();
+        self.configure(|config| config["workers"] = workers.into());
+        self.table_after(version).await;
     }
 
     /// Waits until Envoy holds a worker table later than `version`, and returns its version.

@@ -60,11 +60,7 @@ async fn stack_with_engines(threads: u32, mode: &str) -> (Stack, Vec<Engine>) {
         let encoding = if id % 2 == 0 { dynamo() } else { json_plane() };
         engines.push(engine(&stack.nats, id, encoding).await);
     }
-    let version = stack.table_version().await;
-    let worker = |e: &Engine| json!({"id": e.worker_id(), "endpoint": e.address()});
-    let workers: Vec<Value> = engines.iter().map(worker).collect();
-    stack.configure(|config| config["workers"] = workers.into());
-    stack.table_after(version).await;
+    stack.serve(&engines).await;
     (stack, engines)
 }
 
@@ -175,11 +171,7 @@ async fn a_prompt_of_a_million_tokens_is_indexed_without_a_gap() {
         };
         engines.push(Engine::start(config).await.expect("an engine starts"));
     }
-    let version = stack.table_version().await;
-    let worker = |e: &Engine| json!({"id": e.worker_id(), "endpoint": e.address()});
-    let workers: Vec<Value> = engines.iter().map(worker).collect();
-    stack.configure(|config| config["workers"] = workers.into());
-    stack.table_after(version).await;
+    stack.serve(&engines).await;
     let tokens: Vec<u32> = (0..1_000_000).collect();
     // The first goes anywhere; the busy one is left for the second.
     let (first, second) = tokio::join!(stack.complete(&tokens), stack.complete(&tokens));

@@ -53,11 +53,7 @@ async fn start(threads: u32, instant: bool) -> (Stack, Vec<Engine>) {
         };
         engines.push(Engine::start(config).await.expect("an engine starts"));
     }
-    let version = stack.table_version().await;
-    let worker = |e: &Engine| json!({"id": e.worker_id(), "endpoint": e.address()});
-    let workers: Vec<Value> = engines.iter().map(worker).collect();
-    stack.configure(|config| config["workers"] = workers.into());
-    stack.table_after(version).await;
+    stack.serve(&engines).await;
     (stack, engines)
 }
 
