@@ -1,6 +1,7 @@
 //! What a process has used, from `/proc`.
 
 use std::fs;
+use std::time::Instant;
 
 use anyhow::Context as _;
 
@@ -51,6 +52,38 @@ pub fn threads(process: u32) -> anyhow::Result<Vec<Thread>> {
 /// When the process is gone.
 pub fn total_ns(process: u32) -> anyhow::Result<u64> {
     Ok(threads(process)?.iter().map(|t| t.ns).sum())
+}
+
+/// What a piece of work took.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Spent {
+    /// CPU time of each process, in microseconds, in the order they were given; without that of
+    /// threads that ended meanwhile.
+    pub cpu_us: Vec<f64>,
+    /// Time on the clock.
+    pub seconds: f64,
+}
+
+/// Does some work and tells what these processes used meanwhile.
+///
+/// # Errors
+/// When the work fails or a process is gone.
+pub fn spent<T>(
+    processes: &[u32],
+    work: impl FnOnce() -> anyhow::Result<T>,
+) -> anyhow::Result<(T, Spent)> {
+    let all = || -> anyhow::Result<Vec<_>> { processes.iter().map(|p| threads(*p)).collect() };
+    let (before, since) = (all()?, Instant::now());
+    let done = work()?;
+    let seconds = since.elapsed().as_secs_f64();
+    // Thread by thread: one that ended takes its past with it, which must not count against the rest.
+    let used = |(after, before): (Vec<Thread>, Vec<Thread>)| {
+        let past = |id| before.iter().find(|t| t.id == id).map_or(0, |t| t.ns);
+        let ns = after.iter().map(|t| t.ns.saturating_sub(past(t.id)));
+        ns.sum::<u64>() as f64 / 1e3
+    };
+    let cpu_us = all()?.into_iter().zip(before).map(used).collect();
+    Ok((done, Spent { cpu_us, seconds }))
 }
 
 /// Resident memory of a process, in bytes.

@@ -106,11 +106,17 @@ impl Prompt {
     /// The body of a completion request.
     #[must_use]
     pub fn body(&self) -> Vec<u8> {
+        self.body_with(r#""max_tokens":1"#)
+    }
+
+    /// The body of a request for a streamed completion of up to this many tokens.
+    #[must_use]
+    pub fn stream_body(&self, tokens: usize) -> Vec<u8> {
+        self.body_with(&format!(r#""max_tokens":{tokens},"stream":true"#))
+    }
+
+    fn body_with(&self, rest: &str) -> Vec<u8> {
         let ids: Vec<String> = self.ids.iter().map(u32::to_string).collect();
-        format!(
-            r#"{{"model":"sim","prompt":[{}],"max_tokens":1}}"#,
-            ids.join(",")
-        )
-        .into_bytes()
+        format!(r#"{{"model":"sim","prompt":[{}],{rest}}}"#, ids.join(",")).into_bytes()
     }
 }

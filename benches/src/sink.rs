@@ -1,13 +1,26 @@
-//! Workers that take requests and answer at once, on blocking sockets.
+//! Workers that take requests and answer, on blocking sockets: at once, or as a stream of events
+//! where the request asks for one.
 
-use std::io::{Read as _, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::thread;
+use std::time::Duration;
 
-use crate::http::header;
+use crate::http::{EVENTS, header};
 
 /// Header of an answer that names the worker.
 pub const WORKER: &str = "x-worker-id";
+
+/// Time between two events: long enough that a proxy reads each by itself.
+pub const GAP: Duration = Duration::from_millis(1);
+
+/// An event of one token, as engines write it.
+const TOKEN: &str = "data: {\"id\":\"cmpl-0123456789abcdef\",\"object\":\"text_completion\",\
+    \"created\":1700000000,\"model\":\"sim\",\"choices\":[{\"index\":0,\"text\":\" token\",\
+    \"logprobs\":null,\"finish_reason\":null}]}\n\n";
+
+/// What ends a stream: the last event and the last chunk.
+const DONE: &str = "e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n";
 
 /// Starts workers `1..=count` for the life of the process and returns where they listen.
 ///
@@ -49,7 +62,8 @@ fn serve(mut stream: TcpStream, id: usize) {
             continue;
         };
         let head = String::from_utf8_lossy(&buffer[..end]);
-        let length = header(&head, "content-length").and_then(|n| n.parse::<usize>().ok());
+        let number = |name| header(&head, name).and_then(|n| n.parse::<usize>().ok());
+        let (length, events) = (number("content-length"), number(EVENTS));
         let mut left = length.unwrap_or(0).saturating_sub(filled - end);
         while left > 0 {
             match stream.read(&mut buffer) {
@@ -59,8 +73,28 @@ fn serve(mut stream: TcpStream, id: usize) {
         }
         // Clients here never send a request before they have the answer to the one before.
         filled = 0;
-        if stream.write_all(answer.as_bytes()).is_err() {
+        let written = match events {
+            Some(events) => write_events(&mut stream, id, events),
+            None => stream.write_all(answer.as_bytes()),
+        };
+        if written.is_err() {
             return;
         }
     }
+}
+
+/// Writes each event by itself, [`GAP`] apart: the head goes with the first, the end with the last.
+fn write_events(stream: &mut TcpStream, id: usize, events: usize) -> io::Result<()> {
+    let chunk = format!("{:x}\r\n{TOKEN}\r\n", TOKEN.len());
+    let mut next = format!(
+        "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n{WORKER}: {id}\r\n\
+         transfer-encoding: chunked\r\n\r\n{chunk}"
+    );
+    for _ in 1..events {
+        stream.write_all(next.as_bytes())?;
+        thread::sleep(GAP);
+        next.clone_from(&chunk);
+    }
+    next.push_str(DONE);
+    stream.write_all(next.as_bytes())
 }

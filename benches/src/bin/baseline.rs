@@ -1,20 +1,14 @@
 //! What routing costs a request: the same Envoy without a filter, with a filter that does nothing,
 //! and with ours in both modes.
 
-use std::thread;
 use std::time::Instant;
 
-use kv_benches::corpus::Corpus;
-use kv_benches::feed::Feed;
-use kv_benches::fleet::{Fleet, Options};
-use kv_benches::http::{Connection, request};
-use kv_benches::prompt::{Case, Prompt};
+use kv_benches::http::{Connection, request, together};
+use kv_benches::modes::{self, Modes};
 use kv_benches::report::{Report, Table};
 use kv_benches::spread::{Spread, quantile};
-use kv_benches::{cpu, noop, sink};
-use kv_core::rng::Rng;
+use kv_benches::{cpu, noop, plain, sink};
 use kv_tests::envoy::Envoy;
-use serde_json::{Value, json};
 
 const WORKERS: usize = 4;
 const BLOCKS: usize = 200_000;
@@ -40,49 +34,25 @@ struct Variant {
 async fn main() -> anyhow::Result<()> {
     let mut report = Report::new("baseline");
     let workers = sink::start(WORKERS)?;
-    let mut rng = Rng::new(4);
-    let prompts: Vec<Prompt> = (0..16)
-        .map(|_| Prompt::new(Case::Full, TOKENS, WORKERS, &mut rng))
-        .collect();
+    let prompts = modes::prompts(TOKENS, WORKERS);
     let requests: Vec<Vec<u8>> = prompts.iter().map(|p| request(&p.body())).collect();
-    let mut fleets = Vec::new();
-    for mode in ["round-robin", "kv"] {
-        let options = Options {
-            workers: &workers,
-            mode,
-            decision_header: false,
-        };
-        let fleet = Fleet::start(options).await?;
-        let mut feed = Feed::connect(&fleet, 1).await?;
-        for conversation in Corpus::new(WORKERS, 1).of_size(BLOCKS) {
-            feed.add(&fleet, conversation.stores).await?;
-        }
-        feed.add(&fleet, prompts.iter().flat_map(|p| p.stores.clone()))
-            .await?;
-        feed.finish(&fleet).await?;
-        fleets.push(fleet);
-    }
+    let modes = Modes::start(&workers, BLOCKS, &prompts).await?;
     let dir = tempfile::tempdir()?;
     let module = dir.path().join("noop.wasm");
     std::fs::write(&module, noop::module())?;
     let module = module.to_string_lossy();
     for threads in [1, 2] {
+        let (round_robin, kv) = (&modes.round_robin, &modes.kv);
+        let unfiltered = round_robin.envoy(threads, |b| plain::change(b, None));
+        let idle = round_robin.envoy(threads, |b| plain::change(b, Some(&module)));
         let started = [
-            (
-                "no filter, round robin",
-                fleets[0].envoy(threads, |b| plain(b, None)).await?,
-            ),
-            (
-                "no-op filter",
-                fleets[0]
-                    .envoy(threads, |b| plain(b, Some(&module)))
-                    .await?,
-            ),
+            ("no filter, round robin", unfiltered.await?),
+            ("no-op filter", idle.await?),
             (
                 "our filter, round-robin",
-                fleets[0].envoy(threads, |_| ()).await?,
+                round_robin.envoy(threads, |_| ()).await?,
             ),
-            ("our filter, kv", fleets[1].envoy(threads, |_| ()).await?),
+            ("our filter, kv", kv.envoy(threads, |_| ()).await?),
         ];
         let mut variants = started.map(|(name, envoy)| Variant {
             name,
@@ -103,64 +73,17 @@ async fn main() -> anyhow::Result<()> {
     report.finish()
 }
 
-/// Takes our filter and its policy out of a bootstrap, and puts another filter in its place.
-fn plain(bootstrap: &mut Value, filter: Option<&str>) {
-    let manager =
-        &mut bootstrap["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0];
-    let filters = &mut manager["typed_config"]["http_filters"];
-    let list = filters.as_array_mut().expect("HTTP filters");
-    list.remove(0);
-    list.splice(
-        0..0,
-        filter.map(|file| {
-            json!({
-                "name": "noop",
-                "typed_config": {
-                    "@type": "type.googleapis.com/envoy.extensions.filters.http.wasm.v3.Wasm",
-                    "config": {"name": "noop", "root_id": "noop", "vm_config": {
-                        "vm_id": "noop",
-                        "runtime": "envoy.wasm.runtime.v8",
-                        "code": {"local": {"filename": file}},
-                    }},
-                },
-            })
-        }),
-    );
-    let clusters = bootstrap["static_resources"]["clusters"]
-        .as_array_mut()
-        .expect("clusters");
-    for cluster in clusters {
-        if cluster["load_balancing_policy"].is_object() {
-            cluster["load_balancing_policy"] = json!({"policies": [{"typed_extension_config": {
-                "name": "envoy.load_balancing_policies.round_robin",
-                "typed_config": {
-                    "@type": "type.googleapis.com/envoy.extensions.load_balancing_policies\
-                        .round_robin.v3.RoundRobin",
-                },
-            }}]});
-        }
-    }
-}
-
 fn measure(variant: &mut Variant, requests: &[Vec<u8>], counts: bool) -> anyhow::Result<()> {
     let (port, process) = (variant.envoy.port, variant.envoy.process.id());
     let mut times = send(port, requests, ALONE)?;
     times.sort_by(f64::total_cmp);
-    let (before, since) = (cpu::total_ns(process)?, Instant::now());
-    thread::scope(|scope| {
-        let senders: Vec<_> = (0..CONNECTIONS)
-            .map(|_| scope.spawn(|| send(port, requests, TOGETHER)))
-            .collect();
-        senders
-            .into_iter()
-            .try_for_each(|s| s.join().expect("a client thread").map(drop))
+    let (_, spent) = cpu::spent(&[process], || {
+        together(CONNECTIONS, || send(port, requests, TOGETHER))
     })?;
     let sent = (CONNECTIONS * TOGETHER) as f64;
-    let seconds = since.elapsed().as_secs_f64();
-    let used_us = (cpu::total_ns(process)? - before) as f64 / 1e3;
     if counts {
-        variant.cpu_us.push(used_us / sent);
-        variant.per_second.push(sent / seconds);
+        variant.cpu_us.push(spent.cpu_us[0] / sent);
+        variant.per_second.push(sent / spent.seconds);
         variant.p50_us.push(quantile(&times, 0.5));
         variant.p99_us.push(quantile(&times, 0.99));
     }
