@@ -1,6 +1,8 @@
 //! Keys of Envoy's shared data. Keys can't be deleted there, so the set of them only grows: one
 //! per page, and a handful of fixed ones. Every key starts with the format's version.
 
+use serde::{Deserialize, Serialize};
+
 /// Version of keys, head, worker table and pages together.
 pub const FORMAT: u8 = 1;
 
@@ -18,6 +20,21 @@ pub const LEASE: [u8; 2] = [FORMAT, b'l'];
 pub const IDLE: [u8; 2] = [FORMAT, b'i'];
 /// Nonce of the Envoy process, written by the first VM.
 pub const PROCESS: [u8; 2] = [FORMAT, b'n'];
+
+/// A value kept under one of these keys: version byte and postcard form.
+pub(crate) fn encode<T: Serialize>(value: &T) -> Vec<u8> {
+    // Serialising to a growing vector cannot fail for the types kept here.
+    postcard::to_extend(value, vec![FORMAT]).unwrap_or_default()
+}
+
+/// The inverse of [`encode`], or the leading part of a value; `None` for another version or broken
+/// bytes.
+pub(crate) fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Option<T> {
+    let (&FORMAT, rest) = bytes.split_first()? else {
+        return None;
+    };
+    postcard::from_bytes(rest).ok()
+}
 
 /// Key of a page.
 #[must_use]

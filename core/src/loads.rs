@@ -7,7 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::id::Slot;
-use crate::key::FORMAT;
+use crate::key;
 use crate::load::Load;
 use crate::tracker::ActiveLoad;
 
@@ -63,26 +63,19 @@ impl Loads {
     /// Version byte and the loads.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
-        // Serialising to a growing vector cannot fail for these types.
-        postcard::to_extend(self, vec![FORMAT]).unwrap_or_default()
+        key::encode(self)
     }
 
     /// The inverse of [`Loads::encode`]; `None` for another version or broken bytes.
     #[must_use]
     pub fn decode(bytes: &[u8]) -> Option<Self> {
-        let (&FORMAT, rest) = bytes.split_first()? else {
-            return None;
-        };
-        postcard::from_bytes(rest).ok()
+        key::decode(bytes)
     }
 
     /// Epoch and version of encoded loads, without decoding the rest.
     #[must_use]
     pub fn peek(bytes: &[u8]) -> Option<(u32, u64)> {
-        let (&FORMAT, rest) = bytes.split_first()? else {
-            return None;
-        };
-        postcard::take_from_bytes(rest).ok().map(|(head, _)| head)
+        key::decode(bytes)
     }
 }
 

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::id::{OwnerId, Role, Slot};
-use crate::key::FORMAT;
+use crate::key;
 use crate::policy::Policy;
 
 /// Everything a decision needs besides pages, load and the request.
@@ -79,17 +79,13 @@ impl Table {
     /// Version byte and the table.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
-        // Serialising to a growing vector cannot fail for these types.
-        postcard::to_extend(self, vec![FORMAT]).unwrap_or_default()
+        key::encode(self)
     }
 
     /// The inverse of [`Table::encode`]; `None` for another version or broken bytes.
     #[must_use]
     pub fn decode(bytes: &[u8]) -> Option<Self> {
-        let (&FORMAT, rest) = bytes.split_first()? else {
-            return None;
-        };
-        postcard::from_bytes(rest).ok()
+        key::decode(bytes)
     }
 
     /// The pool for a request's model name; `None` only for an empty table.

@@ -91,24 +91,22 @@ impl Fleet {
     #[must_use]
     pub fn serve(&self, model: Option<&str>) -> Option<Served<'_>> {
         let served = self.table.serve(model)?;
-        Some(Served {
-            pool: self.table.pools.get(served.pool)?,
-            position: served.pool,
-            lora: served.lora.unwrap_or_default(),
-            known: served.known,
-            derived: self.pools.get(served.pool)?,
-        })
+        self.at(served.pool, served.lora.unwrap_or_default(), served.known)
     }
 
     /// The pool of a name, for requests of no particular model.
     #[must_use]
     pub fn named(&self, name: &str) -> Option<Served<'_>> {
         let position = self.table.pools.iter().position(|pool| pool.name == name)?;
+        self.at(position, "", true)
+    }
+
+    fn at<'a>(&'a self, position: usize, lora: &'a str, known: bool) -> Option<Served<'a>> {
         Some(Served {
             pool: self.table.pools.get(position)?,
             position,
-            lora: "",
-            known: true,
+            lora,
+            known,
             derived: self.pools.get(position)?,
         })
     }

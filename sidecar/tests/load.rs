@@ -7,64 +7,12 @@ use kv_core::load::Load;
 use kv_core::loads::Loads;
 use kv_core::wire::{self, Up};
 use serde_json::{Value, json};
-use support::vm::{Gauges, Vm, owner};
+use support::proxy::{Proxy, load};
+use support::vm::{Vm, owner};
 use support::{Bridge, Sidecar, eventually, subscribe};
 
 const TWO_WORKERS: &str =
     "workers: [{id: 1, endpoint: '1.1.1.1:1'}, {id: 2, endpoint: '1.1.1.1:2'}]";
-
-/// An Envoy process of one VM.
-struct Proxy {
-    bridge: Bridge,
-    gauges: Gauges,
-    vm: Vm,
-}
-
-impl Proxy {
-    async fn start(sidecar: &Sidecar, process: u64) -> Self {
-        let bridge = Bridge::open(&sidecar.socket(), subscribe(process, 1))
-            .await
-            .unwrap();
-        let gauges = Gauges::default();
-        let mut proxy = Self {
-            bridge,
-            vm: Vm::new(100 * process, &gauges),
-            gauges,
-        };
-        let whole = proxy.vm.whole();
-        proxy.bridge.report(&[whole]).await;
-        proxy
-    }
-
-    async fn report(&mut self) {
-        let report = self.vm.report();
-        self.bridge.report(&[report]).await;
-    }
-
-    /// What the proxy takes for the load of a worker, once that is so.
-    async fn sees(&mut self, worker: u64, expected: Load) {
-        let gauges = self.gauges.clone();
-        let is_so = |loads: &Loads| seen(&gauges, loads, worker) == expected;
-        let what = format!("worker {worker} with {expected:?}");
-        self.bridge.loads(&what, is_so).await;
-    }
-}
-
-/// Lane plus correction.
-fn seen(gauges: &Gauges, loads: &Loads, worker: u64) -> Load {
-    let slot = Slot(u16::try_from(worker - 1).unwrap());
-    let correction = loads.pools[0].correction(slot);
-    correction.apply(&gauges.load(owner(worker)))
-}
-
-fn load(prefill_tokens: u32, waiting: u16, decoding: u16, blocks: u32) -> Load {
-    Load {
-        prefill_tokens,
-        waiting,
-        decoding,
-        blocks,
-    }
-}
 
 /// The load of a worker in `/v1/workers`.
 async fn truth(sidecar: &Sidecar, worker: usize) -> Value {
@@ -102,8 +50,8 @@ async fn all_zero(sidecar: &Sidecar, proxies: &[&Proxy]) {
 #[tokio::test(flavor = "multi_thread")]
 async fn two_processes_see_the_same_load_and_shared_blocks_once() {
     let sidecar = Sidecar::start(TWO_WORKERS).await;
-    let mut one = Proxy::start(&sidecar, 1).await;
-    let mut two = Proxy::start(&sidecar, 2).await;
+    let mut one = Proxy::start(&sidecar.socket(), 1).await;
+    let mut two = Proxy::start(&sidecar.socket(), 2).await;
 
     one.vm.book(1, 1, &[11, 12, 13]);
     one.report().await;
@@ -141,7 +89,7 @@ async fn two_processes_see_the_same_load_and_shared_blocks_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn live_prefixes_are_published_with_their_owners_shared_ones_first() {
     let sidecar = Sidecar::start(TWO_WORKERS).await;
-    let mut proxy = Proxy::start(&sidecar, 1).await;
+    let mut proxy = Proxy::start(&sidecar.socket(), 1).await;
     proxy.vm.book(1, 1, &[1, 2, 3, 4]);
     proxy.vm.book(2, 1, &[1, 2, 3, 5]);
     proxy.vm.book(3, 2, &[1, 2, 3, 6]);
@@ -173,7 +121,7 @@ async fn live_prefixes_are_published_with_their_owners_shared_ones_first() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lost_report_is_made_good_by_a_complete_one() {
     let sidecar = Sidecar::start(TWO_WORKERS).await;
-    let mut proxy = Proxy::start(&sidecar, 1).await;
+    let mut proxy = Proxy::start(&sidecar.socket(), 1).await;
     proxy.vm.book(1, 1, &[1]);
     proxy.vm.book(2, 2, &[2]);
     proxy.report().await;
@@ -207,7 +155,7 @@ async fn a_lost_report_is_made_good_by_a_complete_one() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_that_dies_is_retired_and_its_lanes_are_corrected() {
     let sidecar = Sidecar::start(TWO_WORKERS).await;
-    let mut proxy = Proxy::start(&sidecar, 1).await;
+    let mut proxy = Proxy::start(&sidecar.socket(), 1).await;
     proxy.vm.book(1, 1, &[1, 2]);
     proxy.report().await;
     // Never reported: the VM traps at once.
@@ -244,7 +192,7 @@ async fn a_vm_that_dies_is_retired_and_its_lanes_are_corrected() {
 #[tokio::test(flavor = "multi_thread")]
 async fn bookings_survive_a_change_of_stream_and_go_with_the_process() {
     let sidecar = Sidecar::start(TWO_WORKERS).await;
-    let mut proxy = Proxy::start(&sidecar, 1).await;
+    let mut proxy = Proxy::start(&sidecar.socket(), 1).await;
     proxy.vm.book(1, 1, &[1, 2]);
     proxy.report().await;
     becomes(&sidecar, 1, load(32, 1, 0, 2)).await;
@@ -274,7 +222,7 @@ async fn bookings_survive_a_change_of_stream_and_go_with_the_process() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restarted_sidecar_learns_what_is_booked_and_what_leaked() {
     let sidecar = Sidecar::start(TWO_WORKERS).await;
-    let mut proxy = Proxy::start(&sidecar, 1).await;
+    let mut proxy = Proxy::start(&sidecar.socket(), 1).await;
     proxy.vm.book(1, 1, &[1, 2]);
     proxy.report().await;
     becomes(&sidecar, 1, load(32, 1, 0, 2)).await;
@@ -314,7 +262,7 @@ async fn a_filter_of_protocol_1_is_served_without_loads() {
         .unwrap();
     // The bridge of these tests checks each message's version.
     let first = bridge.until(|head| head.ready).await;
-    let mut other = Proxy::start(&sidecar, 2).await;
+    let mut other = Proxy::start(&sidecar.socket(), 2).await;
     other.vm.book(1, 1, &[1]);
     other.report().await;
     other.sees(1, load(16, 1, 0, 1)).await;
@@ -332,7 +280,7 @@ async fn a_filter_of_protocol_1_is_served_without_loads() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_unreadable_report_costs_nothing_but_itself() {
     let sidecar = Sidecar::start(TWO_WORKERS).await;
-    let mut proxy = Proxy::start(&sidecar, 1).await;
+    let mut proxy = Proxy::start(&sidecar.socket(), 1).await;
     proxy.vm.book(1, 1, &[1]);
     let report = wire::encode(&proxy.vm.report());
     let garbage = vec![vec![], vec![9, 9], vec![2, 255, 255], report];
@@ -350,7 +298,7 @@ async fn what_is_not_tracked_is_corrected_away() {
     let yaml =
         format!("router_track_prefill_tokens: false\nrouter_assume_kv_reuse: false\n{TWO_WORKERS}");
     let sidecar = Sidecar::start(&yaml).await;
-    let mut proxy = Proxy::start(&sidecar, 1).await;
+    let mut proxy = Proxy::start(&sidecar.socket(), 1).await;
     proxy.vm.book(1, 1, &[1, 2]);
     proxy.vm.book(2, 1, &[1, 2]);
     proxy.report().await;

@@ -11,9 +11,7 @@ use futures::StreamExt as _;
 use http_body_util::{BodyExt as _, Full};
 use hyper_util::rt::TokioIo;
 use kv_core::event::Envelope;
-use kv_core::id::Slot;
 use kv_core::load::Load;
-use kv_core::loads::Loads;
 use kv_core::replica::{
     ActiveSequenceEvent, ActiveSequenceEventBatch, ActiveSequenceEventData, MAX_BATCH_EVENTS,
     PrefillLoadHint, WorkerWithDpRank,
@@ -21,8 +19,8 @@ use kv_core::replica::{
 use kv_router::config::{Config, Problem};
 use kv_router::peers::{Dropped, codec};
 use serde_json::{Value, json};
-use support::vm::{Gauges, Vm, owner};
-use support::{Bridge, Nats, eventually, free_port, subscribe};
+use support::proxy::{Proxy, load};
+use support::{Nats, eventually, free_port};
 use tempfile::TempDir;
 
 const SUBJECT: &str =
@@ -345,55 +343,13 @@ async fn acquainted(routers: &[&Router]) {
     }
 }
 
-/// An Envoy process of one VM.
-struct Proxy {
-    bridge: Bridge,
-    gauges: Gauges,
-    vm: Vm,
-}
-
-impl Proxy {
-    async fn start(router: &Router, process: u64) -> Self {
-        let bridge = Bridge::open(&router.socket(), subscribe(process, 1))
-            .await
-            .unwrap();
-        let gauges = Gauges::default();
-        let mut vm = Vm::new(100 * process, &gauges);
-        bridge.report(&[vm.whole()]).await;
-        Self { bridge, gauges, vm }
-    }
-
-    async fn report(&mut self) {
-        let report = self.vm.report();
-        self.bridge.report(&[report]).await;
-    }
-
-    /// What the proxy takes for the load of a worker, lane plus correction, once that is so.
-    async fn sees(&mut self, worker: u64, expected: Load) {
-        let lanes = self.gauges.load(owner(worker));
-        let slot = Slot(u16::try_from(worker - 1).unwrap());
-        let is_so = |loads: &Loads| loads.pools[0].correction(slot).apply(&lanes) == expected;
-        let what = format!("worker {worker} with {expected:?}");
-        self.bridge.loads(&what, is_so).await;
-    }
-}
-
-fn load(prefill_tokens: u32, waiting: u16, decoding: u16, blocks: u32) -> Load {
-    Load {
-        prefill_tokens,
-        waiting,
-        decoding,
-        blocks,
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn proxies_of_two_sidecars_see_the_same_load_and_shared_blocks_once() {
     let nats = Nats::start().await;
     let (left, right) = (Router::start(&nats).await, Router::start(&nats).await);
     acquainted(&[&left, &right]).await;
-    let mut one = Proxy::start(&left, 1).await;
-    let mut two = Proxy::start(&right, 2).await;
+    let mut one = Proxy::start(&left.socket(), 1).await;
+    let mut two = Proxy::start(&right.socket(), 2).await;
 
     one.vm.book(1, 1, &[11, 12, 13]);
     one.report().await;
@@ -438,7 +394,7 @@ async fn proxies_of_two_sidecars_see_the_same_load_and_shared_blocks_once() {
 async fn a_sidecar_that_starts_late_learns_what_is_live() {
     let nats = Nats::start().await;
     let early = Router::start(&nats).await;
-    let mut proxy = Proxy::start(&early, 1).await;
+    let mut proxy = Proxy::start(&early.socket(), 1).await;
     // More than one message holds.
     for request in 0..600 {
         let worker = 1 + request % 2;
@@ -470,8 +426,8 @@ async fn a_killed_sidecar_leaves_no_load_behind() {
     let nats = Nats::start().await;
     let (left, mut right) = (Router::start(&nats).await, Router::start(&nats).await);
     acquainted(&[&left, &right]).await;
-    let mut watching = Proxy::start(&left, 1).await;
-    let mut proxy = Proxy::start(&right, 2).await;
+    let mut watching = Proxy::start(&left.socket(), 1).await;
+    let mut proxy = Proxy::start(&right.socket(), 2).await;
     proxy.vm.book(1, 1, &[1, 2, 3]);
     proxy.vm.book(2, 2, &[1, 2, 3]);
     proxy.report().await;
@@ -489,7 +445,7 @@ async fn load_while_nats_is_away_is_told_afterwards() {
     let port = nats.port;
     let (left, right) = (Router::start(&nats).await, Router::start(&nats).await);
     acquainted(&[&left, &right]).await;
-    let mut proxy = Proxy::start(&right, 2).await;
+    let mut proxy = Proxy::start(&right.socket(), 2).await;
     proxy.vm.book(1, 1, &[1]);
     proxy.vm.book(2, 1, &[2]);
     proxy.report().await;
@@ -554,7 +510,7 @@ async fn a_router_of_dynamo_is_understood_and_can_understand() {
     send(1, vec![event("b", 2, ActiveSequenceEventData::Free)]).await;
     router.becomes(2, load(0, 0, 0, 0)).await;
 
-    let mut proxy = Proxy::start(&router, 1).await;
+    let mut proxy = Proxy::start(&router.socket(), 1).await;
     proxy.vm.book(1, 2, &[21, 22]);
     proxy.report().await;
     let mut own = async |events: usize| {

@@ -105,26 +105,22 @@ pub fn checksum(body: &Bytes) -> Vec<u32> {
     body.iter().map(|b| u32::from(*b)).collect()
 }
 
-/// A worker that takes any HTTP/2 request and sends its body back part by part, as it comes.
+/// A worker that sends back what it gets, as it comes.
 #[derive(Debug)]
-pub struct StreamEcho {
+pub struct Echo {
     /// Where it listens.
     pub address: SocketAddr,
     task: JoinHandle<()>,
 }
 
-impl StreamEcho {
-    /// Starts it.
+impl Echo {
+    /// One that takes any HTTP/2 request and sends its body back part by part.
     ///
     /// # Panics
     /// When no port is free.
-    pub async fn start() -> Self {
-        let listener = TcpListener::bind(("127.0.0.1", 0))
-            .await
-            .expect("a free port");
-        let address = listener.local_addr().expect("a bound socket");
-        let serve = async move {
-            while let Ok((stream, _)) = listener.accept().await {
+    pub async fn of_streams() -> Self {
+        Self::start(|stream| {
+            tokio::spawn(async move {
                 let echo = async |request: hyper::Request<hyper::body::Incoming>| {
                     let answer = Response::builder().header("content-type", "application/grpc");
                     Ok::<_, std::convert::Infallible>(
@@ -133,55 +129,44 @@ impl StreamEcho {
                 };
                 let service = hyper::service::service_fn(echo);
                 let io = hyper_util::rt::TokioIo::new(stream);
-                let http2 =
-                    hyper::server::conn::http2::Builder::new(hyper_util::rt::TokioExecutor::new());
-                tokio::spawn(http2.serve_connection(io, service));
-            }
-        };
-        Self {
-            address,
-            task: tokio::spawn(serve),
-        }
+                let executor = hyper_util::rt::TokioExecutor::new();
+                let http2 = hyper::server::conn::http2::Builder::new(executor);
+                // A client that goes away ends it.
+                let _ = http2.serve_connection(io, service).await;
+            });
+        })
+        .await
     }
-}
 
-impl Drop for StreamEcho {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
-/// A worker that switches any request to a WebSocket's bytes, which it sends back.
-#[derive(Debug)]
-pub struct UpgradeEcho {
-    /// Where it listens.
-    pub address: SocketAddr,
-    task: JoinHandle<()>,
-}
-
-impl UpgradeEcho {
-    /// Starts it.
+    /// One that switches any request to a WebSocket's bytes.
     ///
     /// # Panics
     /// When no port is free.
-    pub async fn start() -> Self {
+    pub async fn of_upgrades() -> Self {
+        Self::start(|stream| {
+            tokio::spawn(upgrade(stream));
+        })
+        .await
+    }
+
+    async fn start(serve: impl Fn(TcpStream) + Send + 'static) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0))
             .await
             .expect("a free port");
         let address = listener.local_addr().expect("a bound socket");
-        let serve = async move {
+        let accept = async move {
             while let Ok((stream, _)) = listener.accept().await {
-                tokio::spawn(upgrade(stream));
+                serve(stream);
             }
         };
         Self {
             address,
-            task: tokio::spawn(serve),
+            task: tokio::spawn(accept),
         }
     }
 }
 
-impl Drop for UpgradeEcho {
+impl Drop for Echo {
     fn drop(&mut self) {
         self.task.abort();
     }

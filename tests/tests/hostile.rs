@@ -10,7 +10,7 @@ use hyper_util::client::legacy::Client as Hyper;
 use hyper_util::rt::TokioExecutor;
 use kv_tests::client::{raw, uri};
 use kv_tests::stack::{Setup, Stack};
-use kv_tests::upstream::{StreamEcho, UpgradeEcho, Upstream};
+use kv_tests::upstream::{Echo, Upstream};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio::time::{Duration, timeout};
@@ -303,7 +303,7 @@ async fn a_client_cannot_choose_its_worker() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_websocket_passes_both_ways() {
-    let echo = UpgradeEcho::start().await;
+    let echo = Echo::of_upgrades().await;
     let workers = vec![(1, echo.address)];
     let stack = Stack::start(&Setup {
         threads: 1,
@@ -324,7 +324,7 @@ async fn a_websocket_passes_both_ways() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_bidirectional_grpc_stream_is_never_held() {
-    let echo = StreamEcho::start().await;
+    let echo = Echo::of_streams().await;
     let workers = vec![(1, echo.address)];
     let stack = Stack::start(&Setup {
         threads: 1,

@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "each test file uses a part of it")]
 
 pub(crate) mod engine;
+pub(crate) mod proxy;
 pub(crate) mod vm;
 
 use std::path::{Path, PathBuf};
