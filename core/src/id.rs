@@ -88,10 +88,24 @@ pub enum Role {
 }
 
 /// How block hashes are computed. Blocks of different families never match each other.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize,
+)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "kebab-case")]
 #[repr(u8)]
 pub enum Family {
     /// Dynamo's public hashes (`XXH3-64`, seed 1337).
     #[default]
     Dynamo = 0,
+    /// FlexKV: `XXH64` of the whole prefix as `i64` token ids.
+    FlexKv = 1,
+    /// `SGLang` and its `HiCache` stores: chained SHA-256 of a page's token ids.
+    HiCache = 2,
+    /// vLLM with `--prefix-caching-hash-algo sha256_cbor`.
+    VllmSha256Cbor = 3,
+    /// vLLM with `--prefix-caching-hash-algo xxhash_cbor`.
+    VllmXxhashCbor = 4,
+    /// `LMCache`: chained BLAKE3 of a chunk's token ids.
+    LmCache = 5,
 }

@@ -2,6 +2,7 @@
 //!
 //! A broken event is counted by reason and costs nothing but itself.
 
+pub mod batch;
 pub mod decode;
 pub mod nats;
 pub mod subject;
