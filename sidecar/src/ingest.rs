@@ -11,6 +11,8 @@ use kv_core::event::{RouterEvent, SnapshotPart};
 use kv_core::id::WorkerId;
 use serde::Serialize;
 
+use batch::{Batch, Origin, Turn};
+
 /// Most blocks of one event; engines send far fewer.
 pub const MAX_EVENT_BLOCKS: usize = 1 << 16;
 
@@ -22,6 +24,14 @@ pub enum Plane {
     Dynamo,
     /// Plain JSON over NATS.
     Json,
+    /// An engine's own ZMQ socket.
+    Zmq,
+    /// Posted to the sidecar.
+    Http,
+    /// Polled from the engine.
+    Poll,
+    /// A stream of JetStream.
+    JetStream,
 }
 
 impl Plane {
@@ -31,6 +41,10 @@ impl Plane {
         match self {
             Self::Dynamo => "dynamo",
             Self::Json => "json",
+            Self::Zmq => "zmq",
+            Self::Http => "http",
+            Self::Poll => "poll",
+            Self::JetStream => "jet_stream",
         }
     }
 }
@@ -113,6 +127,10 @@ pub enum Arrival {
         /// A part, or why there is none.
         part: Result<SnapshotPart, NoSnapshot>,
     },
+    /// The next message of a worker's own stream.
+    Batch(Origin, Plane, Batch),
+    /// What became of a worker's own stream.
+    Turn(Origin, Plane, Turn),
 }
 
 /// Why a snapshot didn't come.

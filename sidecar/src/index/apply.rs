@@ -41,6 +41,8 @@ impl Service {
                 }
             }
             Arrival::Snapshot { worker, part } => self.snapshot(worker, part),
+            Arrival::Batch(_, plane, _) => self.counts.plane(plane).messages += 1,
+            Arrival::Turn(..) => {}
         }
     }
 
@@ -52,7 +54,8 @@ impl Service {
             let outcome = match plane {
                 _ if !self.takes_events(event.worker_id) => Err(Rejection::EventsOff),
                 Plane::Dynamo => self.dynamo(&event, decoded.publisher),
-                Plane::Json => self.json(event),
+                // Events by themselves come over NATS alone.
+                _ => self.json(event),
             };
             if let Err(rejection) = outcome {
                 self.reject(plane, rejection);
