@@ -237,12 +237,7 @@ impl Routed {
 
 /// Prompt tokens that the chosen owner should find in its cache, where its overlap was looked up:
 /// an engine computes at least the last token, and with it the last block.
-fn predicted(
-    served: &Served<'_>,
-    ask: &Ask<'_>,
-    reason: Reason,
-    weighed: &Weighed,
-) -> Option<u32> {
+fn predicted(served: &Served<'_>, ask: &Ask<'_>, reason: Reason, weighed: &Weighed) -> Option<u32> {
     let chosen = weighed.scored.get(weighed.chosen?)?;
     let [.., blocks] = chosen.candidate.overlap.depth;
     let block = served.pool.block_size;

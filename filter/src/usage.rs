@@ -92,7 +92,11 @@ mod tests {
              \"prompt_tokens_details\":{{\"cached_tokens\": 512 }}}}}}"
         );
         assert_eq!(found(&[&document]), Some(512));
-        let cut: Vec<&str> = document.as_bytes().chunks(7).map(|c| std::str::from_utf8(c).unwrap()).collect();
+        let cut: Vec<&str> = document
+            .as_bytes()
+            .chunks(7)
+            .map(|c| std::str::from_utf8(c).unwrap())
+            .collect();
         assert_eq!(found(&cut), Some(512));
         let stream = [
             "data: {\"choices\":[{\"text\":\"a\"}],\"usage\":null}\n\n",
@@ -120,7 +124,8 @@ mod tests {
 
     #[test]
     fn generated_text_that_looks_like_usage_is_not_taken_for_it() {
-        let text = r#"{"usage":{"d":{"cached_tokens":7}},"choices":[{"text":"\"cached_tokens\":9,"}]}"#;
+        let text =
+            r#"{"usage":{"d":{"cached_tokens":7}},"choices":[{"text":"\"cached_tokens\":9,"}]}"#;
         assert_eq!(found(&[text]), Some(7));
     }
 }

@@ -10,7 +10,7 @@ pub mod subject;
 
 use kv_core::event::{RouterEvent, SnapshotPart};
 use kv_core::id::WorkerId;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use batch::{Batch, Origin, Turn};
 
@@ -18,7 +18,7 @@ use batch::{Batch, Origin, Turn};
 pub const MAX_EVENT_BLOCKS: usize = 1 << 16;
 
 /// How events come in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Plane {
     /// Dynamo 1.6.1's event plane over NATS.
@@ -73,6 +73,12 @@ pub enum Rejection {
     EventsOff,
     /// A part of a snapshot that nobody asked for.
     UnaskedSnapshot,
+    /// The worker's events are taken from another source.
+    OtherSource,
+    /// Hashes of a family that is not indexed.
+    FamilyUnsupported,
+    /// Too many workers without an endpoint, or blocks of theirs.
+    TooManyStrangers,
 }
 
 impl Rejection {
@@ -90,6 +96,9 @@ impl Rejection {
             Self::DuplicateId => "duplicate_id",
             Self::EventsOff => "events_off",
             Self::UnaskedSnapshot => "unasked_snapshot",
+            Self::OtherSource => "other_source",
+            Self::FamilyUnsupported => "family_unsupported",
+            Self::TooManyStrangers => "too_many_strangers",
         }
     }
 }

@@ -145,7 +145,9 @@ mod tests {
     fn filled(rng: &mut Rng) -> Index {
         let mut index = index();
         for chain in 0..20 {
-            let names: Vec<u64> = (0..12).map(|i| 1000 * (chain % 7) + 100 * chain + i).collect();
+            let names: Vec<u64> = (0..12)
+                .map(|i| 1000 * (chain % 7) + 100 * chain + i)
+                .collect();
             let tier = Tier::from_index(rng.below(2));
             index.apply(0, SLOT, tier, &store(None, &names));
             let gone = names.iter().filter(|_| rng.below(4) == 0).copied();
@@ -181,7 +183,12 @@ mod tests {
         index.apply(0, SLOT, Tier::Device, &store(None, &[1, 2, 3]));
         let names = index.names(0, SLOT);
         let block_hashes = vec![3];
-        index.apply(0, SLOT, Tier::Device, &EventData::Removed(Removed { block_hashes }));
+        index.apply(
+            0,
+            SLOT,
+            Tier::Device,
+            &EventData::Removed(Removed { block_hashes }),
+        );
         assert_eq!(index.held(0, SLOT, &names).len(), 2);
         assert!(index.holds(0, SLOT, 31));
         assert!(!index.holds(0, SLOT, 93));

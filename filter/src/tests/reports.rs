@@ -200,7 +200,7 @@ fn what_a_worker_found_in_its_cache_is_told_beside_what_was_predicted() {
     site.tick();
     let mut sidecar = Sidecar::default();
     let answer = br#"{"usage":{"prompt_tokens_details":{"cached_tokens":4}}}"#;
-    
+
     for reaches in [2, 3, 2].map(endpoint) {
         let context = site.complete(&body(&tokens));
         site.host.reach(&reaches, 1);
@@ -212,7 +212,11 @@ fn what_a_worker_found_in_its_cache_is_told_beside_what_was_predicted() {
     site.tick();
     sidecar.read(&[&site]);
     let told = sidecar.steps().into_iter().filter_map(|step| match step {
-        Step::Cached { request, predicted, found } => Some((request, predicted, found)),
+        Step::Cached {
+            request,
+            predicted,
+            found,
+        } => Some((request, predicted, found)),
         _ => None,
     });
     // Another worker than the chosen one answered the second.
