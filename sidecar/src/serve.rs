@@ -186,7 +186,10 @@ async fn take_over(
     let _ = tokio::time::timeout(NATS_FIRST, connected).await;
     for peer in peers {
         let outcome = bootstrap::from_peer(peer, token, service).await;
-        let kind = outcome.as_ref().map_or_else(|e| e.kind(), |()| "taken");
+        let kind = match &outcome {
+            Ok(()) => "taken",
+            Err(error) => error.kind(),
+        };
         metrics.bootstraps.get_or_create(&Kind { kind }).inc();
         match outcome {
             Ok(()) => {

@@ -359,7 +359,7 @@ impl Service {
         EventsReport {
             source,
             connected: match source {
-                Some(plane @ (Plane::Dynamo | Plane::Json)) => self.connected.contains(&plane),
+                Some(plane) if plane.is_shared() => self.connected.contains(&plane),
                 _ => stream.is_some_and(|stream| stream.is_open),
             },
             refused: worker.source.refused(at).collect(),

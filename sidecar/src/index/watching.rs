@@ -128,9 +128,7 @@ impl Service {
             for worker in pool.workers.values_mut() {
                 // Of a plane that is down everybody knows; one never heard may be named wrongly.
                 let heard = worker.source.heard_at().and(worker.source.plane());
-                let is_down = |plane: Plane| {
-                    matches!(plane, Plane::Dynamo | Plane::Json) && !connected.contains(&plane)
-                };
+                let is_down = |plane: Plane| plane.is_shared() && !connected.contains(&plane);
                 let change = worker.health.judge(at, !heard.is_some_and(is_down));
                 changes.extend(change.map(|change| (worker.config.id, change)));
             }

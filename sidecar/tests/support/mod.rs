@@ -5,6 +5,7 @@
 
 pub(crate) mod engine;
 pub(crate) mod proxy;
+pub(crate) mod service;
 pub(crate) mod vm;
 
 use std::path::{Path, PathBuf};
