@@ -34,6 +34,8 @@ const REPLACE_PAUSE: Duration = Duration::from_secs(10);
 const TABLE_WRITTEN: Duration = Duration::from_secs(2);
 /// How long a start that asks peers waits for NATS.
 const NATS_FIRST: Duration = Duration::from_secs(1);
+/// Pause between looks at it.
+const NATS_POLL: Duration = Duration::from_millis(10);
 /// How long tasks may take to end.
 const SHUTDOWN: Duration = Duration::from_secs(10);
 
@@ -99,23 +101,16 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
             Ok(())
         });
     }
-    let (index_cancel, bridge_cancel) = (cancel.clone(), cancel.clone());
-    let (peer_urls, peer_token) = (config.peers.clone(), token.clone());
-    let peer_metrics = Arc::clone(&metrics);
-    tasks.spawn(async move {
+    if !service.is_restored() && !config.peers.is_empty() {
         // Events that come meanwhile wait in the channel, and those before them are in the dump.
-        if !service.is_restored() {
-            let taken = take_over(
-                &peer_urls,
-                peer_token.as_deref(),
-                &mut service,
-                &peer_metrics,
-            );
-            tokio::select! {
-                () = index_cancel.cancelled() => {}
-                () = taken => {}
-            }
+        // Workers' own streams are opened after it, where it leaves them.
+        tokio::select! {
+            () = cancel.cancelled() => {}
+            () = take_over(&config, token.as_deref(), &mut service, &metrics) => {}
         }
+    }
+    let (index_cancel, bridge_cancel) = (cancel.clone(), cancel.clone());
+    tasks.spawn(async move {
         service.run(controlled, arrived, index_cancel).await;
         Ok(())
     });
@@ -168,23 +163,17 @@ async fn read_token(file: &Path) -> anyhow::Result<String> {
 }
 
 /// Takes the index of the first peer over that has one.
-async fn take_over(
-    peers: &[http::Uri],
-    token: Option<&str>,
-    service: &mut Service,
-    metrics: &Metrics,
-) {
-    if peers.is_empty() {
-        return;
+async fn take_over(config: &Config, token: Option<&str>, service: &mut Service, metrics: &Metrics) {
+    if config.nats.is_some() {
+        // What is published from the dump on must not be missed.
+        let connected = async {
+            while metrics.nats_connected.get() == 0 {
+                tokio::time::sleep(NATS_POLL).await;
+            }
+        };
+        let _ = tokio::time::timeout(NATS_FIRST, connected).await;
     }
-    // What is published from the dump on must not be missed.
-    let connected = async {
-        while metrics.nats_connected.get() == 0 {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    };
-    let _ = tokio::time::timeout(NATS_FIRST, connected).await;
-    for peer in peers {
+    for peer in &config.peers {
         let outcome = bootstrap::from_peer(peer, token, service).await;
         let kind = match &outcome {
             Ok(()) => "taken",

@@ -154,6 +154,11 @@ impl Sidecar {
         sidecar
     }
 
+    /// Port of its HTTP API.
+    pub(crate) fn admin_port(&self) -> u16 {
+        self.admin
+    }
+
     fn file(&self) -> PathBuf {
         self.folder.path().join("config.yaml")
     }

@@ -59,8 +59,8 @@ impl Scripted {
         assert_ne!(restored, Restored::Corrupt);
         let metrics = Arc::new(Metrics::default());
         let (requests, _) = mpsc::channel(64);
-        let mut service = Service::new(&config, restored, requests, Arc::clone(&metrics));
-        let resume = service.resume();
+        let service = Service::new(&config, restored, requests, Arc::clone(&metrics));
+        let resume = service.resumes();
         let (control, controlled) = mpsc::channel(64);
         let (arrivals, arrived) = mpsc::channel(64);
         let cancel = CancellationToken::new();
