@@ -4,6 +4,7 @@
 mod support;
 
 use kv_core::event::EventData;
+use kv_core::hash::{Hashing, Seed, sequence_hashes};
 use kv_core::id::{Family, Slot, Tier};
 use kv_core::naive::Naive;
 use kv_core::rng::Rng;
@@ -315,9 +316,9 @@ fn random_change(rng: &mut Rng, worker: u64) -> (Option<Tier>, EventData) {
     );
     let name = 10_000 * worker + 1000 * u64::from(prompt[0]);
     let blocks = prompt.len() as u64 / 4;
-    match rng.below(20) {
+    match rng.below(100) {
         0 => (None, EventData::Cleared),
-        1..7 => {
+        1..25 => {
             let gone: Vec<u64> = (0..blocks)
                 .filter(|_| rng.below(3) == 0)
                 .map(|i| name + i)
@@ -332,7 +333,7 @@ fn random_change(rng: &mut Rng, worker: u64) -> (Option<Tier>, EventData) {
 }
 
 #[tokio::test]
-async fn a_copy_made_part_by_part_while_events_come_is_exact_with_those_after_it() {
+async fn random_histories_leave_what_a_naive_index_has_and_survive_a_restart() {
     let service = Scripted::start(HTTP);
     let mut rng = Rng::new(3);
     let mut naive = Naive::default();
@@ -342,21 +343,18 @@ async fn a_copy_made_part_by_part_while_events_come_is_exact_with_those_after_it
     for sequence in 0..400 {
         let worker = 1 + sequence % 2;
         let (tier, data) = random_change(&mut rng, worker);
-        naive.apply(
-            0,
-            Slot(u16::try_from(worker).unwrap()),
-            tier.unwrap_or_default(),
-            &data,
-        );
+        let slot = Slot(u16::try_from(worker).unwrap());
+        naive.apply(0, slot, tier.unwrap_or_default(), &data);
         service
             .batch(worker, sequence, vec![change_on(0, tier, data)])
             .await;
     }
+    let mut some_overlap = 0;
     for family in 0..6 {
         let prompt = tokens(1000 * family, 40);
-        let hashing = kv_core::hash::Hashing::new(4, kv_core::hash::Seed::new("", ""));
-        let hashes = kv_core::hash::sequence_hashes(&prompt, hashing);
+        let hashes = sequence_hashes(&prompt, Hashing::new(4, Seed::new("", "")));
         let expected = naive.overlaps(0, &[hashes]).remove(0);
+        some_overlap += expected.len();
         for worker in [1, 2] {
             let held = expected
                 .iter()
@@ -365,21 +363,60 @@ async fn a_copy_made_part_by_part_while_events_come_is_exact_with_those_after_it
             assert_eq!(service.overlap(worker, 0, &prompt).await, held);
         }
     }
+    assert!(some_overlap > 3);
     let before = service.blocks().await;
-    let lines = service.dump().await.unwrap();
-    assert!(matches!(lines[0], Line::Dump { .. }));
-    let streams = lines
-        .iter()
-        .filter(|l| matches!(l, Line::Stream(_)))
-        .count();
-    let total: usize = before.values().map(Vec::len).sum();
-    assert_eq!(streams, 2);
-    assert!(
-        matches!(lines.last(), Some(Line::End { owners: 3, .. })),
-        "{total}"
-    );
-    // The snapshot on disk holds the same, and goes on.
     let service = service.restart().await;
     assert_eq!(service.blocks().await, before);
     assert_eq!(service.index().await["restored"], true);
+}
+
+#[tokio::test]
+async fn a_dump_made_while_events_come_is_exact_with_those_after_its_beginning() {
+    let service = Scripted::start(HTTP);
+    let long = tokens(0, 9000);
+    service.turn(1, Turn::Whole).await;
+    service.turn(2, Turn::Whole).await;
+    service
+        .batch(1, 0, vec![change(0, stored(&long, 0, 1))])
+        .await;
+    let mut lines = service.begin_dump().await.unwrap();
+    let mut rng = Rng::new(5);
+    let (mut dump, mut batches) = (Vec::new(), Vec::new());
+    while let Some(line) = lines.recv().await {
+        dump.push(line);
+        let sequence = batches.len() as u64 + 1;
+        let gone: Vec<u64> = (0..50).map(|_| 1 + rng.below(9000) as u64).collect();
+        let from = u32::try_from(rng.below(8000)).unwrap();
+        let again = stored(&long[..4 * (from as usize + 500)], from, 1);
+        let mut changes = vec![change(0, removed(&gone)), change(0, again)];
+        if sequence == 8 {
+            changes.push(change_on(0, None, EventData::Cleared));
+            changes.push(change(0, stored(&long[..4000], 0, 1)));
+        }
+        service.batch(1, sequence, changes.clone()).await;
+        batches.push((sequence, changes));
+    }
+    assert!(matches!(dump.last(), Some(Line::End { owners: 3, .. })));
+    let parts = dump
+        .iter()
+        .filter(|l| matches!(l, Line::Blocks { .. }))
+        .count();
+    assert!(parts > 2, "{parts}");
+
+    let copy = Scripted::start_from(HTTP, dump);
+    let resume = copy.resume[&Origin {
+        worker: 1,
+        stream: 0,
+    }];
+    assert_eq!((resume.sequence, resume.is_whole), (0, true));
+    for (sequence, changes) in batches {
+        copy.batch(1, sequence, changes).await;
+    }
+    assert_eq!(copy.blocks().await, service.blocks().await);
+    let prompts = [&long[..400], &long[..]];
+    for prompt in prompts {
+        let expected = service.overlap(1, 0, prompt).await;
+        assert_eq!(copy.overlap(1, 0, prompt).await, expected);
+    }
+    assert_eq!(copy.owner(1, 0).await["knowledge"], "whole");
 }

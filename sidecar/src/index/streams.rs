@@ -154,6 +154,7 @@ impl Service {
             }
         }
         self.saving.touch();
+        self.check_ready();
     }
 
     fn know_whole(&mut self, id: WorkerId, ranks: &[DpRank]) {

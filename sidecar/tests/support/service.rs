@@ -49,17 +49,25 @@ fn config(folder: &TempDir, yaml: &str) -> Config {
 impl Scripted {
     /// Starts one; `TOKEN` in the YAML is a file.
     pub(crate) fn start(yaml: &str) -> Self {
-        Self::start_in(TempDir::new().unwrap(), yaml)
+        Self::start_in(TempDir::new().unwrap(), yaml, Vec::new())
     }
 
-    fn start_in(folder: TempDir, yaml: &str) -> Self {
+    /// Starts one on the dump of another.
+    pub(crate) fn start_from(yaml: &str, dump: Vec<Line>) -> Self {
+        Self::start_in(TempDir::new().unwrap(), yaml, dump)
+    }
+
+    fn start_in(folder: TempDir, yaml: &str, dump: Vec<Line>) -> Self {
         let config = config(&folder, yaml);
         let file = kv_router::index::state_file(&config);
         let restored = state::restore(file.as_deref());
         assert_ne!(restored, Restored::Corrupt);
         let metrics = Arc::new(Metrics::default());
         let (requests, _) = mpsc::channel(64);
-        let service = Service::new(&config, restored, requests, Arc::clone(&metrics));
+        let mut service = Service::new(&config, restored, requests, Arc::clone(&metrics));
+        for line in dump {
+            service.adopt(line).unwrap();
+        }
         let resume = service.resumes();
         let (control, controlled) = mpsc::channel(64);
         let (arrivals, arrived) = mpsc::channel(64);
@@ -87,7 +95,7 @@ impl Scripted {
     pub(crate) async fn restart_with(self, yaml: &str) -> Self {
         self.cancel.cancel();
         self.task.await.unwrap();
-        Self::start_in(self.folder, yaml)
+        Self::start_in(self.folder, yaml, Vec::new())
     }
 
     /// Takes another configuration over while it runs.
@@ -164,10 +172,16 @@ impl Scripted {
         field.standings[at].overlap.by_tier()
     }
 
+    /// Begins a dump that goes on only as it is read.
+    pub(crate) async fn begin_dump(&self) -> Result<mpsc::Receiver<Line>, NotDumped> {
+        let (out, lines) = mpsc::channel(1);
+        self.ask(|reply| Control::Dump { out, reply }).await?;
+        Ok(lines)
+    }
+
     /// Everything that each rank holds.
     pub(crate) async fn dump(&self) -> Result<Vec<Line>, NotDumped> {
-        let (out, mut lines) = mpsc::channel(4);
-        self.ask(|reply| Control::Dump { out, reply }).await?;
+        let mut lines = self.begin_dump().await?;
         let mut all = Vec::new();
         while let Some(line) = lines.recv().await {
             all.push(line);
