@@ -141,6 +141,27 @@ async fn a_worker_that_publishes_nothing_is_predicted_until_it_is_heard() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_worker_whose_blocks_have_another_size_is_predicted_as_well() {
+    let mut at = Installation::start().await;
+    for request in 1..20 {
+        let prompt = tokens(1000 * u32::try_from(request).unwrap(), 4);
+        // It tells of blocks that begin with other tokens.
+        let other = tokens(1 + 1000 * u32::try_from(request).unwrap(), 4);
+        at.engines[0]
+            .publish(request, stored(&other, 0, 1000 * request))
+            .await;
+        at.serve(request, 1, &prompt, None).await;
+    }
+    let ill = ailment_becomes(&at.sidecar, 1, json!("mismatched")).await;
+    assert_eq!(ill["knowledge"], "whole");
+    let prompt = tokens(100_000, 4);
+    at.serve(50, 1, &prompt, None).await;
+    let predicted = async || (overlap(&at.sidecar, 1, &prompt).await == 4).then_some(());
+    eventually("its prompt is predicted", predicted).await;
+    assert_eq!(overlap(&at.sidecar, 1, &tokens(1001, 4)).await, 4);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn answers_that_contradict_events_make_a_worker_inaccurate() {
     let mut at = Installation::start().await;
     let prompt = tokens(0, 16);

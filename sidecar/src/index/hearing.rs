@@ -75,10 +75,10 @@ impl Service {
             sequence: stream.and_then(|s| s.last).map(|last| last.sequence),
             rejected: worker.health.all_dropped(),
             ailment: ailment.map(Ailment::kind),
-            dropped_as: ailment.and_then(|ailment| match ailment {
-                Ailment::Dropped(kind) => Some(kind),
-                Ailment::Silent | Ailment::Inaccurate { .. } => None,
-            }),
+            dropped_as: match ailment {
+                Some(Ailment::Dropped(kind)) => Some(kind),
+                _ => None,
+            },
             accuracy: worker.health.accuracy(),
         }
     }
