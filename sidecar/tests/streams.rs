@@ -13,6 +13,7 @@ use kv_router::ingest::batch::{Batch, Origin, Turn};
 use kv_router::ingest::{Arrival, Decoded, Plane, Rejection};
 use serde_json::json;
 use support::engine::{event, removed, stored, tokens};
+use support::eventually;
 use support::service::{Scripted, change, change_on};
 
 const HTTP: &str = "workers: [{id: 1, endpoint: '1.1.1.1:1', data_parallel_size: 2, \
@@ -306,6 +307,29 @@ async fn events_lost_on_dynamos_plane_put_blocks_in_doubt() {
         .await;
     assert_eq!(service.overlap(1, 0, &prompt).await, [4, 0, 0, 0]);
     assert_eq!(service.owner(1, 0).await["partial"], true);
+}
+
+#[tokio::test]
+async fn a_gap_of_json_events_without_a_snapshot_is_one_gap_and_puts_blocks_in_doubt() {
+    let yaml = "nats: {url: 'nats://127.0.0.1:1', json_subject: 'e.{worker_id}'}\n\
+                workers: [{id: 1, endpoint: '1.1.1.1:1'}]";
+    let service = Scripted::start(yaml);
+    let prompt = tokens(0, 4);
+    let first = event(1, 1, stored(&prompt[..12], 0, 100));
+    service.arrive(events(Plane::Json, vec![first])).await;
+    assert_eq!(service.owner(1, 0).await["knowledge"], "whole");
+    let late = event(1, 5, stored(&prompt, 3, 100));
+    service.arrive(events(Plane::Json, vec![late])).await;
+    let known = async || {
+        let owner = service.owner(1, 0).await;
+        (owner["last_event_id"] == 5).then_some(owner)
+    };
+    let owner = eventually("it goes on without a snapshot", known).await;
+    assert_eq!(
+        (&owner["gaps"], &owner["knowledge"]),
+        (&json!(1), &json!("partial"))
+    );
+    assert_eq!(service.overlap(1, 0, &prompt).await, [4, 0, 0, 0]);
 }
 
 /// A random change under names that differ from worker to worker.

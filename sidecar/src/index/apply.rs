@@ -344,18 +344,13 @@ impl Service {
         let first = held.first().map(|first| first.event.event_id);
         let missing = first.zip(worker.json.last);
         let missing = missing.map_or(0, |(first, last)| first.saturating_sub(last + 1));
-        let ranks = if missing > 0 && !is_replaced && !repair.restarted {
-            0..worker.config.ranks
-        } else {
-            0..0
-        };
-        if is_replaced || repair.restarted {
-            for slot in slots {
+        for slot in slots {
+            if is_replaced || repair.restarted {
                 self.drop_blocks(pool, slot);
+            } else if missing > 0 {
+                // Counted when it was found.
+                self.put_in_doubt(pool, slot, missing);
             }
-        }
-        for rank in ranks {
-            self.lost(id, rank, missing);
         }
         let Some((_, worker)) = self.roster.worker(id) else {
             return;

@@ -36,6 +36,11 @@ impl Service {
         owner.knowledge = Knowledge::Partial;
         let slot = owner.slot;
         self.count_gap(pool);
+        self.put_in_doubt(pool, slot, missing);
+    }
+
+    /// Sets an owner's blocks aside, unless so little is missing that most of them are there.
+    pub(super) fn put_in_doubt(&mut self, pool: usize, slot: Slot, missing: u64) {
         let held = self.index.owner_blocks(pool, slot) as u64;
         let removed = missing.saturating_mul(REMOVED_BY_ONE);
         if missing == 0 || removed.saturating_mul(ONE_IN) > held {

@@ -28,6 +28,8 @@ pub(crate) struct Scripted {
     yaml: String,
     arrivals: mpsc::Sender<Arrival>,
     control: mpsc::Sender<Control>,
+    /// Workers that are asked for their snapshots: none answers.
+    _requested: mpsc::Receiver<WorkerId>,
     pub(crate) metrics: Arc<Metrics>,
     /// Where streams were to be taken up at the start.
     pub(crate) resume: HashMap<Origin, Resume>,
@@ -63,7 +65,7 @@ impl Scripted {
         let restored = state::restore(file.as_deref());
         assert_ne!(restored, Restored::Corrupt);
         let metrics = Arc::new(Metrics::default());
-        let (requests, _) = mpsc::channel(64);
+        let (requests, requested) = mpsc::channel(64);
         let mut service = Service::new(&config, restored, requests, Arc::clone(&metrics));
         for line in dump {
             service.adopt(line).unwrap();
@@ -78,6 +80,7 @@ impl Scripted {
             yaml: yaml.to_owned(),
             arrivals,
             control,
+            _requested: requested,
             metrics,
             resume,
             cancel,
