@@ -148,3 +148,39 @@ async fn without_a_peer_that_answers_it_starts_empty() {
         json!({"owners": 2, "blocks": 0})
     );
 }
+
+#[tokio::test]
+async fn content_is_shown_to_other_machines_for_the_token_alone() {
+    use tonic::codegen::Service as _;
+
+    let (control, _) = tokio::sync::mpsc::channel(1);
+    let admin = |token: Option<&str>| {
+        let metrics = std::sync::Arc::new(kv_router::metrics::Metrics::default());
+        let admin = kv_router::admin::Admin::new(control.clone(), metrics);
+        kv_router::admin::router(admin.with_token(token.map(str::to_owned)))
+    };
+    // Nobody answers for the index: whoever is let in learns that.
+    let cases = [
+        (None, "10.0.0.9:1", None, 403),
+        (None, "10.0.0.9:1", Some("Bearer "), 403),
+        (Some("secret"), "10.0.0.9:1", None, 403),
+        (Some("secret"), "10.0.0.9:1", Some("Bearer secre"), 403),
+        (Some("secret"), "10.0.0.9:1", Some("Bearer secrets"), 403),
+        (Some("secret"), "10.0.0.9:1", Some("secret"), 403),
+        (Some("secret"), "10.0.0.9:1", Some("Bearer secret"), 503),
+        (Some("secret"), "127.0.0.1:1", None, 503),
+    ];
+    for (token, from, shown, status) in cases {
+        let from: std::net::SocketAddr = from.parse().unwrap();
+        let mut request = http::Request::get("/v1/index/dump")
+            .extension(axum::extract::ConnectInfo(from))
+            .body(axum::body::Body::empty())
+            .unwrap();
+        if let Some(shown) = shown {
+            let shown = shown.parse().unwrap();
+            request.headers_mut().insert("authorization", shown);
+        }
+        let answer = admin(token).call(request).await.unwrap();
+        assert_eq!(answer.status(), status, "{token:?} {from} {shown:?}");
+    }
+}
