@@ -190,8 +190,8 @@ impl Config {
         differs("nats", self.nats != next.nats);
         let load = "router_track_*, router_assume_kv_reuse, active_request_expiry_secs";
         differs(load, self.load != next.load);
-        let pools =
-            "pools: their names, order, kv_cache_block_size, kv_events and what events mean";
+        let pools = "pools: their names, order, kv_cache_block_size, kv_events, media, \
+                     families and image_token_id";
         differs(pools, self.shape() != next.shape());
         keys
     }

@@ -69,7 +69,7 @@ impl Normaliser {
         match event.data {
             // Says how large the cache is; nothing is in it.
             Data::Created => Ok(()),
-            Data::Stored(stored) => self.trtllm_stored(rank, stored, out),
+            Data::Stored(stored) => self.trtllm_stored(rank, &stored, out),
             Data::Removed(hashes) => {
                 self.trtllm_removed(rank, &hashes, out);
                 Ok(())
@@ -85,7 +85,7 @@ impl Normaliser {
     fn trtllm_stored(
         &mut self,
         rank: DpRank,
-        stored: trtllm::Stored,
+        stored: &trtllm::Stored,
         out: &mut Normalised,
     ) -> Result<(), Rejection> {
         let own = self.settings.block_size.max(1) as usize;
