@@ -5,6 +5,7 @@
 
 pub mod admin;
 pub mod bridge;
+pub mod check_events;
 pub mod config;
 pub mod decision;
 pub mod envoy;
