@@ -5,6 +5,7 @@
 pub mod batch;
 pub mod decode;
 pub mod nats;
+pub mod order;
 pub mod subject;
 
 use kv_core::event::{RouterEvent, SnapshotPart};
