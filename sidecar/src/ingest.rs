@@ -8,6 +8,7 @@ pub mod engine;
 pub mod nats;
 pub mod order;
 pub mod subject;
+pub mod zmtp;
 
 use kv_core::event::{RouterEvent, SnapshotPart};
 use kv_core::id::WorkerId;

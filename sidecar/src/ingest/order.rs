@@ -119,8 +119,10 @@ pub struct Order {
     held_bytes: usize,
     /// When the replay under way has ended, another is needed.
     asks_again: bool,
-    /// A replay has shown that nothing follows `last`.
+    /// A replay has shown in a quiet time that nothing follows `last`.
     is_checked: bool,
+    /// The replay under way is such a check.
+    is_checking: bool,
     steps: VecDeque<Step>,
 }
 
@@ -152,6 +154,7 @@ impl Order {
             held_bytes: 0,
             asks_again: false,
             is_checked: false,
+            is_checking: false,
             steps: VecDeque::new(),
         }
     }
@@ -173,6 +176,8 @@ impl Order {
         self.is_unsure = self.last.is_some() && self.source != Source::Queues;
         self.asking = None;
         self.fruitless = 0;
+        self.is_checked = false;
+        self.is_checking = false;
         // Their run may be over.
         self.drop_held();
         self.ask();
@@ -188,6 +193,7 @@ impl Order {
     /// Nothing has come for a while: frames lost at the very end would stay unnoticed.
     pub fn quiet(&mut self) {
         if self.asking.is_none() && !self.is_checked {
+            self.is_checking = true;
             self.ask();
         }
     }
@@ -195,6 +201,7 @@ impl Order {
     /// A frame that was published.
     pub fn live(&mut self, frame: Frame) {
         self.is_checked = false;
+        self.is_checking = false;
         if let Some(asking) = self.asking {
             let is_past = frame.sequence < self.next();
             if asking.is_same_run && is_past {
@@ -274,7 +281,7 @@ impl Order {
         let is_done = is_complete && self.held.is_empty() && !self.asks_again;
         if is_done {
             self.fruitless = 0;
-            self.is_checked = true;
+            self.is_checked = self.is_checking;
             self.caught_up();
             return;
         }
