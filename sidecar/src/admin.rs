@@ -1,6 +1,7 @@
 //! The sidecar's HTTP API: health, metrics and `/v1`.
 
 mod error;
+mod events;
 mod explain;
 
 use std::net::SocketAddr;
@@ -18,6 +19,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::decision::{DecisionsReport, Wanted};
 use crate::index::{Control, IndexReport, WorkersReport};
+use crate::ingest::post::Desk;
 use crate::load::RawReport;
 use crate::metrics::{CONTENT_TYPE, Metrics};
 use error::AdminError;
@@ -29,14 +31,19 @@ const LONGEST_BODY: usize = 64 << 20;
 #[derive(Clone, Debug)]
 pub struct Admin {
     control: mpsc::Sender<Control>,
+    desk: Arc<Desk>,
     metrics: Arc<Metrics>,
 }
 
 impl Admin {
-    /// Asks the index through `control`.
+    /// Asks the index through `control` and hands posts to `desk`.
     #[must_use]
-    pub fn new(control: mpsc::Sender<Control>, metrics: Arc<Metrics>) -> Self {
-        Self { control, metrics }
+    pub fn new(control: mpsc::Sender<Control>, desk: Arc<Desk>, metrics: Arc<Metrics>) -> Self {
+        Self {
+            control,
+            desk,
+            metrics,
+        }
     }
 
     async fn ask<T>(
@@ -52,8 +59,8 @@ impl Admin {
     }
 }
 
-/// The routes. `/v1` shows content, so it answers only peers on this machine; serve it with
-/// connection info.
+/// The routes. `/v1` shows content, so it answers only peers on this machine, but for posts of
+/// events, which show whose they are. Serve it with connection info.
 pub fn router(admin: Admin) -> Router {
     let content = Router::new()
         .route("/v1/workers", get(workers))
@@ -65,6 +72,7 @@ pub fn router(admin: Admin) -> Router {
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
+        .route("/v1/events", post(events::post))
         .merge(content)
         .fallback(async || AdminError::NoSuchPath)
         .method_not_allowed_fallback(async || AdminError::WrongMethod)

@@ -4,10 +4,19 @@
 
 pub mod batch;
 pub mod decode;
+pub mod doors;
+pub mod dynamo_zmq;
 pub mod engine;
+pub mod jetstream;
 pub mod nats;
 pub mod order;
+pub mod pause;
+pub mod poll;
+pub mod post;
+pub mod quota;
+pub mod stream;
 pub mod subject;
+pub mod zmq;
 pub mod zmtp;
 
 use kv_core::event::{RouterEvent, SnapshotPart};

@@ -32,6 +32,8 @@ pub struct Frame {
 pub enum Step {
     /// Hand this frame on.
     Deliver(Frame),
+    /// A frame that a restored index includes: it tells only what later ones refer to.
+    Recall(Frame),
     /// Tell this.
     Turn(Turn),
     /// Ask for all frames from this number on; a replay under way is void.
@@ -111,6 +113,8 @@ pub struct Order {
     is_whole: bool,
     /// It has been told how complete the stream is.
     is_told: bool,
+    /// Nothing but `last` is known of what was delivered: its frames are wanted once more.
+    wants_past: bool,
     /// The connection that `last` came over is gone: the next one may lead to another run.
     is_unsure: bool,
     asking: Option<Asking>,
@@ -147,6 +151,7 @@ impl Order {
             recent: last.into_iter().collect(),
             is_whole: resume.is_none_or(|resume| resume.is_whole),
             is_told: false,
+            wants_past: last.is_some(),
             is_unsure: last.is_some() && source != Source::Queues,
             asking: None,
             fruitless: 0,
@@ -198,6 +203,12 @@ impl Order {
         }
     }
 
+    /// Whether frames are missing before this number.
+    #[must_use]
+    pub fn misses(&self, sequence: u64) -> bool {
+        sequence > self.next()
+    }
+
     /// A frame that was published.
     pub fn live(&mut self, frame: Frame) {
         self.is_checked = false;
@@ -245,10 +256,16 @@ impl Order {
             return;
         };
         if frame.sequence < last.sequence {
+            if self.wants_past {
+                self.steps.push_back(Step::Recall(frame));
+            }
             return;
         }
         if frame.sequence == last.sequence && mark(&frame.payload) == last.mark {
             asking.is_same_run = true;
+            if std::mem::take(&mut self.wants_past) {
+                self.steps.push_back(Step::Recall(frame));
+            }
             self.is_unsure = false;
             // What raised the question was old.
             let next = self.next();
@@ -318,7 +335,10 @@ impl Order {
             is_same_run: self.last.is_none(),
             has_progress: false,
         });
-        let from = self.last.map_or(0, |last| last.sequence);
+        let from = match self.last {
+            Some(last) if !self.wants_past => last.sequence,
+            _ => 0,
+        };
         self.steps.push_back(Step::Replay { from });
     }
 
@@ -377,6 +397,7 @@ impl Order {
             mark: mark(&frame.payload),
         };
         self.last = Some(mark);
+        self.wants_past = false;
         self.is_unsure = false;
         if self.recent.len() > self.limits.frames {
             self.recent.pop_front();
@@ -398,6 +419,7 @@ impl Order {
     fn restart(&mut self) {
         self.steps.push_back(Step::Turn(Turn::Restarted));
         self.last = None;
+        self.wants_past = false;
         self.recent.clear();
         self.is_whole = true;
         self.is_unsure = false;

@@ -203,11 +203,14 @@ fn a_restored_stream_goes_on_where_it_was() {
     };
     let mut order = Order::new(Source::Replays, Limits::default(), Some(resume));
     order.opened();
-    assert_eq!(steps(&mut order), [turn(Turn::Opened), replay(7)]);
-    order.replayed(frame(1, 7));
-    order.replayed(frame(1, 8));
+    assert_eq!(steps(&mut order), [turn(Turn::Opened), replay(0)]);
+    for sequence in 5..=8 {
+        order.replayed(frame(1, sequence));
+    }
     order.replay_ended(true);
-    assert_eq!(steps(&mut order), [delivered(1, 8), turn(Turn::Whole)]);
+    let mut expected: Vec<_> = (5..=7).map(|s| Step::Recall(frame(1, s))).collect();
+    expected.extend([delivered(1, 8), turn(Turn::Whole)]);
+    assert_eq!(steps(&mut order), expected);
     // Nobody can be asked: that nothing was missed can't be known.
     let mut order = Order::new(Source::Live, Limits::default(), Some(resume));
     order.opened();
@@ -354,6 +357,10 @@ impl World {
                         "a number was passed over without a word"
                     );
                     self.content.push(frame);
+                }
+                Step::Recall(frame) => {
+                    let last = self.content.last().map(|last| last.sequence);
+                    assert!(Some(frame.sequence) <= last, "recalled before it was delivered");
                 }
                 Step::Turn(Turn::Restarted) => {
                     self.content.clear();

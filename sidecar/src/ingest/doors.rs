@@ -1,0 +1,235 @@
+//! Which doors are open: one task to each stream that is read, opened and closed as workers come
+//! and go.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+
+use kv_core::id::{DpRank, WorkerId};
+use tokio_util::task::AbortOnDropHandle;
+
+use super::Plane;
+use super::batch::{Origin, Resume};
+use super::engine::{Encoding, Normaliser, Settings};
+use super::order::Source;
+use super::post::{Credentials, Desk};
+use super::stream::{Form, Gone, Hall, Outlet, Stream};
+use super::{dynamo_zmq, jetstream, poll, zmq};
+use crate::config::{Config, Events, Pool, Worker};
+
+/// A task that ends with its door.
+type Task = AbortOnDropHandle<()>;
+
+/// The doors of a sidecar.
+#[derive(Debug)]
+pub struct Doors {
+    hall: Hall,
+    desk: Arc<Desk>,
+    /// Streams of a restored index, until their doors are opened.
+    resumes: HashMap<Origin, Resume>,
+    open: BTreeMap<WorkerId, Door>,
+    jetstream: Option<jetstream::Source>,
+    stored: Option<Stored>,
+    _dynamo: Vec<Task>,
+}
+
+/// A worker's door.
+#[derive(Debug)]
+struct Door {
+    /// By what it was opened; with other settings it is opened anew.
+    settings: Settings,
+    worker: Worker,
+    _tasks: Vec<Task>,
+}
+
+/// The reader of a stream of all workers.
+#[derive(Debug)]
+struct Stored {
+    workers: Vec<WorkerId>,
+    _task: Task,
+}
+
+impl Doors {
+    /// Opens the doors of a configuration. `resumes` says up to where a restored index includes
+    /// streams, `jetstream` where the plain JSON events are kept.
+    #[must_use]
+    pub fn new(
+        config: &Config,
+        hall: Hall,
+        resumes: HashMap<Origin, Resume>,
+        jetstream: Option<jetstream::Source>,
+    ) -> Self {
+        let connected = Arc::new(AtomicUsize::new(0));
+        let publisher = |address: &String| {
+            let publisher = dynamo_zmq::Publisher {
+                address: address.clone(),
+                hall: hall.clone(),
+                connected: Arc::clone(&connected),
+            };
+            spawn(publisher.run())
+        };
+        let dynamo = config.dynamo_zmq.iter().map(publisher).collect();
+        let mut doors = Self {
+            hall,
+            desk: Arc::default(),
+            resumes,
+            open: BTreeMap::new(),
+            jetstream,
+            stored: None,
+            _dynamo: dynamo,
+        };
+        doors.configure(config);
+        doors.resumes.clear();
+        doors
+    }
+
+    /// Where posts are taken.
+    #[must_use]
+    pub fn desk(&self) -> Arc<Desk> {
+        Arc::clone(&self.desk)
+    }
+
+    /// Opens and closes doors as a configuration says, which the index knows already.
+    pub fn configure(&mut self, config: &Config) {
+        let mut before = std::mem::take(&mut self.open);
+        for pool in config.pools.iter().filter(|pool| pool.kv_events) {
+            let settings = Settings::of(pool);
+            for worker in pool.workers.iter().filter(|w| w.events.is_some()) {
+                let door = before.remove(&worker.id);
+                let is_same = |door: &Door| door.settings == settings && door.worker == *worker;
+                let door = match door {
+                    Some(door) if is_same(&door) => door,
+                    other => {
+                        drop(other);
+                        self.desk.close(worker.id);
+                        self.open_door(worker, settings.clone())
+                    }
+                };
+                self.open.insert(worker.id, door);
+            }
+        }
+        for worker in before.into_keys() {
+            self.desk.close(worker);
+        }
+        self.read_stored(config);
+    }
+
+    fn outlet(&self, worker: WorkerId, stream: u32, plane: Plane, settings: &Settings) -> Outlet {
+        let origin = Origin { worker, stream };
+        let normaliser = Normaliser::new(settings.clone(), stream);
+        Outlet::new(self.hall.clone(), origin, plane, normaliser)
+    }
+
+    fn open_door(&mut self, worker: &Worker, settings: Settings) -> Door {
+        let id = worker.id;
+        let mut tasks = Vec::new();
+        match &worker.events {
+            Some(Events::Zmq {
+                endpoint,
+                topic,
+                replay,
+            }) => {
+                for rank in 0..worker.ranks {
+                    let Some(events) = endpoint.of(rank) else {
+                        continue;
+                    };
+                    let address = zmq::Address {
+                        events,
+                        topic: topic.clone(),
+                        replay: replay.as_ref().and_then(|replay| replay.of(rank)),
+                    };
+                    let source = if address.replay.is_some() {
+                        Source::Replays
+                    } else {
+                        Source::Live
+                    };
+                    let outlet = self.outlet(id, rank, Plane::Zmq, &settings);
+                    let resume = self.resumes.remove(&outlet.origin());
+                    tasks.push(spawn(async move {
+                        let form = Form::Batches(Encoding::MsgPack);
+                        let stream = Stream::start(outlet, source, form, resume).await?;
+                        zmq::run(address, stream).await
+                    }));
+                }
+            }
+            Some(Events::TrtLlm { url, poll }) => {
+                let (url, every) = (url.clone(), *poll);
+                let ranks: Vec<(DpRank, Outlet, Option<Resume>)> = (0..worker.ranks)
+                    .map(|rank| {
+                        let outlet = self.outlet(id, rank, Plane::Poll, &settings);
+                        let resume = self.resumes.remove(&outlet.origin());
+                        (rank, outlet, resume)
+                    })
+                    .collect();
+                tasks.push(spawn(async move {
+                    let mut streams = BTreeMap::new();
+                    for (rank, outlet, resume) in ranks {
+                        let form = Form::JsonEvents;
+                        let stream = Stream::start(outlet, Source::Queues, form, resume).await?;
+                        streams.insert(rank, stream);
+                    }
+                    poll::run(url, every, streams).await
+                }));
+            }
+            Some(Events::Http {
+                token_file,
+                trusts_loopback,
+            }) => {
+                let credentials = Credentials {
+                    token_file: token_file.clone(),
+                    trusts_loopback: *trusts_loopback,
+                };
+                let outlets: Vec<_> = (0..worker.ranks)
+                    .map(|stream| self.outlet(id, stream, Plane::Http, &settings))
+                    .collect();
+                self.desk.open(id, credentials, outlets);
+            }
+            None => {}
+        }
+        Door {
+            settings,
+            worker: worker.clone(),
+            _tasks: tasks,
+        }
+    }
+
+    /// Reads the stream of plain JSON events for the workers that have none of their own.
+    fn read_stored(&mut self, config: &Config) {
+        let Some(source) = self.jetstream.clone() else {
+            return;
+        };
+        let pools = config.pools.iter().filter(|pool| pool.kv_events);
+        let of = |pool: &Pool| {
+            let settings = Settings::of(pool);
+            let workers = pool.workers.iter().filter(|w| w.events.is_none());
+            let ids = workers.map(move |w| (w.id, settings.clone()));
+            ids.collect::<Vec<_>>()
+        };
+        let wanted: BTreeMap<WorkerId, Settings> = pools.flat_map(of).collect();
+        let ids: Vec<WorkerId> = wanted.keys().copied().collect();
+        if self.stored.as_ref().is_some_and(|s| s.workers == ids) {
+            return;
+        }
+        let mut workers = jetstream::Workers::default();
+        for (id, settings) in &wanted {
+            let outlet = self.outlet(*id, 0, Plane::JetStream, settings);
+            let resume = self.resumes.remove(&outlet.origin());
+            workers.add(outlet, resume);
+        }
+        // The reader before is gone before another begins.
+        self.stored = None;
+        let task = spawn(jetstream::run(source, self.hall.clone(), workers));
+        self.stored = Some(Stored {
+            workers: ids,
+            _task: task,
+        });
+    }
+}
+
+/// Runs a door until it is closed or the index is gone.
+fn spawn(door: impl Future<Output = Result<Gone, Gone>> + Send + 'static) -> Task {
+    AbortOnDropHandle::new(tokio::spawn(async move {
+        // Both say the same: nobody takes events any more.
+        let (Ok(Gone) | Err(Gone)) = door.await;
+    }))
+}
