@@ -50,6 +50,10 @@ pub struct Config {
     pub filter_wasm: PathBuf,
     /// Where events come from.
     pub nats: Option<Nats>,
+    /// `host:port` of the sockets of Dynamo's event plane over ZMQ.
+    pub dynamo_zmq: Vec<String>,
+    /// Most bytes a second of a worker's own stream of events.
+    pub event_bytes_per_second: u64,
     /// How load is tracked.
     pub load: load::Settings,
     /// What holds for all pools.
@@ -67,6 +71,8 @@ pub struct Nats {
     pub dynamo: Option<DynamoPlane>,
     /// Subject of plain JSON events.
     pub json: Option<Template>,
+    /// JetStream stream that keeps them; they are read from there.
+    pub json_stream: Option<String>,
     /// Whether load is exchanged with other sidecars and Dynamo's routers; needs `dynamo`.
     pub replica_sync: bool,
     /// Credentials file.
@@ -188,6 +194,9 @@ impl Config {
         differs("state_dir", self.state_dir != next.state_dir);
         differs("filter_wasm", self.filter_wasm != next.filter_wasm);
         differs("nats", self.nats != next.nats);
+        differs("dynamo_zmq", self.dynamo_zmq != next.dynamo_zmq);
+        let quota = self.event_bytes_per_second != next.event_bytes_per_second;
+        differs("event_bytes_per_second", quota);
         let load = "router_track_*, router_assume_kv_reuse, active_request_expiry_secs";
         differs(load, self.load != next.load);
         let pools = "pools: their names, order, kv_cache_block_size, kv_events, media, \

@@ -19,7 +19,7 @@ mod saving;
 mod slots;
 mod subscriber;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -37,6 +37,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{self, Config};
 use crate::decision::Decisions;
+use crate::ingest::batch::{Origin, Resume};
 use crate::ingest::{Arrival, Plane};
 use crate::load::{Accounts, ProxyId};
 use crate::metrics::{Kind, Metrics};
@@ -138,7 +139,10 @@ impl Service {
             table_version: 0,
             beat: unix_ms(),
         };
-        let planes = config.nats.iter().flat_map(planes).collect();
+        let zmq = (!config.dynamo_zmq.is_empty()).then_some(Plane::Dynamo);
+        let mut planes: Vec<_> = config.nats.iter().flat_map(planes).chain(zmq).collect();
+        planes.sort_unstable();
+        planes.dedup();
         let mut service = Self {
             index,
             roster: roster::Roster::default(),
@@ -175,6 +179,12 @@ impl Service {
         // Epoch and slots are worth saving, events or not.
         service.saving.touch();
         service
+    }
+
+    /// Up to where the restored index includes workers' own streams.
+    #[must_use]
+    pub fn resumes(&self) -> HashMap<Origin, Resume> {
+        HashMap::new()
     }
 
     /// Is told when a filter VM has fallen silent while its Envoy lives: it has trapped.
@@ -406,7 +416,10 @@ impl Service {
 /// Planes of a configuration.
 fn planes(nats: &config::Nats) -> impl Iterator<Item = Plane> + use<> {
     let dynamo = nats.dynamo.is_some().then_some(Plane::Dynamo);
-    let json = nats.json.is_some().then_some(Plane::Json);
+    let json = nats.json.is_some().then(|| match nats.json_stream {
+        Some(_) => Plane::JetStream,
+        None => Plane::Json,
+    });
     dynamo.into_iter().chain(json)
 }
 

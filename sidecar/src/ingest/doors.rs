@@ -1,11 +1,12 @@
 //! Which doors are open: one task to each stream that is read, opened and closed as workers come
 //! and go.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 
 use kv_core::id::{DpRank, WorkerId};
+use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::Plane;
@@ -15,7 +16,10 @@ use super::order::Source;
 use super::post::{Credentials, Desk};
 use super::stream::{Form, Gone, Hall, Outlet, Stream};
 use super::{dynamo_zmq, jetstream, poll, zmq};
-use crate::config::{Config, Events, Pool, Worker};
+use crate::config::{Config, Events, Worker};
+
+/// Changes of workers that wait for the reader of JetStream: as many as there may be workers.
+const CHANGES: usize = 1 << 16;
 
 /// A task that ends with its door.
 type Task = AbortOnDropHandle<()>;
@@ -28,7 +32,6 @@ pub struct Doors {
     /// Streams of a restored index, until their doors are opened.
     resumes: HashMap<Origin, Resume>,
     open: BTreeMap<WorkerId, Door>,
-    jetstream: Option<jetstream::Source>,
     stored: Option<Stored>,
     _dynamo: Vec<Task>,
 }
@@ -45,7 +48,8 @@ struct Door {
 /// The reader of a stream of all workers.
 #[derive(Debug)]
 struct Stored {
-    workers: Vec<WorkerId>,
+    workers: BTreeSet<WorkerId>,
+    changes: mpsc::Sender<jetstream::Change>,
     _task: Task,
 }
 
@@ -69,13 +73,13 @@ impl Doors {
             spawn(publisher.run())
         };
         let dynamo = config.dynamo_zmq.iter().map(publisher).collect();
+        let stored = jetstream.map(|source| Stored::new(source, hall.clone()));
         let mut doors = Self {
             hall,
             desk: Arc::default(),
             resumes,
             open: BTreeMap::new(),
-            jetstream,
-            stored: None,
+            stored,
             _dynamo: dynamo,
         };
         doors.configure(config);
@@ -193,36 +197,53 @@ impl Doors {
         }
     }
 
-    /// Reads the stream of plain JSON events for the workers that have none of their own.
+    /// The workers that have no stream of their own are read from the stream of all.
     fn read_stored(&mut self, config: &Config) {
-        let Some(source) = self.jetstream.clone() else {
+        let Some(mut stored) = self.stored.take() else {
             return;
         };
-        let pools = config.pools.iter().filter(|pool| pool.kv_events);
-        let of = |pool: &Pool| {
-            let settings = Settings::of(pool);
-            let workers = pool.workers.iter().filter(|w| w.events.is_none());
-            let ids = workers.map(move |w| (w.id, settings.clone()));
-            ids.collect::<Vec<_>>()
+        let mut before = std::mem::take(&mut stored.workers);
+        for pool in config.pools.iter().filter(|pool| pool.kv_events) {
+            for worker in pool.workers.iter().filter(|w| w.events.is_none()) {
+                stored.workers.insert(worker.id);
+                if before.remove(&worker.id) {
+                    continue;
+                }
+                let outlet = self.outlet(worker.id, 0, Plane::JetStream, &Settings::of(pool));
+                let resume = self.resumes.remove(&outlet.origin());
+                stored.tell(jetstream::Change::Add(outlet, resume));
+            }
+        }
+        for worker in before {
+            stored.tell(jetstream::Change::Remove(worker));
+        }
+        self.stored = Some(stored);
+    }
+}
+
+impl Stored {
+    fn new(source: jetstream::Source, hall: Hall) -> Self {
+        let (changes, changed) = mpsc::channel(CHANGES);
+        Self {
+            workers: BTreeSet::new(),
+            changes,
+            _task: spawn(jetstream::run(source, hall, changed)),
+        }
+    }
+
+    fn tell(&mut self, change: jetstream::Change) {
+        let id = match &change {
+            jetstream::Change::Add(outlet, _) => outlet.origin().worker,
+            jetstream::Change::Remove(worker) => *worker,
         };
-        let wanted: BTreeMap<WorkerId, Settings> = pools.flat_map(of).collect();
-        let ids: Vec<WorkerId> = wanted.keys().copied().collect();
-        if self.stored.as_ref().is_some_and(|s| s.workers == ids) {
-            return;
+        if self.changes.try_send(change).is_err() {
+            // It is told with the next change of the configuration.
+            tracing::error!(
+                worker = id,
+                "the reader of jetstream is behind with the workers"
+            );
+            self.workers.remove(&id);
         }
-        let mut workers = jetstream::Workers::default();
-        for (id, settings) in &wanted {
-            let outlet = self.outlet(*id, 0, Plane::JetStream, settings);
-            let resume = self.resumes.remove(&outlet.origin());
-            workers.add(outlet, resume);
-        }
-        // The reader before is gone before another begins.
-        self.stored = None;
-        let task = spawn(jetstream::run(source, self.hall.clone(), workers));
-        self.stored = Some(Stored {
-            workers: ids,
-            _task: task,
-        });
     }
 }
 

@@ -14,9 +14,10 @@ use async_nats::{Client, Subject};
 use futures::StreamExt as _;
 use kv_core::event::{EventData, RouterEvent};
 use kv_core::id::{Family, WorkerId};
+use tokio::sync::mpsc;
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::batch::{Batch, Change, Resume, Turn};
+use super::batch::{self, Batch, Resume, Turn};
 use super::stream::{Gone, Hall, Outlet, unix_ns};
 use super::subject::Template;
 use super::{Arrival, Plane, decode, pause};
@@ -36,9 +37,20 @@ pub struct Source {
     pub template: Template,
 }
 
+/// A worker whose events are, or are no more, to be read.
+#[derive(Debug)]
+pub enum Change {
+    /// From where a restored index ends.
+    Add(Outlet, Option<Resume>),
+    /// No more.
+    Remove(WorkerId),
+}
+
 /// Why nothing is read.
 #[derive(Debug, thiserror::Error)]
 enum ReadError {
+    #[error("other workers are to be read")]
+    Workers,
     #[error("no answer in {} s", LIMIT.as_secs())]
     Timeout,
     #[error("{0}")]
@@ -62,11 +74,23 @@ struct Worker {
 
 /// The workers whose events are read.
 #[derive(Debug, Default)]
-pub struct Workers(BTreeMap<WorkerId, Worker>);
+struct Workers(BTreeMap<WorkerId, Worker>);
 
 impl Workers {
-    /// Reads the events of a worker too, from where a restored index ends.
-    pub fn add(&mut self, outlet: Outlet, resume: Option<Resume>) {
+    async fn change(&mut self, change: Change) -> Result<(), Gone> {
+        match change {
+            Change::Add(outlet, resume) => self.add(outlet, resume).await,
+            Change::Remove(worker) => {
+                self.0.remove(&worker);
+                Ok(())
+            }
+        }
+    }
+
+    async fn add(&mut self, mut outlet: Outlet, resume: Option<Resume>) -> Result<(), Gone> {
+        if resume.is_none() {
+            outlet.turn(Turn::Restarted).await?;
+        }
         let worker = Worker {
             last: resume.map(|resume| resume.sequence),
             event_id: None,
@@ -76,6 +100,7 @@ impl Workers {
             outlet,
         };
         self.0.insert(worker.outlet.origin().worker, worker);
+        Ok(())
     }
 
     /// Where the consumer begins.
@@ -89,23 +114,39 @@ impl Workers {
     }
 }
 
-/// Reads for ever.
+/// Reads for ever the workers that `changes` names.
 ///
 /// # Errors
 /// When the index is gone.
-pub async fn run(source: Source, hall: Hall, mut workers: Workers) -> Result<Gone, Gone> {
-    for worker in workers.0.values_mut().filter(|w| w.last.is_none()) {
-        worker.outlet.turn(Turn::Restarted).await?;
-    }
-    let mut failed = 0;
+pub async fn run(
+    source: Source,
+    hall: Hall,
+    mut changes: mpsc::Receiver<Change>,
+) -> Result<Gone, Gone> {
+    let mut workers = Workers::default();
+    let mut failed = 0_u32;
     loop {
+        while let Ok(change) = changes.try_recv() {
+            workers.change(change).await?;
+        }
+        if workers.0.is_empty() {
+            match changes.recv().await {
+                Some(change) => workers.change(change).await?,
+                None => return Ok(Gone),
+            }
+            continue;
+        }
         let why = match open(&source, &mut workers).await {
             Ok((consumer, state)) => {
                 failed = 0;
                 count(&hall, "opened");
                 tell(&hall, Arrival::Connected(Plane::JetStream)).await?;
-                let why = read(&consumer, state, &source, &hall, &mut workers).await?;
+                let why =
+                    read(&consumer, state, &source, &hall, &mut workers, &mut changes).await?;
                 tell(&hall, Arrival::Disconnected(Plane::JetStream)).await?;
+                if matches!(why, ReadError::Workers) {
+                    continue;
+                }
                 why
             }
             Err(why) => why,
@@ -116,7 +157,7 @@ pub async fn run(source: Source, hall: Hall, mut workers: Workers) -> Result<Gon
             tracing::warn!(stream, %why, "no events from jetstream, trying again");
         }
         tokio::time::sleep(pause::after(failed)).await;
-        failed += 1;
+        failed = failed.saturating_add(1);
     }
 }
 
@@ -163,9 +204,19 @@ async fn open(source: &Source, workers: &mut Workers) -> Result<(Ordered, State)
             deliver_policy: workers.start(),
             ..OrderedConfig::default()
         };
-        let consumer = stream.create_consumer(config).await.map_err(|e| server(&e))?;
+        let consumer = stream
+            .create_consumer(config)
+            .await
+            .map_err(|e| server(&e))?;
         let is_read = consumer.cached_info().num_pending == 0;
-        Ok((consumer, State { mark, first, is_read }))
+        Ok((
+            consumer,
+            State {
+                mark,
+                first,
+                is_read,
+            },
+        ))
     };
     let opened = tokio::time::timeout(LIMIT, opening).await;
     opened.unwrap_or(Err(ReadError::Timeout))
@@ -177,6 +228,7 @@ async fn read(
     source: &Source,
     hall: &Hall,
     workers: &mut Workers,
+    changes: &mut mpsc::Receiver<Change>,
 ) -> Result<ReadError, Gone> {
     for worker in workers.0.values_mut() {
         worker.open(state).await?;
@@ -189,7 +241,14 @@ async fn read(
         Err(error) => return Ok(ReadError::Server(error.to_string())),
     };
     loop {
-        let message = match messages.next().await {
+        let next = tokio::select! {
+            next = messages.next() => next,
+            Some(change) = changes.recv() => {
+                workers.change(change).await?;
+                return Ok(ReadError::Workers);
+            }
+        };
+        let message = match next {
             Some(Ok(message)) => message,
             Some(Err(error)) => return Ok(ReadError::Server(error.to_string())),
             None => return Ok(ReadError::Server("the consumer has ended".to_owned())),
@@ -275,7 +334,7 @@ impl Worker {
                 self.turn(id).await?;
             }
             self.event_id = Some(id);
-            batch.changes.push(change(event));
+            batch.changes.push(cache_change(event));
         }
         batch.sequence = Some(sequence);
         batch.rejected = decoded.rejected;
@@ -321,9 +380,9 @@ impl Worker {
     }
 }
 
-fn change(event: RouterEvent) -> Change {
+fn cache_change(event: RouterEvent) -> batch::Change {
     let is_clear = event.event.data == EventData::Cleared;
-    Change {
+    batch::Change {
         rank: event.event.dp_rank,
         tier: (!is_clear).then(|| event.storage_tier.into()),
         family: Family::Dynamo,

@@ -17,7 +17,7 @@ use serde::Deserialize;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use xxhash_rust::xxh3::xxh3_64;
 
-use super::batch::{Origin, Resume, Turn};
+use super::batch::Turn;
 use super::engine::Encoding;
 use super::order::Frame;
 use super::stream::{Gone, Outlet, unix_ns};
@@ -162,8 +162,6 @@ struct Stream {
     /// Hash of the run's name.
     run: Option<u64>,
     next: u64,
-    /// What was restored, until the first post.
-    resume: Option<Resume>,
     is_opened: bool,
 }
 
@@ -176,19 +174,19 @@ pub struct Poster {
 }
 
 impl Desk {
-    /// Takes posts of a worker with these streams, each with what was restored of it.
+    /// Takes posts of a worker with these streams. Nothing is taken up again after a restart of the
+    /// sidecar: what later events refer to is known to the engine alone.
     pub fn open(
         &self,
         worker: WorkerId,
         credentials: Credentials,
-        streams: impl IntoIterator<Item = (Outlet, Option<Resume>)>,
+        streams: impl IntoIterator<Item = Outlet>,
     ) {
-        let stream = |(outlet, resume): (Outlet, Option<Resume>)| {
+        let stream = |outlet| {
             Arc::new(tokio::sync::Mutex::new(Stream {
                 outlet,
-                run: resume.map(|resume| resume.mark),
-                next: resume.map_or(0, |resume| resume.sequence.saturating_add(1)),
-                resume,
+                run: None,
+                next: 0,
                 is_opened: false,
             }))
         };
@@ -409,18 +407,9 @@ impl Stream {
             self.outlet.turn(Turn::Opened).await?;
             self.is_opened = true;
         }
-        let restored = self.resume.take();
         if !is_same_run {
             self.outlet.turn(Turn::Restarted).await?;
             self.outlet.turn(Turn::Whole).await?;
-        } else if let Some(restored) = restored {
-            self.outlet
-                .turn(if restored.is_whole {
-                    Turn::Whole
-                } else {
-                    Turn::Gap { missing: 0 }
-                })
-                .await?;
         }
         self.run = Some(run);
         self.next = frame.sequence.saturating_add(1);

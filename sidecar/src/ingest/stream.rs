@@ -259,7 +259,8 @@ struct Together {
 
 impl Together {
     fn add(&mut self, frame: &Frame) {
-        self.bytes.put_u8(if self.last.is_some() { b',' } else { b'[' });
+        self.bytes
+            .put_u8(if self.last.is_some() { b',' } else { b'[' });
         self.bytes.put_slice(&frame.payload);
         self.last = Some(frame.clone());
     }

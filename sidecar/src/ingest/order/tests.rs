@@ -360,7 +360,10 @@ impl World {
                 }
                 Step::Recall(frame) => {
                     let last = self.content.last().map(|last| last.sequence);
-                    assert!(Some(frame.sequence) <= last, "recalled before it was delivered");
+                    assert!(
+                        Some(frame.sequence) <= last,
+                        "recalled before it was delivered"
+                    );
                 }
                 Step::Turn(Turn::Restarted) => {
                     self.content.clear();
