@@ -416,7 +416,7 @@ impl Service {
 /// Planes of a configuration.
 fn planes(nats: &config::Nats) -> impl Iterator<Item = Plane> + use<> {
     let dynamo = nats.dynamo.is_some().then_some(Plane::Dynamo);
-    let json = nats.json.is_some().then(|| match nats.json_stream {
+    let json = nats.json.is_some().then_some(match nats.json_stream {
         Some(_) => Plane::JetStream,
         None => Plane::Json,
     });

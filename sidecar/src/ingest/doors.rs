@@ -211,7 +211,7 @@ impl Doors {
                 }
                 let outlet = self.outlet(worker.id, 0, Plane::JetStream, &Settings::of(pool));
                 let resume = self.resumes.remove(&outlet.origin());
-                stored.tell(jetstream::Change::Add(outlet, resume));
+                stored.tell(jetstream::Change::Add(Box::new(outlet), resume));
             }
         }
         for worker in before {

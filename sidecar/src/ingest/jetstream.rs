@@ -41,7 +41,7 @@ pub struct Source {
 #[derive(Debug)]
 pub enum Change {
     /// From where a restored index ends.
-    Add(Outlet, Option<Resume>),
+    Add(Box<Outlet>, Option<Resume>),
     /// No more.
     Remove(WorkerId),
 }
@@ -79,7 +79,7 @@ struct Workers(BTreeMap<WorkerId, Worker>);
 impl Workers {
     async fn change(&mut self, change: Change) -> Result<(), Gone> {
         match change {
-            Change::Add(outlet, resume) => self.add(outlet, resume).await,
+            Change::Add(outlet, resume) => self.add(*outlet, resume).await,
             Change::Remove(worker) => {
                 self.0.remove(&worker);
                 Ok(())
