@@ -1,5 +1,6 @@
 //! The sidecar's HTTP API: health, metrics and `/v1`.
 
+mod dump;
 mod error;
 mod events;
 mod explain;
@@ -10,7 +11,7 @@ use std::sync::Arc;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{ConnectInfo, DefaultBodyLimit, Query, RawQuery, Request, State};
 use axum::http::{StatusCode, header};
-use axum::middleware::{Next, from_fn};
+use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -33,6 +34,8 @@ pub struct Admin {
     control: mpsc::Sender<Control>,
     desk: Arc<Desk>,
     metrics: Arc<Metrics>,
+    /// What peers of other machines show to see content.
+    token: Option<Arc<str>>,
 }
 
 impl Admin {
@@ -43,7 +46,15 @@ impl Admin {
             control,
             desk,
             metrics,
+            token: None,
         }
+    }
+
+    /// Shows content to peers of other machines too, if they bring this token.
+    #[must_use]
+    pub fn with_token(mut self, token: Option<String>) -> Self {
+        self.token = token.map(Into::into);
+        self
     }
 
     async fn ask<T>(
@@ -59,15 +70,16 @@ impl Admin {
     }
 }
 
-/// The routes. `/v1` shows content, so it answers only peers on this machine, but for posts of
-/// events, which show whose they are. Serve it with connection info.
+/// The routes. `/v1` shows content, so it answers only peers on this machine and those with the
+/// token, but for posts of events, which show whose they are; serve it with connection info.
 pub fn router(admin: Admin) -> Router {
     let content = Router::new()
         .route("/v1/workers", get(workers))
         .route("/v1/index", get(index))
+        .route("/v1/index/dump", get(dump::dump))
         .route("/v1/explain", post(explain::explain))
         .route("/v1/decisions", get(decisions))
-        .route_layer(from_fn(only_local));
+        .route_layer(from_fn_with_state(admin.clone(), only_trusted));
     Router::new()
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(ready))
@@ -80,16 +92,29 @@ pub fn router(admin: Admin) -> Router {
         .with_state(admin)
 }
 
-async fn only_local(
+async fn only_trusted(
+    State(admin): State<Admin>,
     ConnectInfo(peer): ConnectInfo<SocketAddr>,
     request: Request,
     next: Next,
 ) -> Result<Response, AdminError> {
-    if peer.ip().to_canonical().is_loopback() {
+    let shown = request.headers().get(header::AUTHORIZATION);
+    let shown = shown.and_then(|value| value.as_bytes().strip_prefix(b"Bearer "));
+    let is_known = match (&admin.token, shown) {
+        (Some(token), Some(shown)) => is_same(token.as_bytes(), shown),
+        _ => false,
+    };
+    if is_known || peer.ip().to_canonical().is_loopback() {
         Ok(next.run(request).await)
     } else {
         Err(AdminError::NotLocal)
     }
+}
+
+/// Takes the same time wherever a difference is.
+fn is_same(token: &[u8], shown: &[u8]) -> bool {
+    let differences = token.iter().zip(shown).fold(0, |sum, (a, b)| sum | (a ^ b));
+    token.len() == shown.len() && differences == 0
 }
 
 async fn ready(State(admin): State<Admin>) -> Result<Response, AdminError> {

@@ -40,6 +40,10 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Where the sidecar's HTTP API listens.
     pub admin: SocketAddr,
+    /// File with the token by which other machines may ask it for content.
+    pub admin_token_file: Option<PathBuf>,
+    /// Other sidecars' HTTP APIs, to take the index over from.
+    pub peers: Vec<http::Uri>,
     /// Envoy's admin interface.
     pub envoy_admin: SocketAddr,
     /// Unix socket of the bridge.
@@ -190,6 +194,9 @@ impl Config {
         };
         differs("http_host, http_port", self.listen != next.listen);
         differs("admin", self.admin != next.admin);
+        let differs_token = self.admin_token_file != next.admin_token_file;
+        differs("admin_token_file", differs_token);
+        differs("peers", self.peers != next.peers);
         differs("socket", self.socket != next.socket);
         differs("state_dir", self.state_dir != next.state_dir);
         differs("filter_wasm", self.filter_wasm != next.filter_wasm);

@@ -21,7 +21,7 @@ pub mod zmtp;
 
 use kv_core::event::{RouterEvent, SnapshotPart};
 use kv_core::id::WorkerId;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use batch::{Batch, Origin, Turn};
 
@@ -29,7 +29,7 @@ use batch::{Batch, Origin, Turn};
 pub const MAX_EVENT_BLOCKS: usize = 1 << 16;
 
 /// How events come in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Plane {
     /// Dynamo 1.6.1's event plane over NATS.
@@ -122,6 +122,12 @@ pub enum Rejection {
     PartialBlock,
     /// A block that changed its level without having been stored.
     UnknownBlock,
+    /// The worker's events are taken from another source.
+    OtherSource,
+    /// Hashes of a family that is not indexed.
+    FamilyUnsupported,
+    /// Too many workers without an endpoint, or blocks of theirs.
+    TooManyStrangers,
 }
 
 impl Rejection {
@@ -158,6 +164,9 @@ impl Rejection {
             Self::RepeatedHash => "repeated_hash",
             Self::PartialBlock => "partial_block",
             Self::UnknownBlock => "unknown_block",
+            Self::OtherSource => "other_source",
+            Self::FamilyUnsupported => "family_unsupported",
+            Self::TooManyStrangers => "too_many_strangers",
         }
     }
 }

@@ -4,9 +4,11 @@
 //! and the worker table into Envoy, where the filter decides with them.
 
 pub mod admin;
+pub mod bootstrap;
 pub mod bridge;
 pub mod config;
 pub mod decision;
+pub mod dump;
 pub mod envoy;
 pub mod index;
 pub mod ingest;

@@ -5,6 +5,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 
 use super::events;
+use crate::index::NotDumped;
 use crate::ingest::post::PostError;
 
 /// Why a request isn't answered.
@@ -14,10 +15,12 @@ pub(super) enum AdminError {
     NoSuchPath,
     #[error("the path does not take this method")]
     WrongMethod,
-    #[error("this path answers only peers on this machine")]
+    #[error("this path answers only peers on this machine, or with the admin token")]
     NotLocal,
     #[error("the sidecar is shutting down")]
     ShuttingDown,
+    #[error("{0}")]
+    NotDumped(#[from] NotDumped),
     #[error("the body is not valid: {0}")]
     Body(String),
     #[error("the query is not valid: {0}")]
@@ -43,6 +46,8 @@ impl AdminError {
             Self::WrongMethod => "wrong_method",
             Self::NotLocal => "not_local",
             Self::ShuttingDown => "shutting_down",
+            Self::NotDumped(NotDumped::NotReady) => "not_ready",
+            Self::NotDumped(NotDumped::TooMany) => "too_many_dumps",
             Self::Body(_) => "invalid_body",
             Self::Query(_) => "invalid_query",
             Self::NoSuchPool(_) => "no_such_pool",
@@ -59,7 +64,7 @@ impl AdminError {
             Self::NoSuchPath => StatusCode::NOT_FOUND,
             Self::WrongMethod => StatusCode::METHOD_NOT_ALLOWED,
             Self::NotLocal => StatusCode::FORBIDDEN,
-            Self::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
+            Self::ShuttingDown | Self::NotDumped(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::NoSuchPool(_) => StatusCode::NOT_FOUND,
             Self::Body(_) | Self::Query(_) => StatusCode::BAD_REQUEST,
             Self::NoTokens(_) => StatusCode::UNPROCESSABLE_ENTITY,

@@ -79,6 +79,8 @@ impl Check {
             pools: pools.collect(),
             listen,
             admin: self.address("admin", &file.admin, "must be ip:port"),
+            admin_token_file: file.admin_token_file.clone(),
+            peers: self.peers(file),
             envoy_admin: self.address("envoy_admin", &file.envoy_admin, "must be ip:port"),
             socket: file.socket.clone(),
             state_dir: file.state_dir.clone(),
@@ -100,6 +102,23 @@ impl Check {
                 decision_header: file.decision_header,
             },
         }
+    }
+
+    fn peers(&mut self, file: &File) -> Vec<http::Uri> {
+        self.readable("admin_token_file", file.admin_token_file.as_deref());
+        let mut peers = Vec::new();
+        for (i, peer) in file.peers.iter().enumerate() {
+            let uri = peer.parse::<http::Uri>().ok();
+            let uri = uri.filter(|uri| {
+                let is_bare = matches!(uri.path_and_query().map(|p| p.as_str()), None | Some("/"));
+                uri.scheme_str() == Some("http") && uri.host().is_some() && is_bare
+            });
+            match uri {
+                Some(uri) => peers.push(uri),
+                None => self.refuse(format!("peers[{i}]"), peer, "must be http://host:port"),
+            }
+        }
+        peers
     }
 
     fn nats(&mut self, nats: &file::Nats) -> Nats {

@@ -21,6 +21,15 @@ pub struct File {
     pub http_port: u16,
     /// `ip:port` of the sidecar's own HTTP API: health, metrics, `/v1`.
     pub admin: String,
+    /// File with the token by which `/v1` of `admin` answers peers of other machines, sent as
+    /// `Authorization: Bearer`. Without it they get nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "PathBuf")]
+    pub admin_token_file: Option<PathBuf>,
+    /// `http://host:port` of other sidecars' `admin`. One that starts without a snapshot takes the
+    /// index over from the first of them that has it, showing the token of `admin_token_file`.
+    #[schemars(length(max = 16))]
+    pub peers: Vec<String>,
     /// `ip:port` of Envoy's admin interface, which the bootstrap gives it.
     pub envoy_admin: String,
     /// Unix socket that the filter connects to. At most 100 bytes, a limit of the kernel.
@@ -77,6 +86,8 @@ impl Default for File {
             http_host: "0.0.0.0".into(),
             http_port: 8000,
             admin: "127.0.0.1:9100".into(),
+            admin_token_file: None,
+            peers: Vec::new(),
             envoy_admin: "127.0.0.1:9901".into(),
             socket: "/run/kv-router/bridge.sock".into(),
             state_dir: None,

@@ -7,6 +7,7 @@
 
 use kv_core::event::EventData;
 use kv_core::id::{DpRank, Family, Tier, WorkerId};
+use serde::{Deserialize, Serialize};
 
 use super::Rejection;
 
@@ -51,7 +52,7 @@ pub struct Change {
 }
 
 /// Where a stream is to be taken up after a restart of the sidecar.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Resume {
     /// Number of the last message that the restored index includes.
     pub sequence: u64,

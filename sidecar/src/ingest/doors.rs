@@ -33,7 +33,7 @@ pub struct Doors {
     resumes: HashMap<Origin, Resume>,
     open: BTreeMap<WorkerId, Door>,
     stored: Option<Stored>,
-    _dynamo: Vec<Task>,
+    dynamo: Vec<Task>,
 }
 
 /// A worker's door.
@@ -54,37 +54,35 @@ struct Stored {
 }
 
 impl Doors {
-    /// Opens the doors of a configuration. `resumes` says up to where a restored index includes
-    /// streams, `jetstream` where the plain JSON events are kept.
+    /// Doors that are closed. `jetstream` says where the plain JSON events are kept.
     #[must_use]
-    pub fn new(
-        config: &Config,
-        hall: Hall,
-        resumes: HashMap<Origin, Resume>,
-        jetstream: Option<jetstream::Source>,
-    ) -> Self {
+    pub fn new(hall: Hall, jetstream: Option<jetstream::Source>) -> Self {
+        let stored = jetstream.map(|source| Stored::new(source, hall.clone()));
+        Self {
+            hall,
+            desk: Arc::default(),
+            resumes: HashMap::new(),
+            open: BTreeMap::new(),
+            stored,
+            dynamo: Vec::new(),
+        }
+    }
+
+    /// Opens the doors of a configuration; `resumes` says up to where the index includes streams.
+    pub fn open(&mut self, config: &Config, resumes: HashMap<Origin, Resume>) {
         let connected = Arc::new(AtomicUsize::new(0));
         let publisher = |address: &String| {
             let publisher = dynamo_zmq::Publisher {
                 address: address.clone(),
-                hall: hall.clone(),
+                hall: self.hall.clone(),
                 connected: Arc::clone(&connected),
             };
             spawn(publisher.run())
         };
-        let dynamo = config.dynamo_zmq.iter().map(publisher).collect();
-        let stored = jetstream.map(|source| Stored::new(source, hall.clone()));
-        let mut doors = Self {
-            hall,
-            desk: Arc::default(),
-            resumes,
-            open: BTreeMap::new(),
-            stored,
-            _dynamo: dynamo,
-        };
-        doors.configure(config);
-        doors.resumes.clear();
-        doors
+        self.dynamo = config.dynamo_zmq.iter().map(publisher).collect();
+        self.resumes = resumes;
+        self.configure(config);
+        self.resumes.clear();
     }
 
     /// Where posts are taken.

@@ -88,22 +88,11 @@ impl Outlet {
     /// # Errors
     /// When the index is gone.
     pub async fn turn(&mut self, turn: Turn) -> Result<(), Gone> {
-        let Origin { worker, stream } = self.origin;
-        let plane = self.plane.kind();
         match turn {
-            Turn::Opened => {
-                self.count("opened");
-                tracing::info!(worker, stream, plane, "events are being read");
-            }
-            Turn::Closed => {
-                self.count("closed");
-                tracing::warn!(worker, stream, plane, "events can't be read");
-            }
+            Turn::Opened => self.count("opened"),
+            Turn::Closed => self.count("closed"),
             Turn::Whole => {}
-            Turn::Gap { missing } => {
-                self.count("gap");
-                tracing::warn!(worker, stream, plane, missing, "events are lost");
-            }
+            Turn::Gap { .. } => self.count("gap"),
             Turn::Restarted => {
                 self.count("restarted");
                 self.normaliser.reset();
@@ -146,9 +135,6 @@ impl Outlet {
     /// # Errors
     /// When the index is gone.
     pub async fn batch(&mut self, batch: Batch) -> Result<(), Gone> {
-        let (plane, kind) = (self.plane.kind(), "events");
-        let label = PlaneKind { plane, kind };
-        self.hall.metrics.messages.get_or_create(&label).inc();
         let arrival = Arrival::Batch(self.origin, self.plane, batch);
         self.hall.arrivals.send(arrival).await.map_err(|_| Gone)
     }
@@ -190,6 +176,9 @@ impl Stream {
         if resume.is_none() {
             // Whatever the index has of the worker is of unknown age.
             outlet.turn(Turn::Restarted).await?;
+        } else if source == Source::Queues {
+            // What later events refer to can't be read once more.
+            outlet.turn(Turn::Gap { missing: 0 }).await?;
         }
         Ok(Self {
             order: Order::new(source, Limits::default(), resume),
