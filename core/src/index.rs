@@ -7,6 +7,7 @@
 //! - engine hashes are looked up per owner and never compared between owners.
 
 mod directory;
+mod held;
 mod owner;
 mod publish;
 mod sets;
@@ -23,6 +24,7 @@ use crate::event::{EventData, Stored};
 use crate::id::{Slot, Tier};
 use crate::overlap::Overlap;
 use directory::Directory;
+pub use held::parents_first;
 use owner::{Orphan, OrphanBlock, Owner, Unnamed};
 use sets::EMPTY;
 use slab::NIL;

@@ -84,6 +84,16 @@ pub enum Step {
         /// The request.
         request: u64,
     },
+    /// Its worker has said how many prompt tokens it found in its cache. Before it is over, at most
+    /// once.
+    Cached {
+        /// The request.
+        request: u64,
+        /// Prompt tokens that the decision took to be there.
+        predicted: u32,
+        /// Prompt tokens that were.
+        found: u32,
+    },
 }
 
 /// A booking.

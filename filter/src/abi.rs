@@ -255,6 +255,12 @@ impl Host for Envoy {
         bytes(call).unwrap_or_default()
     }
 
+    fn answer(&self, start: usize, size: usize) -> Vec<u8> {
+        let body = BufferType::HttpResponseBody as u32;
+        let call = |data, len| unsafe { proxy_get_buffer_bytes(body, start, size, data, len) };
+        bytes(call).unwrap_or_default()
+    }
+
     fn resume_request(&self) -> bool {
         unsafe { proxy_continue_stream(StreamType::HttpRequest as u32) == OK }
     }

@@ -185,6 +185,26 @@ impl Bookings {
         });
     }
 
+    /// Its worker has said what it found in its cache.
+    pub fn cached(
+        &mut self,
+        host: &impl Host,
+        metrics: &mut Metrics,
+        id: BookingId,
+        predicted: u32,
+        found: u32,
+    ) {
+        let Some(live) = self.live.get(&id.0) else {
+            return;
+        };
+        let owner = live.booked.owner;
+        self.tell(host, metrics, owner, || Step::Cached {
+            request: id.0,
+            predicted,
+            found,
+        });
+    }
+
     /// The request is over. Counts once.
     pub fn free(&mut self, host: &impl Host, metrics: &mut Metrics, id: BookingId) {
         let Some(mut live) = self.live.remove(&id.0) else {

@@ -49,6 +49,7 @@ pub mod record;
 pub mod relay;
 pub mod request;
 pub mod routed;
+pub mod usage;
 pub mod vm;
 pub mod watchdog;
 pub mod world;

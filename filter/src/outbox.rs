@@ -235,6 +235,8 @@ fn size(step: &Step) -> usize {
             let candidates = booked.evidence.as_ref().map_or(0, |e| e.candidates.len());
             2 * FIXED + booked.hashes.len() * HASH_BYTES + candidates * CANDIDATE
         }
-        Step::Move { .. } | Step::FirstToken { .. } | Step::Free { .. } => FIXED,
+        Step::Move { .. } | Step::FirstToken { .. } | Step::Free { .. } | Step::Cached { .. } => {
+            FIXED
+        }
     }
 }

@@ -175,7 +175,7 @@ impl Request {
         if let State::Routed(routed) = &mut self.state
             && size > 0
         {
-            routed.on_first_token(router);
+            routed.on_body(router, size);
         }
     }
 

@@ -6,13 +6,14 @@ use kv_core::cost::Demand;
 use kv_core::report;
 
 use crate::bookings::{BookingId, Told};
-use crate::choose::{Ask, Choice};
+use crate::choose::{Ask, Choice, Weighed};
 use crate::fleet::{Fleet, Served};
 use crate::host::{Headers, Host};
 use crate::metrics::{Fault, Miss};
 use crate::reason::Reason;
 use crate::record::{self, Evidence};
 use crate::request::DECISION;
+use crate::usage::Usage;
 use crate::vm::Router;
 
 /// Pool label of requests for which no pool is known.
@@ -29,6 +30,8 @@ pub struct Routed {
     owner: Option<usize>,
     booking: Option<BookingId>,
     evidence: Option<Evidence>,
+    /// Where the worker's word on its cache can be held against the decision.
+    usage: Option<Usage>,
     /// Whether a worker has answered.
     answered: bool,
 }
@@ -44,6 +47,7 @@ impl Routed {
             owner: None,
             booking: None,
             evidence: None,
+            usage: None,
             answered: false,
         }
     }
@@ -67,6 +71,7 @@ impl Routed {
         } = choice;
         record::keep_best(&mut weighed);
         let demand = weighed.demand;
+        let usage = predicted(served, ask, reason, &weighed).map(Usage::new);
         let booking = booking.map(|booking| {
             let known = prefix.map_or(0, |(depth, _)| depth as usize);
             let told = Told {
@@ -101,6 +106,7 @@ impl Routed {
             owner,
             booking,
             evidence,
+            usage,
             answered: false,
         }
     }
@@ -133,9 +139,18 @@ impl Routed {
         }
     }
 
+    /// A part of the answer has come.
+    pub fn on_body<H: Host>(&mut self, router: &mut Router<H>, size: usize) {
+        self.on_first_token(router);
+        if let Some(usage) = &mut self.usage {
+            let (start, wanted) = Usage::wanted(size);
+            usage.take(&router.host.answer(start, wanted));
+        }
+    }
+
     /// The first bytes of the answer have come: prefill is done. For an answer that is not
     /// streamed that is at its end, so its worker seems to prefill for as long as it works.
-    pub fn on_first_token<H: Host>(&mut self, router: &mut Router<H>) {
+    fn on_first_token<H: Host>(&mut self, router: &mut Router<H>) {
         if let Some(booking) = self.booking {
             let Router {
                 host,
@@ -159,6 +174,11 @@ impl Routed {
             metrics.missed(host, Miss::Unanswered);
         }
         if let Some(booking) = self.booking {
+            if let Some(usage) = &self.usage
+                && let Some(found) = usage.found()
+            {
+                bookings.cached(host, metrics, booking, usage.predicted(), found);
+            }
             bookings.free(host, metrics, booking);
         }
     }
@@ -188,6 +208,7 @@ impl Routed {
             metrics.intended(host, pool.map_or(NO_POOL, |pool| &pool.name), self.reason);
             return;
         }
+        self.usage = None;
         let miss = match chosen {
             None => Miss::Unattributed,
             Some(_) if attempts(host) > 1 => Miss::Retried,
@@ -212,6 +233,17 @@ impl Routed {
             (None, None) => {}
         }
     }
+}
+
+/// Prompt tokens that the chosen owner should find in its cache, where its overlap was looked up:
+/// an engine computes at least the last token, and with it the last block.
+fn predicted(served: &Served<'_>, ask: &Ask<'_>, reason: Reason, weighed: &Weighed) -> Option<u32> {
+    let chosen = weighed.scored.get(weighed.chosen?)?;
+    let [.., blocks] = chosen.candidate.overlap.depth;
+    let block = served.pool.block_size;
+    let usable = ask.tokens.checked_sub(1)?.checked_div(block)?;
+    let is_known = reason == Reason::Kv && !ask.hashes.is_empty();
+    is_known.then(|| blocks.min(usable).saturating_mul(block))
 }
 
 /// How often Envoy has sent the current request; 0 where it does not say.

@@ -40,6 +40,10 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Where the sidecar's HTTP API listens.
     pub admin: SocketAddr,
+    /// File with the token by which other machines may ask it for content.
+    pub admin_token_file: Option<PathBuf>,
+    /// Other sidecars' HTTP APIs, to take the index over from.
+    pub peers: Vec<http::Uri>,
     /// Envoy's admin interface.
     pub envoy_admin: SocketAddr,
     /// Unix socket of the bridge.
@@ -50,6 +54,10 @@ pub struct Config {
     pub filter_wasm: PathBuf,
     /// Where events come from.
     pub nats: Option<Nats>,
+    /// `host:port` of the sockets of Dynamo's event plane over ZMQ.
+    pub dynamo_zmq: Vec<String>,
+    /// Most bytes a second of a worker's own stream of events.
+    pub event_bytes_per_second: u64,
     /// How load is tracked.
     pub load: load::Settings,
     /// What holds for all pools.
@@ -67,6 +75,8 @@ pub struct Nats {
     pub dynamo: Option<DynamoPlane>,
     /// Subject of plain JSON events.
     pub json: Option<Template>,
+    /// JetStream stream that keeps them; they are read from there.
+    pub json_stream: Option<String>,
     /// Whether load is exchanged with other sidecars and Dynamo's routers; needs `dynamo`.
     pub replica_sync: bool,
     /// Credentials file.
@@ -184,10 +194,16 @@ impl Config {
         };
         differs("http_host, http_port", self.listen != next.listen);
         differs("admin", self.admin != next.admin);
+        let differs_token = self.admin_token_file != next.admin_token_file;
+        differs("admin_token_file", differs_token);
+        differs("peers", self.peers != next.peers);
         differs("socket", self.socket != next.socket);
         differs("state_dir", self.state_dir != next.state_dir);
         differs("filter_wasm", self.filter_wasm != next.filter_wasm);
         differs("nats", self.nats != next.nats);
+        differs("dynamo_zmq", self.dynamo_zmq != next.dynamo_zmq);
+        let quota = self.event_bytes_per_second != next.event_bytes_per_second;
+        differs("event_bytes_per_second", quota);
         let load = "router_track_*, router_assume_kv_reuse, active_request_expiry_secs";
         differs(load, self.load != next.load);
         let pools = "pools: their names, order, kv_cache_block_size, kv_events, media, \

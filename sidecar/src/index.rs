@@ -8,7 +8,11 @@ mod apply;
 mod control;
 mod cursor;
 mod decisions;
+mod doubt;
+mod dumping;
 mod field;
+mod health;
+mod knowledge;
 mod peering;
 mod prediction;
 mod publisher;
@@ -17,9 +21,14 @@ mod report;
 mod roster;
 mod saving;
 mod slots;
+mod strangers;
+mod streams;
 mod subscriber;
+mod trust;
+mod walk;
+mod watching;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -27,7 +36,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use kv_core::approximate::Approximate;
 use kv_core::head::Head;
-use kv_core::id::WorkerId;
+use kv_core::id::{Slot, WorkerId};
 use kv_core::index::{Index, IndexConfig};
 use kv_core::table::{self, Settings, Table};
 use kv_core::wire::Subscribe;
@@ -37,6 +46,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::config::{self, Config};
 use crate::decision::Decisions;
+use crate::dump::Line;
 use crate::ingest::{Arrival, Plane};
 use crate::load::{Accounts, ProxyId};
 use crate::metrics::{Kind, Metrics};
@@ -44,7 +54,9 @@ use crate::state::{self, Restored};
 
 pub use control::Control;
 pub use cursor::Cursor;
+pub use dumping::{NotAdopted, NotDumped};
 pub use field::{Field, Standing};
+pub use knowledge::Knowledge;
 pub use publisher::{Refusal, SubscriberReport};
 pub use report::{Available, IndexReport, OwnerReport, PoolReport, Readiness, WorkersReport};
 pub use slots::Slots;
@@ -81,6 +93,11 @@ pub struct Service {
     decisions: Decisions,
     /// Predicted blocks, by pool.
     predictions: BTreeMap<usize, Approximate>,
+    /// Blocks that may be gone, by pool and slot.
+    doubts: HashMap<(usize, Slot), doubt::Doubt>,
+    strangers: strangers::Strangers,
+    dumps: VecDeque<dumping::Dump>,
+    adoption: dumping::Adoption,
     peering: Option<peering::Peering>,
     loads_version: u64,
     /// When proxies are to be told about load; `None` while nothing has changed.
@@ -91,6 +108,8 @@ pub struct Service {
     epoch: u32,
     table_version: u64,
     is_restored: bool,
+    /// Whether a peer's index was taken over.
+    is_bootstrapped: bool,
     ready: bool,
     started: Instant,
     connected: BTreeSet<Plane>,
@@ -138,7 +157,10 @@ impl Service {
             table_version: 0,
             beat: unix_ms(),
         };
-        let planes = config.nats.iter().flat_map(planes).collect();
+        let zmq = (!config.dynamo_zmq.is_empty()).then_some(Plane::Dynamo);
+        let mut planes: Vec<_> = config.nats.iter().flat_map(planes).chain(zmq).collect();
+        planes.sort_unstable();
+        planes.dedup();
         let mut service = Self {
             index,
             roster: roster::Roster::default(),
@@ -147,6 +169,10 @@ impl Service {
             accounts: Accounts::new(config.load),
             decisions: Decisions::default(),
             predictions: BTreeMap::new(),
+            doubts: HashMap::new(),
+            strangers: strangers::Strangers::default(),
+            dumps: VecDeque::new(),
+            adoption: dumping::Adoption::default(),
             peering: None,
             loads_version: 0,
             loads_at: None,
@@ -155,6 +181,7 @@ impl Service {
             epoch,
             table_version: 0,
             is_restored,
+            is_bootstrapped: false,
             ready: false,
             started: Instant::now(),
             connected: BTreeSet::new(),
@@ -181,6 +208,12 @@ impl Service {
     #[must_use]
     pub fn silence(&self) -> Arc<Notify> {
         Arc::clone(&self.silence)
+    }
+
+    /// Whether the index came from the state folder.
+    #[must_use]
+    pub fn is_restored(&self) -> bool {
+        self.is_restored
     }
 
     /// Serves until cancelled, then saves.
@@ -216,6 +249,7 @@ impl Service {
                 () = at(self.loads_at) => self.publish_loads(),
                 Some(arrival) = arrivals.recv() => self.arrived(arrival),
                 () = std::future::ready(()), if self.saving.is_under_way() => self.save_step(),
+                place = room(self.dump_out()) => self.dump_step(place),
             }
             if self.flush_at.is_none() && self.index.is_dirty() {
                 self.flush_at = Some(self.flushed + COALESCE);
@@ -256,6 +290,10 @@ impl Service {
             }
             Control::Index(reply) => {
                 let _ = reply.send(self.report_index());
+            }
+            Control::Dump { out, reply } => {
+                let begun = self.begin_dump(out);
+                let _ = reply.send(begun);
             }
             Control::Readiness(reply) => {
                 let _ = reply.send(self.report_readiness());
@@ -298,8 +336,7 @@ impl Service {
         self.settings = config.settings;
         let change = self.roster.update(&config.pools);
         for (pool, slot) in &change.removed {
-            self.index.remove_owner(*pool, *slot);
-            self.forget_predictions(*pool, *slot);
+            self.drop_blocks(*pool, *slot);
         }
         if !change.removed.is_empty() {
             while self.index.is_dirty() {
@@ -307,6 +344,9 @@ impl Service {
             }
         }
         self.report_change(&change);
+        for worker in &change.joined {
+            self.adopt_stranger(*worker);
+        }
         self.serve_owners();
         self.reconfigure_peers();
         if self.connected.contains(&Plane::Json) {
@@ -370,9 +410,12 @@ impl Service {
         self.sweep_loads();
         self.tick_peers(tick);
         self.expire_predictions();
+        self.strangers.sweep(Instant::now());
+        self.sweep_dumps();
         self.check_ready();
         self.save_step();
         if tick.is_multiple_of(BEAT_TICKS) {
+            self.judge_workers();
             self.publisher.beat(self.ready, &mut self.index);
             self.measure();
         }
@@ -387,11 +430,13 @@ impl Service {
         if self.ready {
             return;
         }
-        let expects_snapshots = self.planes.contains(&Plane::Json);
-        let is_answered = self.connected.contains(&Plane::Json)
-            && self.roster.workers().all(|w| w.repair.is_none());
+        let is_answered = !self.planes.contains(&Plane::Json)
+            || self.connected.contains(&Plane::Json)
+                && self.roster.workers().all(|w| w.repair.is_none());
+        let is_told = |w: &mut roster::Worker| !w.source.is_own() || w.is_told();
+        let is_complete = is_answered && self.roster.workers().all(is_told);
         let is_late = self.started.elapsed() >= RECOVERY;
-        if self.is_restored || !expects_snapshots || is_answered || is_late {
+        if self.is_restored || self.is_bootstrapped || is_complete || is_late {
             self.ready = true;
             self.publisher.beat(true, &mut self.index);
             tracing::info!(
@@ -406,8 +451,19 @@ impl Service {
 /// Planes of a configuration.
 fn planes(nats: &config::Nats) -> impl Iterator<Item = Plane> + use<> {
     let dynamo = nats.dynamo.is_some().then_some(Plane::Dynamo);
-    let json = nats.json.is_some().then_some(Plane::Json);
+    let json = nats.json.is_some().then_some(match nats.json_stream {
+        Some(_) => Plane::JetStream,
+        None => Plane::Json,
+    });
     dynamo.into_iter().chain(json)
+}
+
+/// A place in a channel: for ever without one, at once and none when nobody reads it any more.
+async fn room(out: Option<mpsc::Sender<Line>>) -> Option<mpsc::OwnedPermit<Line>> {
+    match out {
+        Some(out) => out.reserve_owned().await.ok(),
+        None => std::future::pending().await,
+    }
 }
 
 /// Waits for an instant; for ever without one.

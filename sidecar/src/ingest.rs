@@ -4,25 +4,46 @@
 
 pub mod batch;
 pub mod decode;
+pub mod doors;
+pub mod dynamo_zmq;
 pub mod engine;
+pub mod jetstream;
 pub mod nats;
+pub mod order;
+pub mod pause;
+pub mod poll;
+pub mod post;
+pub mod quota;
+pub mod stream;
 pub mod subject;
+pub mod zmq;
+pub mod zmtp;
 
 use kv_core::event::{RouterEvent, SnapshotPart};
 use kv_core::id::WorkerId;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
+
+use batch::{Batch, Origin, Turn};
 
 /// Most blocks of one event; engines send far fewer.
 pub const MAX_EVENT_BLOCKS: usize = 1 << 16;
 
 /// How events come in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Plane {
     /// Dynamo 1.6.1's event plane over NATS.
     Dynamo,
     /// Plain JSON over NATS.
     Json,
+    /// An engine's own ZMQ socket.
+    Zmq,
+    /// Posted to the sidecar.
+    Http,
+    /// Polled from the engine.
+    Poll,
+    /// A stream of JetStream.
+    JetStream,
 }
 
 impl Plane {
@@ -32,6 +53,10 @@ impl Plane {
         match self {
             Self::Dynamo => "dynamo",
             Self::Json => "json",
+            Self::Zmq => "zmq",
+            Self::Http => "http",
+            Self::Poll => "poll",
+            Self::JetStream => "jet_stream",
         }
     }
 }
@@ -97,6 +122,12 @@ pub enum Rejection {
     PartialBlock,
     /// A block that changed its level without having been stored.
     UnknownBlock,
+    /// The worker's events are taken from another source.
+    OtherSource,
+    /// Hashes of a family that is not indexed.
+    FamilyUnsupported,
+    /// Too many workers without an endpoint, or blocks of theirs.
+    TooManyStrangers,
 }
 
 impl Rejection {
@@ -133,6 +164,9 @@ impl Rejection {
             Self::RepeatedHash => "repeated_hash",
             Self::PartialBlock => "partial_block",
             Self::UnknownBlock => "unknown_block",
+            Self::OtherSource => "other_source",
+            Self::FamilyUnsupported => "family_unsupported",
+            Self::TooManyStrangers => "too_many_strangers",
         }
     }
 }
@@ -171,6 +205,10 @@ pub enum Arrival {
         /// A part, or why there is none.
         part: Result<SnapshotPart, NoSnapshot>,
     },
+    /// The next message of a worker's own stream.
+    Batch(Origin, Plane, Batch),
+    /// What became of a worker's own stream.
+    Turn(Origin, Plane, Turn),
 }
 
 /// Why a snapshot didn't come.

@@ -4,10 +4,12 @@
 //! and the worker table into Envoy, where the filter decides with them.
 
 pub mod admin;
+pub mod bootstrap;
 pub mod bridge;
 pub mod check_events;
 pub mod config;
 pub mod decision;
+pub mod dump;
 pub mod envoy;
 pub mod index;
 pub mod ingest;

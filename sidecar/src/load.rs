@@ -72,6 +72,8 @@ pub enum Outcome {
     FirstToken,
     /// It is over.
     Freed,
+    /// Its worker said what it found in its cache.
+    Cached,
     /// It was not booked.
     Unknown,
     /// It could not be booked.
@@ -88,6 +90,7 @@ impl Outcome {
             Self::Moved => "moved",
             Self::FirstToken => "first_token",
             Self::Freed => "freed",
+            Self::Cached => "cached",
             Self::Unknown => "unknown",
             Self::Refused(error) => error.kind(),
         }
@@ -230,6 +233,7 @@ impl Accounts {
                 (came, Outcome::FirstToken)
             }
             Step::Free { request } => (tracker.free(&id(request)), Outcome::Freed),
+            Step::Cached { request, .. } => (tracker.get(&id(request)).is_some(), Outcome::Cached),
         };
         if is_booked { outcome } else { Outcome::Unknown }
     }
@@ -317,11 +321,11 @@ impl Accounts {
         u32::try_from(shared).unwrap_or(u32::MAX)
     }
 
-    /// The blocks of a booking whose whole prompt is known.
+    /// Where a booking whose whole prompt is known is, and the blocks of its prompt.
     #[must_use]
-    pub fn blocks(&self, vm: u64, request: u64) -> Option<&[u64]> {
-        let (_, booking) = self.tracker.get(&booking_id(vm, request))?;
-        (booking.start == 0).then_some(&booking.hashes)
+    pub fn prompt(&self, vm: u64, request: u64) -> Option<(OwnerKey, &[u64])> {
+        let (owner, booking) = self.tracker.get(&booking_id(vm, request))?;
+        (booking.start == 0).then_some((owner, &booking.hashes))
     }
 
     /// Whether some proxy reports its load.

@@ -1,6 +1,7 @@
 //! The running sidecar: its tasks, and changes of its configuration.
 
-use std::path::PathBuf;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,16 +11,19 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::admin;
 use crate::bridge::Bridge;
 use crate::config::{Config, Layer, Pool};
 use crate::envoy::{Files, FilesError, endpoints_of};
 use crate::index::{Control, Service, state_file};
+use crate::ingest::batch::{Origin, Resume};
+use crate::ingest::doors::Doors;
 use crate::ingest::nats;
+use crate::ingest::stream::Hall;
 use crate::metrics::{Kind, Metrics};
 use crate::peers::Link;
 use crate::state;
 use crate::watch::Watch;
+use crate::{admin, bootstrap};
 
 /// Messages of events that wait for the index; a full channel slows the source down.
 const ARRIVALS: usize = 256;
@@ -32,6 +36,8 @@ const REQUESTS: usize = 1 << 16;
 const REPLACE_PAUSE: Duration = Duration::from_secs(10);
 /// How long Envoy may take to have a worker table before its endpoints follow.
 const TABLE_WRITTEN: Duration = Duration::from_secs(2);
+/// How long a start that asks peers waits for NATS.
+const NATS_FIRST: Duration = Duration::from_secs(1);
 /// How long tasks may take to end.
 const SHUTDOWN: Duration = Duration::from_secs(10);
 
@@ -72,10 +78,17 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
         tokio::task::spawn_blocking(move || state::restore(state_file.as_deref())).await?;
     let mut service = Service::new(&config, restored, requests, Arc::clone(&metrics));
     let silence = service.silence();
+    let token = match &config.admin_token_file {
+        Some(file) => Some(read_token(file).await?),
+        None => None,
+    };
 
     let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
+    let mut stored = None;
     if let Some(settings) = &config.nats {
+        let arrivals = arrivals.clone();
         let nats = nats::Source::new(settings, arrivals, requested, Arc::clone(&metrics)).await?;
+        stored = nats.stored(settings);
         let cancel = cancel.clone();
         tasks.spawn(async move {
             nats.run(cancel).await;
@@ -93,8 +106,32 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
             Ok(())
         });
     }
+    let hall = Hall {
+        arrivals,
+        bytes_per_second: config.event_bytes_per_second,
+        metrics: Arc::clone(&metrics),
+    };
+    let doors = Doors::new(hall, stored);
+    let (resumes, taken_up) = oneshot::channel();
     let (index_cancel, bridge_cancel) = (cancel.clone(), cancel.clone());
+    let (peer_urls, peer_token) = (config.peers.clone(), token.clone());
+    let peer_metrics = Arc::clone(&metrics);
     tasks.spawn(async move {
+        // Events that come meanwhile wait in the channel, and those before them are in the dump.
+        if !service.is_restored() {
+            let taken = take_over(
+                &peer_urls,
+                peer_token.as_deref(),
+                &mut service,
+                &peer_metrics,
+            );
+            tokio::select! {
+                () = index_cancel.cancelled() => {}
+                () = taken => {}
+            }
+        }
+        // Nobody is left to open doors when the sidecar is being stopped.
+        let _ = resumes.send(service.resume());
         service.run(controlled, arrived, index_cancel).await;
         Ok(())
     });
@@ -103,7 +140,8 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
         let served = bridge.run(bridge_control, bridge_metrics, bridge_cancel);
         served.await.context("the bridge's socket failed")
     });
-    let app = admin::router(admin::Admin::new(control.clone(), Arc::clone(&metrics)));
+    let api = admin::Admin::new(control.clone(), doors.desk(), Arc::clone(&metrics));
+    let app = admin::router(api.with_token(token));
     let admin_cancel = cancel.clone();
     tasks.spawn(async move {
         let app = app.into_make_service_with_connect_info::<std::net::SocketAddr>();
@@ -118,6 +156,7 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
         source,
         files,
         control,
+        doors,
         metrics,
         silence,
     };
@@ -125,11 +164,55 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
     tasks.spawn(async move {
         tokio::select! {
             () = reload_cancel.cancelled() => {}
-            () = reloader.run() => {}
+            () = reloader.run(taken_up) => {}
         }
         Ok(())
     });
     supervise(tasks, &cancel).await
+}
+
+async fn read_token(file: &Path) -> anyhow::Result<String> {
+    let token = tokio::fs::read_to_string(file).await;
+    let token = token.with_context(|| format!("admin_token_file {}", file.display()))?;
+    let token = token.trim();
+    // Anybody can show an empty one.
+    anyhow::ensure!(
+        !token.is_empty(),
+        "admin_token_file {} is empty",
+        file.display()
+    );
+    Ok(token.to_owned())
+}
+
+/// Takes the index of the first peer over that has one.
+async fn take_over(
+    peers: &[http::Uri],
+    token: Option<&str>,
+    service: &mut Service,
+    metrics: &Metrics,
+) {
+    if peers.is_empty() {
+        return;
+    }
+    // What is published from the dump on must not be missed.
+    let connected = async {
+        while metrics.nats_connected.get() == 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let _ = tokio::time::timeout(NATS_FIRST, connected).await;
+    for peer in peers {
+        let outcome = bootstrap::from_peer(peer, token, service).await;
+        let kind = outcome.as_ref().map_or_else(|e| e.kind(), |()| "taken");
+        metrics.bootstraps.get_or_create(&Kind { kind }).inc();
+        match outcome {
+            Ok(()) => {
+                tracing::info!(%peer, "took over the index of a peer");
+                return;
+            }
+            Err(error) => tracing::warn!(%peer, %error, "can't take over the index of a peer"),
+        }
+    }
 }
 
 /// Waits for all tasks; one that ends before its time ends the others.
@@ -179,13 +262,16 @@ struct Reloader {
     source: Source,
     files: Option<Files>,
     control: mpsc::Sender<Control>,
+    doors: Doors,
     metrics: Arc<Metrics>,
     silence: Arc<Notify>,
 }
 
 impl Reloader {
-    /// Never returns.
-    async fn run(mut self) {
+    /// Never returns. Doors are opened when it is known where streams are to be taken up.
+    async fn run(mut self, taken_up: oneshot::Receiver<HashMap<Origin, Resume>>) {
+        let resumes = taken_up.await.unwrap_or_default();
+        self.doors.open(&self.config, resumes);
         let mut replaced_at = None;
         match Watch::new(&self.source.file) {
             Ok(mut watch) => {
@@ -292,6 +378,7 @@ impl Reloader {
         {
             tracing::warn!("not every envoy has the worker table yet, endpoints go ahead");
         }
+        self.doors.configure(&next);
         self.write_endpoints(&next, |_, after| endpoints_of(after))?;
         self.config = next;
         Ok(())

@@ -277,8 +277,11 @@ fn a_worker_may_have_a_stream_of_its_own() {
     assert_eq!(replay.as_deref(), Some("tcp://engine-1:5567"));
     assert_eq!(url.path(), "/kv_cache_events");
     assert_eq!(poll.as_millis(), 50);
-    let token_file = "/dev/null".into();
-    assert_eq!(*http, Some(Events::Http { token_file }));
+    let expected = Events::Http {
+        token_file: Some("/dev/null".into()),
+        trusts_loopback: false,
+    };
+    assert_eq!(*http, Some(expected));
     assert_eq!(pool.media.tier("TAPE"), Some(Tier::External));
     let uses = [
         (Family::FlexKv, vec!["SSD", "CPU"], 16),

@@ -79,11 +79,15 @@ impl Check {
             pools: pools.collect(),
             listen,
             admin: self.address("admin", &file.admin, "must be ip:port"),
+            admin_token_file: file.admin_token_file.clone(),
+            peers: self.peers(file),
             envoy_admin: self.address("envoy_admin", &file.envoy_admin, "must be ip:port"),
             socket: file.socket.clone(),
             state_dir: file.state_dir.clone(),
             filter_wasm: file.filter_wasm.clone(),
             nats: file.nats.as_ref().map(|nats| self.nats(nats)),
+            dynamo_zmq: self.dynamo_zmq(&file.dynamo_zmq),
+            event_bytes_per_second: file.event_bytes_per_second,
             load: load::Settings {
                 tracking: Tracking {
                     prefill_tokens: file.router_track_prefill_tokens,
@@ -98,6 +102,23 @@ impl Check {
                 decision_header: file.decision_header,
             },
         }
+    }
+
+    fn peers(&mut self, file: &File) -> Vec<http::Uri> {
+        self.readable("admin_token_file", file.admin_token_file.as_deref());
+        let mut peers = Vec::new();
+        for (i, peer) in file.peers.iter().enumerate() {
+            let uri = peer.parse::<http::Uri>().ok();
+            let uri = uri.filter(|uri| {
+                let is_bare = matches!(uri.path_and_query().map(|p| p.as_str()), None | Some("/"));
+                uri.scheme_str() == Some("http") && uri.host().is_some() && is_bare
+            });
+            match uri {
+                Some(uri) => peers.push(uri),
+                None => self.refuse(format!("peers[{i}]"), peer, "must be http://host:port"),
+            }
+        }
+        peers
     }
 
     fn nats(&mut self, nats: &file::Nats) -> Nats {
@@ -129,6 +150,10 @@ impl Check {
             };
             template.map_err(refuse).ok()
         });
+        if let (Some(stream), None) = (&nats.json_stream, &nats.json_subject) {
+            let why = "needs nats.json_subject, which it keeps";
+            self.refuse("nats.json_stream", stream, why);
+        }
         if let (Some(credentials), Some(_)) = (&nats.credentials_file, &nats.nkey_seed_file) {
             let why = "excludes nkey_seed_file";
             self.refuse("nats.credentials_file", credentials.display(), why);
@@ -156,6 +181,7 @@ impl Check {
                 component: plane.component.clone().unwrap_or_default(),
             }),
             json,
+            json_stream: nats.json_stream.clone(),
             replica_sync: nats.replica_sync,
             credentials_file: nats.credentials_file.clone(),
             nkey_seed_file: nats.nkey_seed_file.clone(),

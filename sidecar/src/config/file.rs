@@ -21,6 +21,15 @@ pub struct File {
     pub http_port: u16,
     /// `ip:port` of the sidecar's own HTTP API: health, metrics, `/v1`.
     pub admin: String,
+    /// File with the token by which `/v1` of `admin` answers peers of other machines, sent as
+    /// `Authorization: Bearer`. Without it they get nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "PathBuf")]
+    pub admin_token_file: Option<PathBuf>,
+    /// `http://host:port` of other sidecars' `admin`. One that starts without a snapshot takes the
+    /// index over from the first of them that has it, showing the token of `admin_token_file`.
+    #[schemars(length(max = 16))]
+    pub peers: Vec<String>,
     /// `ip:port` of Envoy's admin interface, which the bootstrap gives it.
     pub envoy_admin: String,
     /// Unix socket that the filter connects to. At most 100 bytes, a limit of the kernel.
@@ -37,6 +46,14 @@ pub struct File {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Nats")]
     pub nats: Option<Nats>,
+    /// `tcp://host:port` of the sockets of Dynamo's event plane over ZMQ, publishers' or brokers'.
+    /// Needs a restart.
+    #[schemars(length(max = 4096))]
+    pub dynamo_zmq: Vec<String>,
+    /// Most bytes a second of a worker's own stream of events; what is above waits or, posted, is
+    /// refused. Needs a restart.
+    #[schemars(range(min = 65_536))]
+    pub event_bytes_per_second: u64,
     /// Requests with a longer body are routed by load and not buffered.
     #[schemars(range(min = 1, max = 67_108_864))]
     pub body_limit_bytes: u64,
@@ -69,11 +86,15 @@ impl Default for File {
             http_host: "0.0.0.0".into(),
             http_port: 8000,
             admin: "127.0.0.1:9100".into(),
+            admin_token_file: None,
+            peers: Vec::new(),
             envoy_admin: "127.0.0.1:9901".into(),
             socket: "/run/kv-router/bridge.sock".into(),
             state_dir: None,
             filter_wasm: "kv_filter.wasm".into(),
             nats: None,
+            dynamo_zmq: Vec::new(),
+            event_bytes_per_second: 64 << 20,
             body_limit_bytes: 16 << 20,
             token_limit: 1_500_000,
             decision_header: false,
@@ -270,8 +291,12 @@ fn fifty() -> u64 {
 #[serde(deny_unknown_fields)]
 pub struct Http {
     /// File with the token that it sends as `Authorization: Bearer`.
-    #[schemars(required)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "PathBuf")]
     pub token_file: Option<PathBuf>,
+    /// Whether an engine on the sidecar's own machine needs no token.
+    #[serde(default)]
+    pub trust_loopback: bool,
 }
 
 /// Hashes that events without token ids carry, by the medium they are about.
@@ -305,6 +330,11 @@ pub struct Nats {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "String")]
     pub json_subject: Option<String>,
+    /// Name of a JetStream stream that keeps `json_subject`. Events are read from there, from where
+    /// the sidecar's snapshot ends, and engines are asked for no snapshots.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "String", length(min = 1))]
+    pub json_stream: Option<String>,
     /// Whether load is exchanged with other sidecars, and with Dynamo's routers; needs `dynamo`,
     /// whose subjects it goes over. Mirrors Dynamo's `--router-replica-sync`.
     #[serde(default)]

@@ -81,15 +81,39 @@ impl Service {
             }
             _ => self.accounts.step(vm, step, now_ms),
         };
+        self.learn(vm, step, outcome);
         if let Step::Move { request, to } = step
             && outcome == Outcome::Moved
             && self.is_predicted(*to)
-            && let Some(blocks) = self.accounts.blocks(vm, *request)
+            && let Some((_, blocks)) = self.accounts.prompt(vm, *request)
         {
             let blocks = blocks.to_vec();
             self.predict(*to, &blocks, now_ms);
         }
         outcome
+    }
+
+    /// What a step says about the worker's cache.
+    fn learn(&mut self, vm: u64, step: &Step, outcome: Outcome) {
+        match step {
+            Step::FirstToken { request } if outcome == Outcome::FirstToken => {
+                let prompt = self.accounts.prompt(vm, *request);
+                if let Some((owner, Some(last))) = prompt.map(|(o, p)| (o, p.last().copied())) {
+                    self.prompt_computed(owner, last);
+                }
+            }
+            Step::Cached {
+                request,
+                predicted,
+                found,
+            } => {
+                let prompt = self.accounts.prompt(vm, *request);
+                if let Some((owner, prompt)) = prompt.map(|(o, p)| (o, p.to_vec())) {
+                    self.cache_found(owner, &prompt, *predicted, *found);
+                }
+            }
+            _ => {}
+        }
     }
 
     /// The prompt of a booking: the index has the blocks that the report names by their last one.

@@ -8,9 +8,10 @@ use kv_core::table::Table;
 use kv_core::wire::{Ack, Subscribe};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Field, IndexReport, Readiness, Refusal, WorkersReport};
+use super::{Field, IndexReport, NotDumped, Readiness, Refusal, WorkersReport};
 use crate::config::Config;
 use crate::decision::{DecisionsReport, Wanted};
+use crate::dump::Line;
 use crate::load::RawReport;
 use crate::peers;
 
@@ -53,6 +54,13 @@ pub enum Control {
     Decisions(Wanted, oneshot::Sender<DecisionsReport>),
     /// The index and its publication.
     Index(oneshot::Sender<IndexReport>),
+    /// The whole index, line by line.
+    Dump {
+        /// Takes the lines.
+        out: mpsc::Sender<Line>,
+        /// Whether it begins.
+        reply: oneshot::Sender<Result<(), NotDumped>>,
+    },
     /// What is missing for service.
     Readiness(oneshot::Sender<Readiness>),
     /// What a prompt would meet.

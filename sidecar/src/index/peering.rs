@@ -71,6 +71,7 @@ impl Service {
             Step::Move { request, .. } | Step::FirstToken { request } | Step::Free { request } => {
                 *request
             }
+            Step::Cached { .. } => return,
         };
         peering.announcer.changed(BookingId {
             source: vm,

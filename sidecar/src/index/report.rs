@@ -2,16 +2,21 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use kv_core::id::{DpRank, Role, WorkerId};
+use kv_core::id::{DpRank, Role, Slot, WorkerId};
 use kv_core::index::{Applied, IndexStats};
 use kv_core::policy::Policy;
 use kv_core::report::OwnerKey;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use serde::Serialize;
+use tokio::time::Instant;
 
+use super::doubt::Doubt;
+use super::health::Ailment;
+use super::knowledge::Knowledge;
 use super::peering::{ByPeer, PeerRequests};
 use super::publisher::SubscriberReport;
+use super::strangers::{StrangerReport, milliseconds};
 use super::{Service, roster};
 use crate::ingest::Plane;
 use crate::load::{LoadReport, ProxyId, ProxyRequests};
@@ -90,6 +95,8 @@ pub struct IndexReport {
     pub ready: bool,
     /// Whether its contents came from the state folder.
     pub restored: bool,
+    /// Whether they came from a peer.
+    pub bootstrapped: bool,
     /// Whether somebody subscribed, and every page and load is written and acknowledged by every
     /// subscriber.
     pub settled: bool,
@@ -111,6 +118,8 @@ pub struct WorkersReport {
     pub load: Available,
     /// The pools.
     pub pools: Vec<PoolReport>,
+    /// Workers that publish and that the configuration gives no endpoint.
+    pub no_endpoint: Vec<StrangerReport>,
 }
 
 /// Whether load is known.
@@ -171,10 +180,16 @@ pub struct OwnerReport {
     pub blocks: usize,
     /// Id of its last event.
     pub last_event_id: Option<u64>,
-    /// Jumps in its event ids.
+    /// Times that events of it were lost.
     pub gaps: u64,
     /// Whether blocks may be missing or left over.
     pub partial: bool,
+    /// How much of its cache is known.
+    pub knowledge: Knowledge,
+    /// Blocks that may be gone: they count for nothing until something vouches for them.
+    pub doubtful: usize,
+    /// Its worker's events.
+    pub events: EventsReport,
     /// Whether its snapshot is awaited.
     pub repairing: bool,
     /// Its true load, over all proxies; `null` while none reports any.
@@ -185,11 +200,48 @@ pub struct OwnerReport {
     pub peers: Vec<PeerRequests>,
 }
 
+/// Events of a worker, as `/v1/workers` shows them.
+#[derive(Clone, Debug, Serialize)]
+pub struct EventsReport {
+    /// The plane they are taken from; `null` before any has come.
+    pub source: Option<Plane>,
+    /// Whether it can be read.
+    pub connected: bool,
+    /// Other planes that speak for the worker and are not taken.
+    pub refused: Vec<Plane>,
+    /// Since the rank's last event, milliseconds.
+    pub last_event_ms: Option<u64>,
+    /// Number of the last message of the rank's own stream.
+    pub sequence: Option<u64>,
+    /// Dropped events of the worker by reason.
+    pub rejected: BTreeMap<&'static str, u64>,
+    /// What is wrong, if anything: its blocks are predicted then.
+    pub ailment: Option<&'static str>,
+    /// Why most of its events are dropped, if all are.
+    pub dropped_as: Option<&'static str>,
+    /// Share of the worker's cached tokens that were predicted rightly, 0 to 1, over its last
+    /// answers; `null` where they don't say.
+    pub accuracy: Option<f64>,
+}
+
 /// What readiness rests on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Readiness {
     /// What is missing, empty when ready.
     pub missing: Vec<String>,
+    /// Ranks by how much of their caches is known.
+    pub ranks: Known,
+}
+
+/// Ranks by how much of their caches is known; those of pools without events are left out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Known {
+    /// All of it.
+    pub whole: usize,
+    /// Some may be missing or left over.
+    pub partial: usize,
+    /// Nothing has been heard.
+    pub unknown: usize,
 }
 
 impl Service {
@@ -201,6 +253,7 @@ impl Service {
             table_version: self.table_version,
             ready: self.ready,
             restored: self.is_restored,
+            bootstrapped: self.is_bootstrapped,
             settled: !self.index.is_dirty()
                 && self.loads_at.is_none()
                 && !subscribers.is_empty()
@@ -226,6 +279,7 @@ impl Service {
             pools: pools
                 .map(|(number, pool)| self.report_pool(number, pool, &requests, &by_peer))
                 .collect(),
+            no_endpoint: self.strangers.report(Instant::now()),
         }
     }
 
@@ -265,7 +319,10 @@ impl Service {
                     blocks: self.index.owner_blocks(number.into(), owner.slot),
                     last_event_id: owner.dynamo.last.max(worker.json.last),
                     gaps: owner.gaps,
-                    partial: owner.partial,
+                    partial: owner.knowledge != Knowledge::Whole,
+                    knowledge: owner.knowledge,
+                    doubtful: self.doubtful(number.into(), owner.slot),
+                    events: self.report_events(worker, id.rank, owner),
                     repairing: worker.repair.is_some(),
                     load: is_reported.then(|| self.accounts.load(&key).into()),
                     requests: of_owner(&key).collect(),
@@ -284,6 +341,56 @@ impl Service {
         }
     }
 
+    fn doubtful(&self, pool: usize, slot: Slot) -> usize {
+        self.doubts.get(&(pool, slot)).map_or(0, Doubt::len)
+    }
+
+    fn report_events(
+        &self,
+        worker: &roster::Worker,
+        rank: DpRank,
+        owner: &roster::Owner,
+    ) -> EventsReport {
+        let at = Instant::now();
+        let mut of_rank = worker.streams.values().filter(|s| s.ranks.contains(&rank));
+        let stream = of_rank.next();
+        let source = worker.source.plane();
+        let ailment = worker.health.ailment();
+        EventsReport {
+            source,
+            connected: match source {
+                Some(plane @ (Plane::Dynamo | Plane::Json)) => self.connected.contains(&plane),
+                _ => stream.is_some_and(|stream| stream.is_open),
+            },
+            refused: worker.source.refused(at).collect(),
+            last_event_ms: owner.heard.map(|heard| milliseconds(at, heard)),
+            sequence: stream.and_then(|s| s.last).map(|last| last.sequence),
+            rejected: worker.health.all_dropped(),
+            ailment: ailment.map(Ailment::kind),
+            dropped_as: ailment.and_then(|ailment| match ailment {
+                Ailment::Dropped(kind) => Some(kind),
+                Ailment::Silent | Ailment::Inaccurate { .. } => None,
+            }),
+            accuracy: worker.health.accuracy(),
+        }
+    }
+
+    fn known(&self) -> Known {
+        let mut known = Known::default();
+        let pools = self.roster.pools.iter().filter(|p| p.config.kv_events);
+        for owner in pools
+            .flat_map(|p| p.workers.values())
+            .flat_map(|w| &w.owners)
+        {
+            match owner.knowledge {
+                Knowledge::Whole => known.whole += 1,
+                Knowledge::Partial => known.partial += 1,
+                Knowledge::Unknown => known.unknown += 1,
+            }
+        }
+        known
+    }
+
     pub(super) fn report_readiness(&self) -> Readiness {
         let mut missing = Vec::new();
         if !self.ready {
@@ -297,7 +404,10 @@ impl Service {
         if !self.publisher.report().iter().any(|s| s.synced) {
             missing.push("no envoy holds all pages".to_owned());
         }
-        Readiness { missing }
+        Readiness {
+            missing,
+            ranks: self.known(),
+        }
     }
 
     /// Sizes into the metrics.
@@ -309,9 +419,10 @@ impl Service {
         self.metrics.left_out_units.set(stats.left_out_units as i64);
         self.metrics.pages.set(i64::from(stats.pages));
         let owners = self.roster.workers().flat_map(|w| w.owners.iter());
-        let partial = owners.filter(|o| o.partial).count();
+        let partial = owners.filter(|o| o.knowledge != Knowledge::Whole).count();
         self.metrics.partial_owners.set(partial as i64);
         self.measure_load();
+        self.measure_health();
     }
 
     fn measure_load(&self) {
@@ -347,5 +458,6 @@ impl Service {
         self.metrics.active_blocks.clear();
         self.metrics.active_prefill_tokens.clear();
         self.metrics.active_requests.clear();
+        self.metrics.accuracy.clear();
     }
 }

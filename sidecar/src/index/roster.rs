@@ -7,6 +7,8 @@ use kv_core::table;
 use tokio::time::Instant;
 
 use super::cursor::Cursor;
+use super::health::Health;
+use super::knowledge::{Knowledge, Source, Stream};
 use super::repair::Repair;
 use super::slots::Slots;
 use crate::config;
@@ -35,6 +37,12 @@ pub(super) struct Worker {
     pub(super) repair: Option<Repair>,
     /// Before this it is not asked for a snapshot again.
     pub(super) ask_from: Option<Instant>,
+    /// Where its events come from.
+    pub(super) source: Source,
+    /// Its own streams, by number.
+    pub(super) streams: BTreeMap<u32, Stream>,
+    /// Whether its events agree with what it does.
+    pub(super) health: Health,
     /// Owners, by rank.
     pub(super) owners: Vec<Owner>,
 }
@@ -46,10 +54,12 @@ pub(super) struct Owner {
     pub(super) slot: Slot,
     /// Ids of its events on Dynamo's plane, which numbers them per rank.
     pub(super) dynamo: Cursor,
-    /// Jumps in the ids.
+    /// Times that events were lost.
     pub(super) gaps: u64,
-    /// Whether blocks may be missing or left over.
-    pub(super) partial: bool,
+    /// How much of its cache is known.
+    pub(super) knowledge: Knowledge,
+    /// When its last event was applied.
+    pub(super) heard: Option<Instant>,
 }
 
 impl Owner {
@@ -58,7 +68,8 @@ impl Owner {
             slot,
             dynamo: Cursor::default(),
             gaps: 0,
-            partial: true,
+            knowledge: Knowledge::Unknown,
+            heard: None,
         }
     }
 }
@@ -162,15 +173,11 @@ impl Pool {
                 let known = old.as_ref().and_then(|w| w.owner(id.rank));
                 owners.push(known.copied().unwrap_or_else(|| Owner::new(slot)));
             }
-            let (json, repair, ask_from) =
-                old.map_or_else(Default::default, |w| (w.json, w.repair, w.ask_from));
-            let worker = Worker {
-                config: config.clone(),
-                json,
-                repair,
-                ask_from,
-                owners,
+            let worker = match old {
+                Some(old) => Worker { owners, ..old },
+                None => Worker::new(config, owners),
             };
+            let worker = worker.configured(config);
             self.workers.insert(config.id, worker);
         }
     }
@@ -193,6 +200,42 @@ impl Pool {
 }
 
 impl Worker {
+    fn new(config: &config::Worker, owners: Vec<Owner>) -> Self {
+        Self {
+            config: config.clone(),
+            json: Cursor::default(),
+            repair: None,
+            ask_from: None,
+            source: Source::default(),
+            streams: BTreeMap::new(),
+            health: Health::default(),
+            owners,
+        }
+    }
+
+    /// Whether its own stream has said how complete it is, for every rank.
+    pub(super) fn is_told(&self) -> bool {
+        let is_told = |owner: &Owner| owner.knowledge != Knowledge::Unknown;
+        self.owners.iter().all(is_told)
+    }
+
+    /// Sets how much is known of all ranks.
+    pub(super) fn know(&mut self, knowledge: Knowledge) {
+        for owner in &mut self.owners {
+            owner.knowledge = knowledge;
+        }
+    }
+
+    fn configured(mut self, config: &config::Worker) -> Self {
+        self.source.configure(config.events.as_ref());
+        if self.config.events != config.events {
+            // Another source numbers its messages in another way.
+            self.streams.clear();
+        }
+        self.config = config.clone();
+        self
+    }
+
     /// The owner of a rank.
     #[must_use]
     pub(super) fn owner(&self, rank: DpRank) -> Option<&Owner> {

@@ -155,7 +155,10 @@ fn a_complete_report_says_all_there_is() {
     let load = accounts.load(&other);
     // A booking that is known keeps its blocks, though they are not listed again.
     assert_eq!((load.decoding, load.blocks), (1, 2));
-    assert_eq!(accounts.blocks(7, 2), Some(&[1, 2][..]));
+    assert_eq!(
+        accounts.prompt(7, 2).map(|(_, blocks)| blocks),
+        Some(&[1, 2][..])
+    );
 }
 
 #[test]
@@ -204,7 +207,7 @@ fn blocks_that_nobody_can_name_are_counted_and_shared_with_nobody() {
     }
     // Two named blocks once, three that have no name twice.
     assert_eq!(accounts.load(&OWNER).blocks, 8);
-    assert_eq!(accounts.blocks(7, 1), None);
+    assert_eq!(accounts.prompt(7, 1), None);
     for request in [1, 2] {
         let freed = accounts.step(7, &Step::Free { request }, 0);
         assert_eq!(freed, Outcome::Freed);
