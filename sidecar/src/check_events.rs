@@ -6,6 +6,7 @@
 mod advice;
 pub mod command;
 mod guess;
+pub mod live;
 mod text;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -48,6 +49,7 @@ struct Totals {
     ranks: BTreeSet<DpRank>,
     dropped: BTreeMap<&'static str, (Rejection, u64)>,
     sequences: Option<Sequences>,
+    replay: Option<live::Replay>,
 }
 
 /// Numbers of a live stream's messages.
@@ -95,6 +97,9 @@ pub struct Report {
     /// Numbers of messages, where there are any.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub sequences: Option<Sequences>,
+    /// What the replay socket has, where there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub replay: Option<live::Replay>,
     /// What would be done to the index.
     pub indexed: Indexed,
     /// Events that would be dropped, by reason.
@@ -197,6 +202,11 @@ impl Checker {
         sequences.last = number;
     }
 
+    /// Takes what a replay socket has.
+    pub fn replay(&mut self, replay: live::Replay) {
+        self.totals.replay = Some(replay);
+    }
+
     /// Takes a message, with the name of its file if it has one.
     pub fn message(&mut self, name: Option<&str>, bytes: &[u8]) {
         self.totals.bytes += bytes.len() as u64;
@@ -287,6 +297,7 @@ impl Checker {
             families: totals.families.iter().map(family).collect(),
             ranks: ranks.into_iter().collect(),
             sequences: totals.sequences,
+            replay: totals.replay,
             indexed: Indexed {
                 stored_blocks: totals.stored.clone(),
                 removed_blocks: totals.removed.clone(),

@@ -87,6 +87,23 @@ pub struct Nats {
     pub tls: Option<Tls>,
 }
 
+impl Nats {
+    /// A server with nothing to read, without credentials; several URLs are separated by commas.
+    #[must_use]
+    pub fn at(url: &str) -> Self {
+        Self {
+            urls: url.split(',').map(|one| one.trim().to_owned()).collect(),
+            dynamo: None,
+            json: None,
+            json_stream: None,
+            replica_sync: false,
+            credentials_file: None,
+            nkey_seed_file: None,
+            tls: None,
+        }
+    }
+}
+
 /// A component of Dynamo.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DynamoPlane {

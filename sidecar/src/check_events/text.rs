@@ -72,6 +72,14 @@ impl Display for Report {
                 s.first, s.last, s.missing, s.restarts
             )?;
         }
+        if let Some(replay) = self.replay {
+            let end = if replay.is_complete { "" } else { ", no end" };
+            write!(f, "replay       {} messages", replay.messages)?;
+            match replay.first {
+                Some(first) => writeln!(f, " from {first} on{end}")?,
+                None => writeln!(f, "{end}")?,
+            }
+        }
         let by_tier = |what: &'static str| {
             move |(of, blocks): (&Tier, &u64)| format!("blocks {what} {} {blocks}", tier(*of))
         };

@@ -58,7 +58,9 @@ impl ZmqAddress {
         Some(format!("{}:{port}", self.host))
     }
 
-    fn parse(text: &str) -> Option<Self> {
+    /// The address of `tcp://host:port`; `None` for any other text.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
         let (host, port) = text.strip_prefix("tcp://")?.rsplit_once(':')?;
         let port = port.parse().ok().filter(|port| *port != 0)?;
         let is_bare_v6 = host.contains(':') && !(host.starts_with('[') && host.ends_with(']'));
