@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::{Parser, Subcommand, ValueEnum};
 use kv_router::config::{Config, Flags, Layer, from_environment, schema};
-use kv_router::{envoy, serve};
+use kv_router::{check_events, envoy, serve};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
@@ -45,6 +45,9 @@ enum Command {
         #[arg(long, value_name = "BOOTSTRAP")]
         check: Option<PathBuf>,
     },
+    /// Says what an engine's events look like and what the index makes of them. Fails if they are
+    /// not understood.
+    CheckEvents(check_events::command::Command),
 }
 
 #[derive(Debug, clap::Args)]
@@ -114,6 +117,18 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             let files = envoy::Files::new(&config, files)?;
             files.write(&config)?;
             print(&envoy::bootstrap(&config, &files))?;
+        }
+        Command::CheckEvents(command) => {
+            let as_json = command.json;
+            let report = command.run(&from_environment(|name| std::env::var(name).ok()))?;
+            if as_json {
+                print(&format!("{:#}\n", serde_json::to_value(&report)?))?;
+            } else {
+                print(&report.to_string())?;
+            }
+            if !report.understood {
+                return Ok(ExitCode::FAILURE);
+            }
         }
     }
     Ok(ExitCode::SUCCESS)

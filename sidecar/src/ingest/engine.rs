@@ -15,6 +15,7 @@ mod attention;
 mod cut;
 mod event;
 mod hash;
+pub mod inspect;
 mod keys;
 mod levels;
 pub mod media;
@@ -46,23 +47,12 @@ pub use payload::{MAX_BATCH_BYTES, MAX_BATCH_EVENTS};
 const MAX_RANKS: DpRank = 1024;
 
 /// How a message is encoded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Encoding {
     /// MessagePack.
     MsgPack,
     /// JSON.
     Json,
-}
-
-/// How an event is laid out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Form {
-    /// A list that begins with the event's name.
-    Lists,
-    /// A map with the event's name as `type`.
-    Maps,
-    /// A dictionary of TensorRT-LLM.
-    TrtLlm,
 }
 
 /// What a pool expects of its engines' events.
@@ -146,10 +136,14 @@ impl Normaliser {
     /// Translates a message.
     pub fn batch(&mut self, payload: &[u8], encoding: Encoding) -> Normalised {
         let mut out = Normalised::default();
-        let payload = payload::read(payload, encoding);
-        let rank = payload.rank.unwrap_or(self.default_rank);
-        for event in payload.events {
-            let outcome = event.and_then(|(event, _)| self.event(rank, event, &mut out));
+        let mut events = Vec::new();
+        // The rank may stand after the events.
+        let head = payload::read(payload, encoding, &mut |event| {
+            events.push(event.and_then(event::read));
+        });
+        let rank = head.rank.unwrap_or(self.default_rank);
+        for event in events {
+            let outcome = event.and_then(|event| self.event(rank, event, &mut out));
             if let Err(rejection) = outcome {
                 out.rejected.push(rejection);
             }

@@ -3,7 +3,6 @@
 //! Positions of a list are those of vLLM. What stands after the extra keys differs between
 //! versions and is told apart by type. Anything further is ignored, in lists and in maps.
 
-use super::Form;
 use super::hash::hash;
 use super::keys::{BlockKeys, Key, extra_keys, mm_infos};
 use super::value::Value;
@@ -88,18 +87,18 @@ const CLEARED: [&str; 2] = ["AllBlocksCleared", "cleared"];
 ///
 /// # Errors
 /// Why it can't be used.
-pub(super) fn read(value: &Value<'_>) -> Result<(Event, Form), Rejection> {
+pub(super) fn read(value: &Value<'_>) -> Result<Event, Rejection> {
     match value {
         Value::List(list) => {
             let tag = list.first().and_then(Value::text);
             let tag = tag.ok_or(Rejection::Malformed)?;
-            Ok((of_list(tag, list)?, Form::Lists))
+            of_list(tag, list)
         }
         Value::Map(_) => match value.get("type").and_then(Value::text) {
-            Some(tag) => Ok((of_map(tag, value)?, Form::Maps)),
+            Some(tag) => of_map(tag, value),
             None if value.get("data").is_some() => {
                 let event = super::trtllm::read(value)?;
-                Ok((Event::TrtLlm(event), Form::TrtLlm))
+                Ok(Event::TrtLlm(event))
             }
             None => Err(Rejection::Malformed),
         },

@@ -6,9 +6,8 @@ use std::fmt;
 use serde::Deserializer;
 use serde::de::{DeserializeSeed, Error as _, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-use super::event::{self, Event};
+use super::Encoding;
 use super::value::{Reader, Value};
-use super::{Encoding, Form};
 use crate::ingest::Rejection;
 
 /// Most bytes of a message. A step that stores a prompt of a million tokens has about 5 MB.
@@ -18,16 +17,19 @@ pub const MAX_BATCH_EVENTS: usize = 1 << 16;
 /// Deepest nesting that is read over; deeper breaks the message.
 const MAX_NESTING: usize = 64;
 
-/// A message.
-#[derive(Debug, Default)]
-pub(super) struct Payload {
+/// What a message says about all its events.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Head {
     /// The data-parallel rank that it names.
     pub(super) rank: Option<u32>,
     /// How it is laid out.
     pub(super) outer: Outer,
-    /// Its events in order, each read or not.
-    pub(super) events: Vec<Result<(Event, Form), Rejection>>,
+    /// Whether it names the run of its engine, as posts to the sidecar do.
+    pub(super) is_post: bool,
 }
+
+/// Takes each event in order, or why it can't be read.
+type Sink<'s> = &'s mut dyn FnMut(Result<&Value<'_>, Rejection>);
 
 /// How a message is laid out.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -44,41 +46,41 @@ pub(super) enum Outer {
 }
 
 /// Reads a message.
-pub(super) fn read(bytes: &[u8], encoding: Encoding) -> Payload {
-    let mut payload = Payload::default();
+pub(super) fn read(bytes: &[u8], encoding: Encoding, sink: Sink<'_>) -> Head {
+    let mut head = Head::default();
     if bytes.len() > MAX_BATCH_BYTES {
-        payload.events.push(Err(Rejection::BatchTooLarge));
-        return payload;
+        sink(Err(Rejection::BatchTooLarge));
+        return head;
     }
-    let outcome = match encoding {
+    let mut events = Events { sink, taken: 0 };
+    let message = Message {
+        head: &mut head,
+        events: &mut events,
+    };
+    let is_whole = match encoding {
         Encoding::MsgPack => {
             let mut from = rmp_serde::Deserializer::from_read_ref(bytes);
             from.set_max_depth(MAX_NESTING);
-            from.deserialize_any(Message(&mut payload)).is_ok()
+            from.deserialize_any(message).is_ok()
         }
         Encoding::Json => {
             let mut from = serde_json::Deserializer::from_slice(bytes);
-            let read = from.deserialize_any(Message(&mut payload)).is_ok();
-            read && from.end().is_ok()
+            let is_read = from.deserialize_any(message).is_ok();
+            is_read && from.end().is_ok()
         }
     };
-    if !outcome {
-        payload.events.push(Err(Rejection::Malformed));
+    if !is_whole {
+        (events.sink)(Err(Rejection::Malformed));
     }
-    payload
+    head
 }
 
-struct Message<'p>(&'p mut Payload);
+struct Message<'m, 's> {
+    head: &'m mut Head,
+    events: &'m mut Events<'s>,
+}
 
-impl Payload {
-    fn push(&mut self, value: &Value<'_>, is_too_large: bool) {
-        self.events.push(if is_too_large {
-            Err(Rejection::TooManyBlocks)
-        } else {
-            event::read(value)
-        });
-    }
-
+impl Head {
     /// A rank that is no number of a rank can't be guessed: the batch's events go where a batch
     /// without rank does.
     fn take_rank(&mut self, value: &Value<'_>) {
@@ -86,7 +88,7 @@ impl Payload {
     }
 }
 
-impl<'de> Visitor<'de> for Message<'_> {
+impl<'de> Visitor<'de> for Message<'_, '_> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -94,48 +96,49 @@ impl<'de> Visitor<'de> for Message<'_> {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut from: A) -> Result<(), A::Error> {
-        let payload = self.0;
+        let Self { head, events } = self;
         let mut reader = Reader::new();
         let Some(first) = from.next_element_seed(&mut reader)? else {
-            payload.outer = Outer::Bare;
+            head.outer = Outer::Bare;
             return Ok(());
         };
         if matches!(first, Value::List(_) | Value::Map(_)) {
-            payload.outer = Outer::Bare;
-            payload.push(&first, reader.is_too_large());
+            head.outer = Outer::Bare;
+            events.push(&first, reader.is_too_large());
             drop(first);
-            return rest_of_events(payload, from);
+            return events.rest(from);
         }
-        if from.next_element_seed(Events(payload))?.is_none() {
+        if from.next_element_seed(&mut *events)?.is_none() {
             return Err(A::Error::custom("no events"));
         }
         let mut elements = 2;
         if let Some(rank) = from.next_element_seed(&mut Reader::new())? {
-            payload.take_rank(&rank);
+            head.take_rank(&rank);
             elements += 1;
         }
         while from.next_element::<IgnoredAny>()?.is_some() {
             elements += 1;
         }
-        payload.outer = Outer::List(elements);
+        head.outer = Outer::List(elements);
         Ok(())
     }
 
     fn visit_map<A: MapAccess<'de>>(self, mut from: A) -> Result<(), A::Error> {
-        let payload = self.0;
+        let Self { head, events } = self;
         let mut others = Vec::new();
         let mut reader = Reader::new();
         while let Some(key) = from.next_key_seed(&mut Reader::new())? {
             match key {
                 Value::Str(key) if key == "events" => {
-                    from.next_value_seed(Events(payload))?;
-                    payload.outer = Outer::Map;
+                    from.next_value_seed(&mut *events)?;
+                    head.outer = Outer::Map;
                 }
                 Value::Str(key) if key == "data_parallel_rank" || key == "dp_rank" => {
                     let rank = from.next_value_seed(&mut Reader::new())?;
-                    payload.take_rank(&rank);
+                    head.take_rank(&rank);
                 }
                 Value::Str(key) => {
+                    head.is_post |= key == "incarnation";
                     let value = from.next_value_seed(&mut reader)?;
                     if !reader.is_too_large() {
                         others.push((key, value));
@@ -146,19 +149,48 @@ impl<'de> Visitor<'de> for Message<'_> {
                 }
             }
         }
-        if payload.outer == Outer::Unknown {
+        if head.outer == Outer::Unknown {
             // One event alone.
-            payload.push(&Value::Map(others), reader.is_too_large());
-            payload.outer = Outer::Bare;
+            events.push(&Value::Map(others), reader.is_too_large());
+            head.outer = Outer::Bare;
         }
         Ok(())
     }
 }
 
 /// The list of a batch's events.
-struct Events<'p>(&'p mut Payload);
+struct Events<'s> {
+    sink: Sink<'s>,
+    /// Events so far.
+    taken: usize,
+}
 
-impl<'de> DeserializeSeed<'de> for Events<'_> {
+impl Events<'_> {
+    fn push(&mut self, value: &Value<'_>, is_too_large: bool) {
+        self.taken += 1;
+        (self.sink)(if is_too_large {
+            Err(Rejection::TooManyBlocks)
+        } else {
+            Ok(value)
+        });
+    }
+
+    fn rest<'de, A: SeqAccess<'de>>(&mut self, mut from: A) -> Result<(), A::Error> {
+        while self.taken < MAX_BATCH_EVENTS {
+            let mut reader = Reader::new();
+            let Some(value) = from.next_element_seed(&mut reader)? else {
+                return Ok(());
+            };
+            self.push(&value, reader.is_too_large());
+        }
+        while from.next_element::<IgnoredAny>()?.is_some() {
+            (self.sink)(Err(Rejection::TooManyEvents));
+        }
+        Ok(())
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for &mut Events<'_> {
     type Value = ();
 
     fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<(), D::Error> {
@@ -166,7 +198,7 @@ impl<'de> DeserializeSeed<'de> for Events<'_> {
     }
 }
 
-impl<'de> Visitor<'de> for Events<'_> {
+impl<'de> Visitor<'de> for &mut Events<'_> {
     type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -174,30 +206,10 @@ impl<'de> Visitor<'de> for Events<'_> {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, from: A) -> Result<(), A::Error> {
-        rest_of_events(self.0, from)
+        self.rest(from)
     }
 
     fn visit_unit<E: serde::de::Error>(self) -> Result<(), E> {
         Ok(())
-    }
-}
-
-fn rest_of_events<'de, A: SeqAccess<'de>>(
-    payload: &mut Payload,
-    mut from: A,
-) -> Result<(), A::Error> {
-    loop {
-        if payload.events.len() >= MAX_BATCH_EVENTS {
-            if from.next_element::<IgnoredAny>()?.is_none() {
-                return Ok(());
-            }
-            payload.events.push(Err(Rejection::TooManyEvents));
-            continue;
-        }
-        let mut reader = Reader::new();
-        let Some(value) = from.next_element_seed(&mut reader)? else {
-            return Ok(());
-        };
-        payload.push(&value, reader.is_too_large());
     }
 }
