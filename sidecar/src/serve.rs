@@ -120,7 +120,7 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
         metrics: Arc::clone(&metrics),
     };
     let mut doors = Doors::new(hall, stored);
-    doors.open(&config, service.resume());
+    doors.open(&config, service.resumes());
     let (index_cancel, bridge_cancel) = (cancel.clone(), cancel.clone());
     tasks.spawn(async move {
         service.run(controlled, arrived, index_cancel).await;
