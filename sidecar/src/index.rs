@@ -12,6 +12,7 @@ mod doubt;
 mod dumping;
 mod field;
 mod health;
+mod hearing;
 mod knowledge;
 mod peering;
 mod prediction;
@@ -56,10 +57,12 @@ pub use control::Control;
 pub use cursor::Cursor;
 pub use dumping::{NotAdopted, NotDumped};
 pub use field::{Field, Standing};
+pub use hearing::{EventsReport, Known};
 pub use knowledge::Knowledge;
 pub use publisher::{Refusal, SubscriberReport};
 pub use report::{Available, IndexReport, OwnerReport, PoolReport, Readiness, WorkersReport};
 pub use slots::Slots;
+pub use strangers::{StrangerRank, StrangerReport};
 
 /// Blocks to a group of a page.
 const GROUP: u8 = 32;

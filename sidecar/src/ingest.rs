@@ -47,6 +47,12 @@ pub enum Plane {
 }
 
 impl Plane {
+    /// Whether one connection serves all workers.
+    #[must_use]
+    pub fn is_shared(self) -> bool {
+        matches!(self, Self::Dynamo | Self::Json | Self::JetStream)
+    }
+
     /// Label for metrics.
     #[must_use]
     pub fn kind(self) -> &'static str {

@@ -121,7 +121,7 @@ metrics! {
     /// configuration lacks.
     strangers: Gauge = Gauge::default(), "workers_without_endpoint", None, "Workers that publish and have no endpoint";
     /// `kv_router_unwell_workers{kind}`: workers whose events don't agree with what they do: kind
-    /// `silent`, `dropped`, `inaccurate`, `dropping`, `two_sources`.
+    /// `silent`, `dropped`, `mismatched`, `inaccurate`, `dropping`, `two_sources`.
     unwell: Family<Kind, Gauge> = Family::default(), "unwell_workers", None, "Workers whose events do not agree with what they do";
     /// `kv_router_prediction_accuracy{pool,worker}`: share of the cached prompt tokens, predicted or
     /// found by the engine, that were both, over the last answers; 0 to 1.

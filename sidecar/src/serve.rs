@@ -1,6 +1,5 @@
 //! The running sidecar: its tasks, and changes of its configuration.
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,7 +14,6 @@ use crate::bridge::Bridge;
 use crate::config::{Config, Layer, Pool};
 use crate::envoy::{Files, FilesError, endpoints_of};
 use crate::index::{Control, Service, state_file};
-use crate::ingest::batch::{Origin, Resume};
 use crate::ingest::doors::Doors;
 use crate::ingest::nats;
 use crate::ingest::stream::Hall;
@@ -38,6 +36,8 @@ const REPLACE_PAUSE: Duration = Duration::from_secs(10);
 const TABLE_WRITTEN: Duration = Duration::from_secs(2);
 /// How long a start that asks peers waits for NATS.
 const NATS_FIRST: Duration = Duration::from_secs(1);
+/// Pause between looks at it.
+const NATS_POLL: Duration = Duration::from_millis(10);
 /// How long tasks may take to end.
 const SHUTDOWN: Duration = Duration::from_secs(10);
 
@@ -106,32 +106,23 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
             Ok(())
         });
     }
+    if !service.is_restored() && !config.peers.is_empty() {
+        // Events that come meanwhile wait in the channel, and those before them are in the dump.
+        // Workers' own streams are opened after it, where it leaves them.
+        tokio::select! {
+            () = cancel.cancelled() => {}
+            () = take_over(&config, token.as_deref(), &mut service, &metrics) => {}
+        }
+    }
     let hall = Hall {
         arrivals,
         bytes_per_second: config.event_bytes_per_second,
         metrics: Arc::clone(&metrics),
     };
-    let doors = Doors::new(hall, stored);
-    let (resumes, taken_up) = oneshot::channel();
+    let mut doors = Doors::new(hall, stored);
+    doors.open(&config, service.resumes());
     let (index_cancel, bridge_cancel) = (cancel.clone(), cancel.clone());
-    let (peer_urls, peer_token) = (config.peers.clone(), token.clone());
-    let peer_metrics = Arc::clone(&metrics);
     tasks.spawn(async move {
-        // Events that come meanwhile wait in the channel, and those before them are in the dump.
-        if !service.is_restored() {
-            let taken = take_over(
-                &peer_urls,
-                peer_token.as_deref(),
-                &mut service,
-                &peer_metrics,
-            );
-            tokio::select! {
-                () = index_cancel.cancelled() => {}
-                () = taken => {}
-            }
-        }
-        // Nobody is left to open doors when the sidecar is being stopped.
-        let _ = resumes.send(service.resume());
         service.run(controlled, arrived, index_cancel).await;
         Ok(())
     });
@@ -164,7 +155,7 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
     tasks.spawn(async move {
         tokio::select! {
             () = reload_cancel.cancelled() => {}
-            () = reloader.run(taken_up) => {}
+            () = reloader.run() => {}
         }
         Ok(())
     });
@@ -185,25 +176,22 @@ async fn read_token(file: &Path) -> anyhow::Result<String> {
 }
 
 /// Takes the index of the first peer over that has one.
-async fn take_over(
-    peers: &[http::Uri],
-    token: Option<&str>,
-    service: &mut Service,
-    metrics: &Metrics,
-) {
-    if peers.is_empty() {
-        return;
+async fn take_over(config: &Config, token: Option<&str>, service: &mut Service, metrics: &Metrics) {
+    if config.nats.is_some() {
+        // What is published from the dump on must not be missed.
+        let connected = async {
+            while metrics.nats_connected.get() == 0 {
+                tokio::time::sleep(NATS_POLL).await;
+            }
+        };
+        let _ = tokio::time::timeout(NATS_FIRST, connected).await;
     }
-    // What is published from the dump on must not be missed.
-    let connected = async {
-        while metrics.nats_connected.get() == 0 {
-            tokio::time::sleep(Duration::from_millis(10)).await;
-        }
-    };
-    let _ = tokio::time::timeout(NATS_FIRST, connected).await;
-    for peer in peers {
+    for peer in &config.peers {
         let outcome = bootstrap::from_peer(peer, token, service).await;
-        let kind = outcome.as_ref().map_or_else(|e| e.kind(), |()| "taken");
+        let kind = match &outcome {
+            Ok(()) => "taken",
+            Err(error) => error.kind(),
+        };
         metrics.bootstraps.get_or_create(&Kind { kind }).inc();
         match outcome {
             Ok(()) => {
@@ -268,10 +256,8 @@ struct Reloader {
 }
 
 impl Reloader {
-    /// Never returns. Doors are opened when it is known where streams are to be taken up.
-    async fn run(mut self, taken_up: oneshot::Receiver<HashMap<Origin, Resume>>) {
-        let resumes = taken_up.await.unwrap_or_default();
-        self.doors.open(&self.config, resumes);
+    /// Never returns.
+    async fn run(mut self) {
         let mut replaced_at = None;
         match Watch::new(&self.source.file) {
             Ok(mut watch) => {

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use kv_router::config::{Config, Flags, schema};
-use kv_router::metrics::{InPool, Kind, Metrics, OfOwner, Outcome, PlaneKind};
+use kv_router::metrics::{InPool, Kind, Metrics, OfOwner, OfWorker, Outcome, PlaneKind};
 use serde_json::Value;
 
 const CONFIGURATION: &str = include_str!("../../docs/guide/configuration.md");
@@ -108,8 +108,16 @@ fn every_metric_of_the_sidecar_is_in_the_catalogue() {
         &metrics.peer_dropped,
         &metrics.peer_snapshots,
         &metrics.revivals,
+        &metrics.bootstraps,
     ] {
         family.get_or_create(&Kind { kind }).inc();
+    }
+    metrics.unwell.get_or_create(&Kind { kind }).set(1);
+    let (pool, worker) = (String::new(), 0);
+    let of_worker = OfWorker { pool, worker };
+    metrics.accuracy.get_or_create(&of_worker).set(1.0);
+    for family in [&metrics.predicted_tokens, &metrics.found_tokens] {
+        family.get_or_create(&of_worker).inc();
     }
     let outcome = "";
     metrics.shadow.get_or_create(&Outcome { outcome }).inc();
@@ -191,6 +199,11 @@ fn every_label_is_explained() {
     assert_eq!(first_cells(METRICS, "### Peers"), dropped);
     let verdicts = labels("sidecar/src/decision/shadow.rs", "Verdict");
     assert_eq!(first_cells(METRICS, "### Verdicts"), verdicts);
+    let ailments = [
+        first_cells(EVENTS, "## Workers whose events do not fit"),
+        labels("sidecar/src/index/health.rs", "Ailment"),
+    ];
+    assert!(ailments[0].is_superset(&ailments[1]));
     let mut steps = labels("sidecar/src/load.rs", "Outcome");
     steps.extend(labels("core/src/tracker.rs", "TrackError"));
     let named = |row: &&Vec<&str>| row[0].contains("kv_router_report_steps_total");

@@ -110,7 +110,10 @@ impl Check {
         for (i, peer) in file.peers.iter().enumerate() {
             let uri = peer.parse::<http::Uri>().ok();
             let uri = uri.filter(|uri| {
-                let is_bare = matches!(uri.path_and_query().map(|p| p.as_str()), None | Some("/"));
+                let is_bare = matches!(
+                    uri.path_and_query().map(http::uri::PathAndQuery::as_str),
+                    None | Some("/")
+                );
                 uri.scheme_str() == Some("http") && uri.host().is_some() && is_bare
             });
             match uri {

@@ -384,7 +384,10 @@ impl Service {
         self.metrics.snapshots.get_or_create(&Kind { kind }).inc();
         let is_whole = is_replaced || is_first_of_all;
         if let Some((_, worker)) = self.roster.worker(id) {
-            worker.know(Knowledge::of(is_whole));
+            // Of one that neither answers nor publishes nothing is known.
+            if is_whole || worker.json.last.is_some() {
+                worker.know(Knowledge::of(is_whole));
+            }
         }
         let held = repair.into_held();
         self.apply_held(id, held);

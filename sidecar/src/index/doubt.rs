@@ -34,6 +34,12 @@ impl Doubt {
         self.names.len()
     }
 
+    /// Whether a block is among them.
+    pub(super) fn has(&self, sequence: u64) -> bool {
+        let blocks = self.blocks.get(&sequence);
+        blocks.is_some_and(|blocks| blocks.iter().any(|block| block.name.is_some()))
+    }
+
     /// The block of this name is there, and with it those before it: they are taken out, parents
     /// first.
     pub(super) fn vouch_for_name(&mut self, name: u64) -> Vec<Held> {

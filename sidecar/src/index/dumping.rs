@@ -132,8 +132,11 @@ impl Service {
         self.dumps.push_front(dump);
     }
 
-    /// Gives up on whoever reads nothing.
+    /// Goes on with dumps however many events come, and gives up on whoever reads nothing.
     pub(super) fn sweep_dumps(&mut self) {
+        if let Some(Ok(place)) = self.dump_out().map(mpsc::Sender::try_reserve_owned) {
+            self.dump_step(Some(place));
+        }
         let at = Instant::now();
         if self.dumps.front().is_some_and(|d| at >= d.moved + STALLED) {
             self.dumps.pop_front();

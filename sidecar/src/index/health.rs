@@ -3,12 +3,15 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
+use kv_core::id::Slot;
 use tokio::time::Instant;
 
-/// Requests whose blocks the worker should have published, without any event, that make it mute.
-const UNHEARD: u32 = 8;
-/// How long events may take to come.
+/// Prompts in a row of whose last block no event has come that make a worker mute.
+const MISSED: u32 = 8;
+/// How long an event may take to come.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// Prompts that are waited for at a time; others are not looked at.
+const AWAITED: usize = 16;
 /// How long a kind of rejection is remembered as going on.
 const DROPPING: Duration = Duration::from_secs(60);
 /// Answers that predictions are held against.
@@ -31,6 +34,8 @@ pub(super) enum Ailment {
     Silent,
     /// It serves, and all that it publishes is dropped, mostly for this reason.
     Dropped(&'static str),
+    /// It publishes, but never what it computes.
+    Mismatched,
     /// What it finds in its cache is not what was predicted.
     Inaccurate {
         /// Whether it finds less.
@@ -40,15 +45,26 @@ pub(super) enum Ailment {
 
 impl Ailment {
     /// All labels.
-    pub(super) const KINDS: [&'static str; 3] = ["silent", "dropped", "inaccurate"];
+    pub(super) const KINDS: [&'static str; 4] = ["silent", "dropped", "mismatched", "inaccurate"];
 
     /// Label for metrics.
     pub(super) fn kind(self) -> &'static str {
         match self {
             Self::Silent => "silent",
             Self::Dropped(_) => "dropped",
+            Self::Mismatched => "mismatched",
             Self::Inaccurate { .. } => "inaccurate",
         }
+    }
+
+    /// Whether the next event ends it; else time does.
+    fn is_mute(self) -> bool {
+        matches!(self, Self::Silent | Self::Dropped(_))
+    }
+
+    /// Whether blocks that are known of the worker may be gone.
+    pub(super) fn is_stale(self) -> bool {
+        self.is_mute() || self == Self::Inaccurate { is_over: true }
     }
 }
 
@@ -73,14 +89,17 @@ struct Dropped {
 /// A worker's health.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Health {
-    /// Requests without an event of theirs, and since when.
-    unheard: u32,
-    unheard_since: Option<Instant>,
+    /// Last blocks of prompts that the worker has computed, and when.
+    awaited: VecDeque<(Slot, u64, Instant)>,
+    /// Of how many in a row no event has come, and when the first of them was computed.
+    missed: Option<(u32, Instant)>,
+    /// When an event was last applied.
+    heard: Option<Instant>,
     dropped: BTreeMap<&'static str, Dropped>,
     /// Predicted and found tokens of the last answers.
     answers: VecDeque<(u32, u32)>,
     ailment: Option<Ailment>,
-    /// When an inaccurate worker gets another chance.
+    /// When one that is not mute gets another chance.
     until: Option<Instant>,
     doublings: u32,
 }
@@ -91,26 +110,42 @@ impl Health {
         self.ailment
     }
 
-    /// A prompt was computed of which no event has come.
-    pub(super) fn served_unheard(&mut self, at: Instant) {
-        self.unheard = self.unheard.saturating_add(1);
-        self.unheard_since.get_or_insert(at);
+    /// A prompt was computed: an event is to say that its last block is there.
+    pub(super) fn computed(&mut self, slot: Slot, last: u64, at: Instant) {
+        if self.ailment.is_none() && self.awaited.len() < AWAITED {
+            self.awaited.push_back((slot, last, at));
+        }
     }
 
     /// An event was applied.
-    pub(super) fn heard(&mut self) -> Option<Change> {
-        if self.unheard_since.take().is_some() {
-            self.unheard = 0;
-        }
+    pub(super) fn heard(&mut self, at: Instant) -> Option<Change> {
+        self.heard = Some(at);
         for dropped in self.dropped.values_mut() {
             dropped.unheard = 0;
         }
-        let ailment = self.ailment?;
-        if matches!(ailment, Ailment::Inaccurate { .. }) {
-            return None;
-        }
+        let ailment = self.ailment.filter(|ailment| ailment.is_mute())?;
+        Some(self.recover(ailment))
+    }
+
+    fn recover(&mut self, ailment: Ailment) -> Change {
         self.ailment = None;
-        Some(Change::Recovered(ailment))
+        self.until = None;
+        self.missed = None;
+        self.answers.clear();
+        Change::Recovered(ailment)
+    }
+
+    /// Looks for the prompts that have been waited for long enough.
+    fn look(&mut self, at: Instant, is_held: impl Fn(Slot, u64) -> bool) {
+        let is_due = |(_, _, computed): &mut (Slot, u64, Instant)| at >= *computed + PATIENCE;
+        while let Some((slot, last, computed)) = self.awaited.pop_front_if(is_due) {
+            self.missed = if is_held(slot, last) {
+                None
+            } else {
+                let (missed, since) = self.missed.unwrap_or((0, computed));
+                Some((missed.saturating_add(1), since))
+            };
+        }
     }
 
     /// An event was dropped; `true` if this kind was not being dropped before.
@@ -167,34 +202,40 @@ impl Health {
         self.answers.iter().fold((0, 0), add)
     }
 
-    /// Looks at what has gathered. `is_audible` says whether events of the worker could have come.
-    pub(super) fn judge(&mut self, at: Instant, is_audible: bool) -> Option<Change> {
+    /// Looks at what has gathered. `is_audible` says whether events of the worker could have come,
+    /// `is_held` whether one has said that a rank holds a block.
+    pub(super) fn judge(
+        &mut self,
+        at: Instant,
+        is_audible: bool,
+        is_held: impl Fn(Slot, u64) -> bool,
+    ) -> Option<Change> {
         match self.ailment {
             None => {
-                let ailment = self
-                    .muteness(at, is_audible)
-                    .or_else(|| self.inaccuracy())?;
+                self.look(at, is_held);
+                let ailment = self.muteness(is_audible).or_else(|| self.inaccuracy())?;
                 self.ailment = Some(ailment);
-                if matches!(ailment, Ailment::Inaccurate { .. }) {
+                self.awaited.clear();
+                if !ailment.is_mute() {
                     self.until = Some(at + PROBATION * 2_u32.pow(self.doublings));
                     self.doublings = (self.doublings + 1).min(MAX_DOUBLINGS);
                 }
                 Some(Change::Fell(ailment))
             }
-            Some(ailment @ Ailment::Inaccurate { .. }) if self.until.is_some_and(|u| at >= u) => {
-                self.ailment = None;
-                self.until = None;
-                self.answers.clear();
-                Some(Change::Recovered(ailment))
+            Some(ailment) => {
+                let is_over = self.until.is_some_and(|until| at >= until);
+                is_over.then(|| self.recover(ailment))
             }
-            Some(_) => None,
         }
     }
 
-    fn muteness(&self, at: Instant, is_audible: bool) -> Option<Ailment> {
-        let since = self.unheard_since?;
-        if self.unheard < UNHEARD || at < since + PATIENCE || !is_audible {
+    fn muteness(&self, is_audible: bool) -> Option<Ailment> {
+        let (missed, since) = self.missed?;
+        if missed < MISSED || !is_audible {
             return None;
+        }
+        if self.heard.is_some_and(|heard| heard >= since) {
+            return Some(Ailment::Mismatched);
         }
         let unheard = self.dropped.iter().filter(|(_, d)| d.unheard > 0);
         let most = unheard.max_by_key(|(_, dropped)| dropped.unheard);
@@ -219,45 +260,71 @@ impl Health {
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_worker_that_serves_and_publishes_nothing_is_silent_until_it_is_heard() {
-        let (mut health, at) = (Health::default(), Instant::now());
-        for _ in 0..UNHEARD {
-            health.served_unheard(at);
+    const SLOT: Slot = Slot(1);
+
+    fn nothing(_: Slot, _: u64) -> bool {
+        false
+    }
+
+    /// Computes so many prompts.
+    fn compute(health: &mut Health, prompts: u32, at: Instant) {
+        for last in 0..prompts {
+            health.computed(SLOT, u64::from(last), at);
         }
-        assert_eq!(health.judge(at, true), None);
-        assert_eq!(health.judge(at + PATIENCE, false), None);
-        let fell = Change::Fell(Ailment::Silent);
-        assert_eq!(health.judge(at + PATIENCE, true), Some(fell));
-        assert_eq!(health.judge(at + 2 * PATIENCE, true), None);
-        assert_eq!(health.heard(), Some(Change::Recovered(Ailment::Silent)));
-        assert_eq!(health.heard(), None);
-        assert_eq!(health.judge(at + 3 * PATIENCE, true), None);
     }
 
     #[test]
-    fn one_event_between_requests_is_enough_to_be_well() {
+    fn a_worker_that_serves_and_publishes_nothing_is_silent_until_it_is_heard() {
         let (mut health, at) = (Health::default(), Instant::now());
-        for second in 0..60 {
+        compute(&mut health, MISSED, at);
+        assert_eq!(health.judge(at, true, nothing), None);
+        let later = at + PATIENCE;
+        assert_eq!(health.judge(later, false, nothing), None);
+        let fell = Change::Fell(Ailment::Silent);
+        assert_eq!(health.judge(later, true, nothing), Some(fell));
+        compute(&mut health, MISSED, later);
+        assert_eq!(health.judge(later + PATIENCE, true, nothing), None);
+        let recovered = Change::Recovered(Ailment::Silent);
+        assert_eq!(health.heard(later), Some(recovered));
+        assert_eq!(health.heard(later), None);
+        assert_eq!(health.judge(later + 2 * PATIENCE, true, nothing), None);
+    }
+
+    #[test]
+    fn one_prompt_in_a_few_that_is_heard_of_is_enough_to_be_well() {
+        let (mut health, at) = (Health::default(), Instant::now());
+        for second in 0..100 {
             let at = at + Duration::from_secs(second);
-            health.served_unheard(at);
-            if second % 4 == 0 {
-                assert_eq!(health.heard(), None);
-            }
-            assert_eq!(health.judge(at, true), None);
+            health.computed(SLOT, second, at);
+            let is_held = |slot, last| slot == SLOT && last % 7 == 0;
+            assert_eq!(health.judge(at, true, is_held), None);
         }
+    }
+
+    #[test]
+    fn a_worker_that_publishes_other_blocks_than_it_computes_is_mismatched_for_a_while() {
+        let (mut health, at) = (Health::default(), Instant::now());
+        compute(&mut health, MISSED, at);
+        assert_eq!(health.heard(at), None);
+        let fell = Change::Fell(Ailment::Mismatched);
+        assert_eq!(health.judge(at + PATIENCE, true, nothing), Some(fell));
+        assert_eq!(health.heard(at + PATIENCE), None);
+        let recovered = Change::Recovered(Ailment::Mismatched);
+        let later = at + PATIENCE + PROBATION;
+        assert_eq!(health.judge(later, true, nothing), Some(recovered));
+        assert_eq!(health.judge(later, true, nothing), None);
     }
 
     #[test]
     fn a_worker_whose_events_are_all_dropped_is_told_apart_by_the_commonest_reason() {
         let (mut health, at) = (Health::default(), Instant::now());
         for i in 0..20 {
-            health.served_unheard(at);
+            compute(&mut health, 1, at);
             assert_eq!(health.dropped("unknown_medium", at), i == 0);
         }
         assert!(health.dropped("malformed", at));
         let fell = Change::Fell(Ailment::Dropped("unknown_medium"));
-        assert_eq!(health.judge(at + PATIENCE, true), Some(fell));
+        assert_eq!(health.judge(at + PATIENCE, true, nothing), Some(fell));
         assert!(health.is_dropping(at) && !health.is_dropping(at + DROPPING));
         assert!(health.dropped("malformed", at + DROPPING));
     }
@@ -268,25 +335,25 @@ mod tests {
         for _ in 0..LEAST_ANSWERS - 1 {
             health.answered(160, 32);
         }
-        assert_eq!(health.judge(at, true), None);
+        assert_eq!(health.judge(at, true, nothing), None);
         health.answered(160, 32);
         assert_eq!(health.accuracy(), Some(0.2));
         let ailment = Ailment::Inaccurate { is_over: true };
-        assert_eq!(health.judge(at, true), Some(Change::Fell(ailment)));
-        assert_eq!(health.heard(), None);
+        assert_eq!(health.judge(at, true, nothing), Some(Change::Fell(ailment)));
+        assert_eq!(health.heard(at), None);
         let recovered = Some(Change::Recovered(ailment));
-        assert_eq!(health.judge(at + PROBATION, true), recovered);
+        assert_eq!(health.judge(at + PROBATION, true, nothing), recovered);
         for _ in 0..ANSWERS {
             health.answered(0, 320);
         }
         let ailment = Ailment::Inaccurate { is_over: false };
         assert_eq!(
-            health.judge(at + PROBATION, true),
+            health.judge(at + PROBATION, true, nothing),
             Some(Change::Fell(ailment))
         );
-        assert_eq!(health.judge(at + 2 * PROBATION, true), None);
+        assert_eq!(health.judge(at + 2 * PROBATION, true, nothing), None);
         let recovered = Some(Change::Recovered(ailment));
-        assert_eq!(health.judge(at + 3 * PROBATION, true), recovered);
+        assert_eq!(health.judge(at + 3 * PROBATION, true, nothing), recovered);
     }
 
     #[test]
@@ -295,11 +362,14 @@ mod tests {
         for _ in 0..100 {
             health.answered(0, 0);
         }
-        assert_eq!((health.accuracy(), health.judge(at, true)), (None, None));
+        assert_eq!(
+            (health.accuracy(), health.judge(at, true, nothing)),
+            (None, None)
+        );
         for _ in 0..ANSWERS {
             health.answered(16, 0);
             health.answered(160, 160);
         }
-        assert_eq!(health.judge(at, true), None);
+        assert_eq!(health.judge(at, true, nothing), None);
     }
 }

@@ -11,6 +11,7 @@ use super::{MAX_RECEIVED, Service};
 use crate::ingest::batch::{Batch, Change, Origin, Resume, Turn};
 use crate::ingest::{Plane, Rejection};
 use crate::metrics::PlaneKind;
+use crate::state::StreamState;
 
 /// Streams of one worker, above its ranks.
 const MAX_STREAMS: usize = 1024;
@@ -153,6 +154,7 @@ impl Service {
             }
         }
         self.saving.touch();
+        self.check_ready();
     }
 
     fn know_whole(&mut self, id: WorkerId, ranks: &[DpRank]) {
@@ -200,17 +202,15 @@ impl Service {
 
     /// Where workers' own streams are to be taken up, by what the index includes.
     #[must_use]
-    pub fn resume(&mut self) -> HashMap<Origin, Resume> {
-        let mut all = HashMap::new();
-        for worker in self.roster.workers() {
-            for (stream, state) in &worker.streams {
-                let origin = Origin {
-                    worker: worker.config.id,
-                    stream: *stream,
-                };
-                all.extend(state.resume().map(|resume| (origin, resume)));
-            }
-        }
-        all
+    pub fn resumes(&self) -> HashMap<Origin, Resume> {
+        let states = self.roster.pools.iter().flat_map(Self::stream_states);
+        let resume = |state: StreamState| {
+            let origin = Origin {
+                worker: state.worker,
+                stream: state.stream,
+            };
+            (origin, state.resume)
+        };
+        states.map(resume).collect()
     }
 }

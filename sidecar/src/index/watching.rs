@@ -1,6 +1,6 @@
 //! Looks after workers whose events don't agree with what they do.
 
-use kv_core::id::{DpRank, WorkerId};
+use kv_core::id::{DpRank, Slot, WorkerId};
 use kv_core::report::OwnerKey;
 use tokio::time::Instant;
 
@@ -16,10 +16,11 @@ impl Service {
         let Some((_, worker)) = self.roster.worker(id) else {
             return;
         };
+        let at = Instant::now();
         if let Some(owner) = worker.owner_mut(rank) {
-            owner.heard = Some(Instant::now());
+            owner.heard = Some(at);
         }
-        if let Some(change) = worker.health.heard() {
+        if let Some(change) = worker.health.heard(at) {
             self.changed(id, &change);
         }
     }
@@ -50,11 +51,9 @@ impl Service {
         let Some((pool, worker)) = self.roster.worker(owner.id.worker) else {
             return;
         };
-        let Some(slot) = worker.owner(owner.id.rank).map(|owner| owner.slot) else {
-            return;
-        };
-        if pool == number && !self.index.holds(pool, slot, last) {
-            worker.health.served_unheard(Instant::now());
+        let slot = worker.owner(owner.id.rank).map(|owner| owner.slot);
+        if let Some(slot) = slot.filter(|_| pool == number) {
+            worker.health.computed(slot, last, Instant::now());
         }
     }
 
@@ -124,14 +123,22 @@ impl Service {
         let at = Instant::now();
         let connected = self.connected.clone();
         let mut changes = Vec::new();
-        for pool in self.roster.pools.iter_mut().filter(|p| p.config.kv_events) {
+        let (index, doubts) = (&self.index, &self.doubts);
+        for (number, pool) in self.roster.pools.iter_mut().enumerate() {
+            if !pool.config.kv_events {
+                continue;
+            }
+            let is_held = |slot: Slot, last: u64| {
+                let doubt = doubts.get(&(number, slot));
+                index.holds(number, slot, last) || doubt.is_some_and(|d| d.has(last))
+            };
             for worker in pool.workers.values_mut() {
                 // Of a plane that is down everybody knows; one never heard may be named wrongly.
                 let heard = worker.source.heard_at().and(worker.source.plane());
-                let is_down = |plane: Plane| {
-                    matches!(plane, Plane::Dynamo | Plane::Json) && !connected.contains(&plane)
-                };
-                let change = worker.health.judge(at, !heard.is_some_and(is_down));
+                let is_down = |plane: Plane| plane.is_shared() && !connected.contains(&plane);
+                let change = worker
+                    .health
+                    .judge(at, !heard.is_some_and(is_down), is_held);
                 changes.extend(change.map(|change| (worker.config.id, change)));
             }
         }
@@ -149,7 +156,7 @@ impl Service {
         match change {
             Change::Fell(ailment) => {
                 tell(id, *ailment, accuracy);
-                let is_stale = !matches!(ailment, Ailment::Inaccurate { is_over: false });
+                let is_stale = ailment.is_stale();
                 for owner in worker.owners.iter_mut().filter(|_| is_stale) {
                     owner.knowledge = owner.knowledge.min(Knowledge::Partial);
                 }
@@ -220,6 +227,11 @@ fn tell(id: WorkerId, ailment: Ailment, accuracy: Option<f64>) {
             worker = id,
             kind,
             "all events of the worker are dropped, its blocks are predicted"
+        ),
+        Ailment::Mismatched => tracing::error!(
+            worker = id,
+            "the worker's events never name what it computes, its blocks are predicted; \
+             compare block sizes"
         ),
         Ailment::Inaccurate { is_over } => tracing::error!(
             worker = id,

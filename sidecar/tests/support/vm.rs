@@ -130,6 +130,11 @@ impl Vm {
         self.live.insert(request, live);
     }
 
+    /// Tells something that changes no lane.
+    pub(crate) fn say(&mut self, step: Step) {
+        self.steps.push(step);
+    }
+
     pub(crate) fn first_token(&mut self, request: u64) {
         let live = self.live.get_mut(&request).unwrap();
         live.booked.decoding = true;
