@@ -272,9 +272,9 @@ fn a_worker_may_have_a_stream_of_its_own() {
         panic!("{events:?}");
     };
     assert_eq!(topic, "kv-events");
-    assert_eq!(endpoint.of(1).as_deref(), Some("tcp://engine-1:5558"));
+    assert_eq!(endpoint.of(1).as_deref(), Some("engine-1:5558"));
     let replay = replay.as_ref().and_then(|replay| replay.of(0));
-    assert_eq!(replay.as_deref(), Some("tcp://engine-1:5567"));
+    assert_eq!(replay.as_deref(), Some("engine-1:5567"));
     assert_eq!(url.path(), "/kv_cache_events");
     assert_eq!(poll.as_millis(), 50);
     let expected = Events::Http {
@@ -332,7 +332,7 @@ workers:
             "workers[0].events: must have one of zmq, trtllm and http, got 0 of them",
             r#"workers[1].events.zmq.endpoint: must be tcp://host:port, got "tcp://*:5557""#,
             "workers[2].events.zmq.endpoint: leaves no port for rank 1, got tcp://a:65535",
-            "workers[4].events.zmq.endpoint: is read by workers[3].events.zmq.endpoint, got tcp://b:2",
+            "workers[4].events.zmq.endpoint: is read by workers[3].events.zmq.endpoint, got b:2",
             "workers[5].events.http.token_file: can't be read (No such file or directory (os error 2)), got /nowhere",
             r#"workers[5].events.trtllm.url: must be a URL such as http://host:8000/kv_cache_events, got "ftp://b:2""#,
             "workers[5].events: must have one of zmq, trtllm and http, got 2 of them",

@@ -194,8 +194,7 @@ impl Command {
     ) -> anyhow::Result<Door> {
         let of_rank = |address: &ZmqAddress| {
             let endpoint = address.of(self.rank);
-            let endpoint = endpoint.with_context(|| format!("no port for rank {}", self.rank))?;
-            anyhow::Ok(endpoint.trim_start_matches("tcp://").to_owned())
+            endpoint.with_context(|| format!("no port for rank {}", self.rank))
         };
         Ok(Door::Zmq {
             events: of_rank(events)?,
