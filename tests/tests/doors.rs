@@ -146,7 +146,7 @@ fn change(rng: &mut Rng, engines: &[&Engine]) {
         match choice {
             0 => engine.clear(),
             1..6 => {
-                engine.evict(count);
+                let _fewer_where_it_is_small = engine.evict(count);
             }
             _ => assert!(engine.store(&tokens), "room for a prompt"),
         }
