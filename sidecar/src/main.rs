@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::{Parser, Subcommand, ValueEnum};
 use kv_router::config::{Config, Flags, Layer, from_environment, schema};
+use kv_router::ingest::post;
 use kv_router::{check_events, envoy, serve};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
@@ -33,7 +34,11 @@ enum Command {
         log_format: LogFormat,
     },
     /// Prints the JSON Schema of the configuration file.
-    Schema,
+    Schema {
+        /// Of the body of `POST /v1/events` instead.
+        #[arg(long)]
+        events: bool,
+    },
     /// Prints a complete Envoy bootstrap and writes the files it watches.
     Envoy {
         #[command(flatten)]
@@ -104,7 +109,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             let config = source.load()?;
             serve(&source, files, config)?;
         }
-        Command::Schema => print(&format!("{:#}\n", schema()))?,
+        Command::Schema { events: false } => print(&format!("{:#}\n", schema()))?,
+        Command::Schema { events: true } => print(&format!("{:#}\n", post::schema()))?,
         Command::Envoy {
             source,
             files,

@@ -4,6 +4,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use http_body_util::Full;
+use kv_core::event::{
+    Envelope, EventData, KvCacheEvent, RouterEvent, StorageTier, Stored, StoredBlock,
+};
 use kv_core::rng::Rng;
 use kv_publisher::Settings;
 use kv_sim::engine::{Config, Engine};
@@ -14,6 +17,7 @@ use kv_tests::place;
 use kv_tests::stack::{Setup, Stack};
 use kv_tests::wait;
 use serde_json::{Value, json};
+use zeromq::{PubSocket, Socket as _, SocketSend as _};
 
 const BLOCK: usize = 16;
 
@@ -146,7 +150,7 @@ fn change(rng: &mut Rng, engines: &[&Engine]) {
         match choice {
             0 => engine.clear(),
             1..6 => {
-                engine.evict(count);
+                let _fewer_where_it_is_small = engine.evict(count);
             }
             _ => assert!(engine.store(&tokens), "room for a prompt"),
         }
@@ -316,6 +320,13 @@ async fn lost_messages_and_restarts_leave_no_trace() {
     some(&mut rng, &engines);
     equal(&stack, &engines).await;
 
+    let count = async |plane: &str, kind: &str| streams(&stack, plane, kind).await;
+    assert!(count("zmq", "replay").await > 5, "messages were lost");
+    // Once for each stream that nothing is known of, and for each restart.
+    assert_eq!(count("zmq", "restarted").await, 4);
+    assert_eq!(count("poll", "restarted").await, 2);
+    assert_eq!(count("zmq", "gap").await, 0);
+
     // The sidecar is away while things happen.
     stack.sidecar.process.kill();
     some(&mut rng, &engines);
@@ -323,7 +334,210 @@ async fn lost_messages_and_restarts_leave_no_trace() {
     stack.sidecar.ready().await;
     some(&mut rng, &engines);
     equal(&stack, &engines).await;
+    assert_eq!(streams(&stack, "zmq", "gap").await, 0);
     stack.envoy.idle().await;
+}
+
+/// What `kv_router_streams_total` counts.
+async fn streams(stack: &Stack, plane: &str, kind: &str) -> u64 {
+    let request = http::Request::get(uri(stack.sidecar.admin, "/metrics"));
+    let request = request.body(Full::default()).expect("a request");
+    let answer = stack.client.send(request).await.expect("metrics");
+    let text = String::from_utf8_lossy(answer.body()).into_owned();
+    let name = format!("kv_router_streams_total{{plane=\"{plane}\",kind=\"{kind}\"}} ");
+    let value = text.lines().find_map(|line| line.strip_prefix(&name));
+    value.map_or(0, |value| value.parse().expect("a number"))
+}
+
+/// A post with a worker's token.
+fn post(stack: &Stack, token: &str, body: &Value) -> http::Request<Full<bytes::Bytes>> {
+    http::Request::post(uri(stack.sidecar.admin, "/v1/events"))
+        .header("content-type", "application/json")
+        .header("authorization", format!("Bearer {token}"))
+        .body(Full::from(body.to_string()))
+        .expect("a request")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn posts_are_taken_in_order_from_who_may() {
+    let mut stack = stack(json!({"event_bytes_per_second": 65_536})).await;
+    let token = |name: &str| {
+        let file = stack.dir().join(name);
+        std::fs::write(&file, format!("{name}\n")).expect("a writable directory");
+        json!({"http": {"token_file": file}})
+    };
+    let (one, two) = (token("one"), token("two"));
+    let workers = vec![
+        json!({"id": 1, "endpoint": "127.0.0.1:9", "events": one}),
+        json!({"id": 2, "endpoint": "127.0.0.1:10", "events": two}),
+        json!({"id": 3, "endpoint": "127.0.0.1:11"}),
+    ];
+    serve(&mut stack, workers).await;
+    let body = |worker: u64, run: &str, sequence: u64, hash: u64| {
+        let tokens: Vec<u64> = (hash..hash + 16).collect();
+        json!({"worker_id": worker, "incarnation": run, "sequence": sequence, "events": [
+            {"type": "BlockStored", "block_hashes": [hash], "parent_block_hash": null,
+             "token_ids": tokens, "block_size": 16},
+            {"type": "NoSuchThing"},
+        ]})
+    };
+    let send = async |token: &str, body: Value| {
+        let answer = stack.client.send(post(&stack, token, &body)).await;
+        let answer = answer.expect("an answer");
+        let status = answer.status().as_u16();
+        let body: Value = serde_json::from_slice(answer.body()).expect("JSON");
+        (status, body)
+    };
+    // The door opens after Envoy has the table.
+    let opened = async || match send("one", body(1, "a", 0, 100)).await {
+        (202, body) => Ok(body),
+        other => Err(other),
+    };
+    let taken = wait::until("the door", opened).await;
+    let expected = json!({"next": 1, "changes": 1, "rejected": 1, "duplicate": false});
+    assert_eq!(taken, expected);
+    assert_eq!(send("none", body(1, "a", 1, 200)).await.0, 401);
+    assert_eq!(send("two", body(1, "a", 1, 200)).await.0, 403);
+    assert_eq!(send("one", body(3, "a", 1, 200)).await.0, 404);
+    let (status, refused) = send("one", body(1, "a", 3, 300)).await;
+    assert_eq!((status, &refused["expected"]), (409, &json!(1)));
+    assert_eq!(refused["error"]["kind"], "gap");
+    let (status, taken) = send("one", body(1, "a", 0, 100)).await;
+    assert_eq!((status, &taken["duplicate"]), (202, &json!(true)));
+    assert_eq!(send("one", body(1, "a", 1, 200)).await.1["next"], 2);
+    let holds = async |expected: &[u64]| {
+        let compare = async || {
+            let content = dump(&stack).await?;
+            let held = content.get(&1).cloned().unwrap_or_default();
+            let held: Vec<u64> = held.into_keys().collect();
+            if held == expected {
+                Ok(())
+            } else {
+                Err(format!("{held:?}"))
+            }
+        };
+        wait::until("the index", compare).await;
+    };
+    holds(&[100, 200]).await;
+    let (status, refused) = send("one", body(1, "b", 1, 300)).await;
+    assert_eq!((status, &refused["expected"]), (409, &json!(0)));
+    assert_eq!(send("one", body(1, "b", 0, 300)).await.0, 202);
+    holds(&[300]).await;
+    assert_eq!(send("one", json!({"worker_id": 1})).await.0, 400);
+
+    // Who says too much waits; the other does not.
+    let mut large = body(1, "b", 1, 400);
+    large["padding"] = "x".repeat(2_000_000).into();
+    assert_eq!(send("one", large).await.0, 202);
+    let more = post(&stack, "one", &body(1, "b", 2, 500));
+    let answer = stack.client.send(more).await.expect("an answer");
+    assert_eq!(answer.status(), 429);
+    assert!(answer.headers().contains_key("retry-after"));
+    assert_eq!(send("two", body(2, "b", 0, 500)).await.0, 202);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_python_example_tells_what_it_holds() {
+    let mut stack = stack(json!({})).await;
+    let events = json!({"http": {"trust_loopback": true}});
+    let worker = json!({"id": 1, "endpoint": "127.0.0.1:9", "events": events});
+    serve(&mut stack, vec![worker]).await;
+    let open = async || {
+        let body = json!({"worker_id": 1});
+        let answer = stack.client.send(post(&stack, "", &body)).await?;
+        let status = answer.status();
+        if status == 400 {
+            Ok(())
+        } else {
+            Err(status.to_string())
+        }
+    };
+    wait::until("the door", open).await;
+    let script = place::root().join("docs/guide/examples/post_events.py");
+    let url = uri(stack.sidecar.admin, "/v1/events");
+    let mut python = tokio::process::Command::new("python3");
+    let output = python.arg(script).arg(url).output().await.expect("python3");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{errors}");
+    let compare = async || {
+        let content = dump(&stack).await?;
+        let held = content.get(&1).cloned().unwrap_or_default();
+        let held: Vec<u64> = held.into_keys().collect();
+        if held == [501, 502] {
+            Ok(())
+        } else {
+            Err(format!("{held:?}"))
+        }
+    };
+    wait::until("the index", compare).await;
+}
+
+/// A message of Dynamo's plane over ZMQ: the store of one block.
+fn dynamo_message(sequence: u64) -> zeromq::ZmqMessage {
+    let block = StoredBlock {
+        block_hash: sequence,
+        tokens_hash: 7 + sequence,
+        mm_extra_info: None,
+    };
+    let event = RouterEvent {
+        worker_id: 1,
+        storage_tier: StorageTier::Device,
+        residency_domain: None,
+        event: KvCacheEvent {
+            event_id: sequence,
+            data: EventData::Stored(Stored {
+                blocks: vec![block],
+                ..Stored::default()
+            }),
+            dp_rank: 0,
+        },
+        session_id: None,
+    };
+    let envelope = Envelope {
+        publisher_id: 7,
+        sequence,
+        published_at: 1,
+        topic: "kv-events".to_owned(),
+        payload: rmp_serde::to_vec_named(&[event]).expect("serialisable"),
+    };
+    let envelope = rmp_serde::to_vec_named(&envelope).expect("serialisable");
+    let length = u32::try_from(envelope.len()).expect("small");
+    let mut frame = vec![1];
+    frame.extend(length.to_be_bytes());
+    frame.extend(&envelope);
+    let number = |n: u64| bytes::Bytes::copy_from_slice(&n.to_be_bytes());
+    let frames = vec![
+        "kv-events".into(),
+        number(7),
+        number(sequence),
+        frame.into(),
+    ];
+    zeromq::ZmqMessage::try_from(frames).expect("frames")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn dynamo_publishes_over_zmq() {
+    let address = format!("tcp://127.0.0.1:{}", place::free_port());
+    let mut socket = PubSocket::new();
+    socket.bind(&address).await.expect("a free port");
+    let worker = json!({"id": 1, "endpoint": "127.0.0.1:9"});
+    let more = json!({"nats": null, "dynamo_zmq": [&address], "workers": [worker]});
+    let stack = stack(more).await;
+    let mut sequence = 0_u64;
+    // What is published before the subscription has come through is lost.
+    let published = async || {
+        sequence += 1;
+        let message = dynamo_message(sequence);
+        socket.send(message).await.map_err(|e| e.to_string())?;
+        let content = dump(&stack).await?;
+        let held = content.get(&1).map_or(0, BTreeMap::len);
+        if held >= 3 {
+            Ok(())
+        } else {
+            Err(format!("{held} blocks"))
+        }
+    };
+    wait::until("the index", published).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use kv_core::id::WorkerId;
+use schemars::generate::SchemaSettings;
 use serde::Deserialize;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use xxhash_rust::xxh3::xxh3_64;
@@ -32,6 +33,15 @@ const BODIES: usize = 16;
 const READ_AGAIN: Duration = Duration::from_secs(1);
 /// Most bytes of a token.
 const TOKEN_BYTES: u64 = 4096;
+
+/// The JSON Schema (draft 2020-12) of a post.
+#[must_use]
+pub fn schema() -> serde_json::Value {
+    let generator = SchemaSettings::draft2020_12().into_generator();
+    generator
+        .into_root_schema_for::<kv_publisher::Post>()
+        .to_value()
+}
 
 /// Why a post is not taken.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
