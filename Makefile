@@ -85,8 +85,8 @@ fuzz: preflight ## every decoder of events against changed messages, 10 minutes 
 	@cargo run --quiet --manifest-path fuzz/Cargo.toml --bin seeds -- sidecar/tests/fixtures fuzz/corpus
 	@for target in $(FUZZ_TARGETS); do \
 		echo "==> $$target ($(FUZZ_SECONDS) seconds)"; \
-		cargo fuzz run --sanitizer none $$target -- -max_total_time=$(FUZZ_SECONDS) \
-			-max_len=65536 -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 || exit 1; \
+		(cd fuzz && cargo fuzz run --sanitizer none $$target -- -max_total_time=$(FUZZ_SECONDS) \
+			-max_len=65536 -timeout=10 -rss_limit_mb=2048 -print_final_stats=1) || exit 1; \
 	done
 
 .PHONY: bench
