@@ -71,6 +71,24 @@ test: tools filter filter-chaos ## every test: unit, property, wasm32 under Node
 	@echo '==> core on wasm32 under Node (a minute the first time)'
 	@envoy/tools/wasm-cargo test -p kv-core
 
+# Seconds for each target.
+FUZZ_SECONDS ?= 600
+CARGO_FUZZ := 0.13.1
+FUZZ_TARGETS = $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
+
+.PHONY: fuzz
+fuzz: preflight ## every decoder of events against changed messages, 10 minutes each
+	@[ "$$(cargo fuzz --version 2>/dev/null)" = "cargo-fuzz $(CARGO_FUZZ)" ] || { \
+		echo '==> building cargo-fuzz (a minute or two)'; \
+		cargo install --quiet --locked --root .tools --version $(CARGO_FUZZ) cargo-fuzz; }
+	@echo '==> seeds: the genuine messages of the tests'
+	@cargo run --quiet --manifest-path fuzz/Cargo.toml --bin seeds -- sidecar/tests/fixtures fuzz/corpus
+	@for target in $(FUZZ_TARGETS); do \
+		echo "==> $$target ($(FUZZ_SECONDS) seconds)"; \
+		(cd fuzz && cargo fuzz run --sanitizer none $$target -- -max_total_time=$(FUZZ_SECONDS) \
+			-max_len=65536 -timeout=10 -rss_limit_mb=2048 -print_final_stats=1) || exit 1; \
+	done
+
 .PHONY: bench
 bench: ## every bench, one after the other: tables here, JSON in target/bench
 	@for name in $(patsubst benches/src/bin/%.rs,%,$(wildcard benches/src/bin/*.rs)); do \

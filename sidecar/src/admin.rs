@@ -2,6 +2,7 @@
 
 mod dump;
 mod error;
+mod events;
 mod explain;
 
 use std::net::SocketAddr;
@@ -19,6 +20,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::decision::{DecisionsReport, Wanted};
 use crate::index::{Control, IndexReport, WorkersReport};
+use crate::ingest::post::Desk;
 use crate::load::RawReport;
 use crate::metrics::{CONTENT_TYPE, Metrics};
 use error::AdminError;
@@ -30,17 +32,19 @@ const LONGEST_BODY: usize = 64 << 20;
 #[derive(Clone, Debug)]
 pub struct Admin {
     control: mpsc::Sender<Control>,
+    desk: Arc<Desk>,
     metrics: Arc<Metrics>,
     /// What peers of other machines show to see content.
     token: Option<Arc<str>>,
 }
 
 impl Admin {
-    /// Asks the index through `control`.
+    /// Asks the index through `control` and hands posts to `desk`.
     #[must_use]
-    pub fn new(control: mpsc::Sender<Control>, metrics: Arc<Metrics>) -> Self {
+    pub fn new(control: mpsc::Sender<Control>, desk: Arc<Desk>, metrics: Arc<Metrics>) -> Self {
         Self {
             control,
+            desk,
             metrics,
             token: None,
         }
@@ -67,7 +71,7 @@ impl Admin {
 }
 
 /// The routes. `/v1` shows content, so it answers only peers on this machine and those with the
-/// token; serve it with connection info.
+/// token, but for posts of events, which show whose they are; serve it with connection info.
 pub fn router(admin: Admin) -> Router {
     let content = Router::new()
         .route("/v1/workers", get(workers))
@@ -80,6 +84,7 @@ pub fn router(admin: Admin) -> Router {
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
+        .route("/v1/events", post(events::post))
         .merge(content)
         .fallback(async || AdminError::NoSuchPath)
         .method_not_allowed_fallback(async || AdminError::WrongMethod)

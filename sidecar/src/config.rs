@@ -19,7 +19,7 @@ use kv_core::id::{OwnerId, Role, WorkerId};
 use kv_core::policy::Policy;
 use kv_core::table::Settings;
 
-use crate::ingest::engine::media::Media;
+use crate::ingest::engine::{self, media::Media};
 use crate::ingest::subject::Template;
 use crate::load;
 
@@ -54,6 +54,10 @@ pub struct Config {
     pub filter_wasm: PathBuf,
     /// Where events come from.
     pub nats: Option<Nats>,
+    /// `host:port` of the sockets of Dynamo's event plane over ZMQ.
+    pub dynamo_zmq: Vec<String>,
+    /// Most bytes a second of a worker's own stream of events.
+    pub event_bytes_per_second: u64,
     /// How load is tracked.
     pub load: load::Settings,
     /// What holds for all pools.
@@ -71,6 +75,8 @@ pub struct Nats {
     pub dynamo: Option<DynamoPlane>,
     /// Subject of plain JSON events.
     pub json: Option<Template>,
+    /// JetStream stream that keeps them; they are read from there.
+    pub json_stream: Option<String>,
     /// Whether load is exchanged with other sidecars and Dynamo's routers; needs `dynamo`.
     pub replica_sync: bool,
     /// Credentials file.
@@ -79,6 +85,23 @@ pub struct Nats {
     pub nkey_seed_file: Option<PathBuf>,
     /// TLS settings.
     pub tls: Option<Tls>,
+}
+
+impl Nats {
+    /// A server with nothing to read, without credentials; several URLs are separated by commas.
+    #[must_use]
+    pub fn at(url: &str) -> Self {
+        Self {
+            urls: url.split(',').map(|one| one.trim().to_owned()).collect(),
+            dynamo: None,
+            json: None,
+            json_stream: None,
+            replica_sync: false,
+            credentials_file: None,
+            nkey_seed_file: None,
+            tls: None,
+        }
+    }
 }
 
 /// A component of Dynamo.
@@ -111,6 +134,8 @@ pub struct Pool {
     pub media: Media,
     /// Hash families of events without token ids.
     pub families: Vec<FamilyUse>,
+    /// The model's placeholder token of images, where requests have it replaced.
+    pub image_token: Option<u32>,
     /// The workers.
     pub workers: Vec<Worker>,
 }
@@ -193,9 +218,13 @@ impl Config {
         differs("state_dir", self.state_dir != next.state_dir);
         differs("filter_wasm", self.filter_wasm != next.filter_wasm);
         differs("nats", self.nats != next.nats);
+        differs("dynamo_zmq", self.dynamo_zmq != next.dynamo_zmq);
+        let quota = self.event_bytes_per_second != next.event_bytes_per_second;
+        differs("event_bytes_per_second", quota);
         let load = "router_track_*, router_assume_kv_reuse, active_request_expiry_secs";
         differs(load, self.load != next.load);
-        let pools = "pools: their names, order, kv_cache_block_size, kv_events, media and families";
+        let pools = "pools: their names, order, kv_cache_block_size, kv_events, media, \
+                     families and image_token_id";
         differs(pools, self.shape() != next.shape());
         keys
     }
@@ -215,10 +244,10 @@ impl Config {
         }
     }
 
-    fn shape(&self) -> Vec<(&str, u32, bool, &Media, &[FamilyUse])> {
+    fn shape(&self) -> Vec<(&str, bool, engine::Settings)> {
         let pools = self.pools.iter();
         pools
-            .map(|p| (&*p.name, p.block_size, p.kv_events, &p.media, &*p.families))
+            .map(|p| (&*p.name, p.kv_events, engine::Settings::of(p)))
             .collect()
     }
 }

@@ -160,7 +160,10 @@ impl Service {
             table_version: 0,
             beat: unix_ms(),
         };
-        let planes = config.nats.iter().flat_map(planes).collect();
+        let zmq = (!config.dynamo_zmq.is_empty()).then_some(Plane::Dynamo);
+        let mut planes: Vec<_> = config.nats.iter().flat_map(planes).chain(zmq).collect();
+        planes.sort_unstable();
+        planes.dedup();
         let mut service = Self {
             index,
             roster: roster::Roster::default(),
@@ -451,7 +454,10 @@ impl Service {
 /// Planes of a configuration.
 fn planes(nats: &config::Nats) -> impl Iterator<Item = Plane> + use<> {
     let dynamo = nats.dynamo.is_some().then_some(Plane::Dynamo);
-    let json = nats.json.is_some().then_some(Plane::Json);
+    let json = nats.json.is_some().then_some(match nats.json_stream {
+        Some(_) => Plane::JetStream,
+        None => Plane::Json,
+    });
     dynamo.into_iter().chain(json)
 }
 

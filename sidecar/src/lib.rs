@@ -6,6 +6,7 @@
 pub mod admin;
 pub mod bootstrap;
 pub mod bridge;
+pub mod check_events;
 pub mod config;
 pub mod decision;
 pub mod dump;

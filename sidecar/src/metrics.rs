@@ -101,6 +101,11 @@ metrics! {
     rejections: Family<PlaneKind, Counter> = Family::default(), "event_rejections", None, "Events dropped";
     /// `kv_router_event_gaps_total{pool}`: jumps in the event ids of an owner: events were lost.
     gaps: Family<InPool, Counter> = Family::default(), "event_gaps", None, "Jumps in event ids";
+    /// `kv_router_streams_total{plane,kind}`: what became of workers' own streams: `opened`,
+    /// `closed`, `failed` and `protocol` attempts to open one, `too_large` and `malformed` messages,
+    /// `replay`, `replay_failed`, `gap`, `restarted`, `throttled` by their quota, `refused` posts,
+    /// `second_reader` where a polled engine's events vanish, `unknown_worker` in a stream of all.
+    streams: Family<PlaneKind, Counter> = Family::default(), "streams", None, "What became of engines' own streams";
     /// `kv_router_index_changes_total{kind}`: blocks by what an event did with them; `unknown`
     /// removals and `orphaned` stores point to lost events.
     changes: Family<Kind, Counter> = Family::default(), "index_changes", None, "Blocks by what was done with them";

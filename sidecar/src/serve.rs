@@ -14,7 +14,9 @@ use crate::bridge::Bridge;
 use crate::config::{Config, Layer, Pool};
 use crate::envoy::{Files, FilesError, endpoints_of};
 use crate::index::{Control, Service, state_file};
+use crate::ingest::doors::Doors;
 use crate::ingest::nats;
+use crate::ingest::stream::Hall;
 use crate::metrics::{Kind, Metrics};
 use crate::peers::Link;
 use crate::state;
@@ -82,8 +84,11 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
     };
 
     let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
+    let mut stored = None;
     if let Some(settings) = &config.nats {
+        let arrivals = arrivals.clone();
         let nats = nats::Source::new(settings, arrivals, requested, Arc::clone(&metrics)).await?;
+        stored = nats.stored(settings);
         let cancel = cancel.clone();
         tasks.spawn(async move {
             nats.run(cancel).await;
@@ -109,6 +114,13 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
             () = take_over(&config, token.as_deref(), &mut service, &metrics) => {}
         }
     }
+    let hall = Hall {
+        arrivals,
+        bytes_per_second: config.event_bytes_per_second,
+        metrics: Arc::clone(&metrics),
+    };
+    let mut doors = Doors::new(hall, stored);
+    doors.open(&config, service.resumes());
     let (index_cancel, bridge_cancel) = (cancel.clone(), cancel.clone());
     tasks.spawn(async move {
         service.run(controlled, arrived, index_cancel).await;
@@ -119,8 +131,8 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
         let served = bridge.run(bridge_control, bridge_metrics, bridge_cancel);
         served.await.context("the bridge's socket failed")
     });
-    let api = admin::Admin::new(control.clone(), Arc::clone(&metrics)).with_token(token);
-    let app = admin::router(api);
+    let api = admin::Admin::new(control.clone(), doors.desk(), Arc::clone(&metrics));
+    let app = admin::router(api.with_token(token));
     let admin_cancel = cancel.clone();
     tasks.spawn(async move {
         let app = app.into_make_service_with_connect_info::<std::net::SocketAddr>();
@@ -135,6 +147,7 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
         source,
         files,
         control,
+        doors,
         metrics,
         silence,
     };
@@ -237,6 +250,7 @@ struct Reloader {
     source: Source,
     files: Option<Files>,
     control: mpsc::Sender<Control>,
+    doors: Doors,
     metrics: Arc<Metrics>,
     silence: Arc<Notify>,
 }
@@ -350,6 +364,7 @@ impl Reloader {
         {
             tracing::warn!("not every envoy has the worker table yet, endpoints go ahead");
         }
+        self.doors.configure(&next);
         self.write_endpoints(&next, |_, after| endpoints_of(after))?;
         self.config = next;
         Ok(())

@@ -199,7 +199,9 @@ fn a_reload_takes_workers_and_policies_and_names_what_needs_a_restart() {
     let needed = before.restart_needed(&resized);
     assert_eq!(
         needed,
-        ["pools: their names, order, kv_cache_block_size, kv_events, media and families"]
+        [
+            "pools: their names, order, kv_cache_block_size, kv_events, media, families and image_token_id"
+        ]
     );
     assert_eq!(before.reloaded(resized).pools, before.pools);
 }
@@ -270,13 +272,16 @@ fn a_worker_may_have_a_stream_of_its_own() {
         panic!("{events:?}");
     };
     assert_eq!(topic, "kv-events");
-    assert_eq!(endpoint.of(1).as_deref(), Some("tcp://engine-1:5558"));
+    assert_eq!(endpoint.of(1).as_deref(), Some("engine-1:5558"));
     let replay = replay.as_ref().and_then(|replay| replay.of(0));
-    assert_eq!(replay.as_deref(), Some("tcp://engine-1:5567"));
+    assert_eq!(replay.as_deref(), Some("engine-1:5567"));
     assert_eq!(url.path(), "/kv_cache_events");
     assert_eq!(poll.as_millis(), 50);
-    let token_file = "/dev/null".into();
-    assert_eq!(*http, Some(Events::Http { token_file }));
+    let expected = Events::Http {
+        token_file: Some("/dev/null".into()),
+        trusts_loopback: false,
+    };
+    assert_eq!(*http, Some(expected));
     assert_eq!(pool.media.tier("TAPE"), Some(Tier::External));
     let uses = [
         (Family::FlexKv, vec!["SSD", "CPU"], 16),
@@ -292,7 +297,9 @@ fn a_worker_may_have_a_stream_of_its_own() {
 fn media_and_families_of_a_running_sidecar_stay() {
     let before = Config::parse(WITH_EVENTS, &[]).unwrap();
     let after = Config::parse(&WITH_EVENTS.replace("external", "disk"), &[]).unwrap();
-    let keys = ["pools: their names, order, kv_cache_block_size, kv_events, media and families"];
+    let keys = [
+        "pools: their names, order, kv_cache_block_size, kv_events, media, families and image_token_id",
+    ];
     assert_eq!(before.restart_needed(&after), keys);
     assert_eq!(before.reloaded(after), before);
 }
@@ -325,7 +332,7 @@ workers:
             "workers[0].events: must have one of zmq, trtllm and http, got 0 of them",
             r#"workers[1].events.zmq.endpoint: must be tcp://host:port, got "tcp://*:5557""#,
             "workers[2].events.zmq.endpoint: leaves no port for rank 1, got tcp://a:65535",
-            "workers[4].events.zmq.endpoint: is read by workers[3].events.zmq.endpoint, got tcp://b:2",
+            "workers[4].events.zmq.endpoint: is read by workers[3].events.zmq.endpoint, got b:2",
             "workers[5].events.http.token_file: can't be read (No such file or directory (os error 2)), got /nowhere",
             r#"workers[5].events.trtllm.url: must be a URL such as http://host:8000/kv_cache_events, got "ftp://b:2""#,
             "workers[5].events: must have one of zmq, trtllm and http, got 2 of them",

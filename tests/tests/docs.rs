@@ -88,7 +88,12 @@ fn documented_metrics(heading: &str) -> BTreeSet<String> {
 fn every_metric_of_the_sidecar_is_in_the_catalogue() {
     let metrics = Metrics::default();
     let (plane, kind) = ("", "");
-    let planes = [&metrics.messages, &metrics.events, &metrics.rejections];
+    let planes = [
+        &metrics.messages,
+        &metrics.events,
+        &metrics.rejections,
+        &metrics.streams,
+    ];
     for family in planes {
         family.get_or_create(&PlaneKind { plane, kind }).inc();
     }
@@ -216,7 +221,8 @@ fn every_label_is_explained() {
         .split_once("Outcomes of requests")
         .expect("the outcomes");
     let documented = rows(rejections);
-    let documented = documented.iter().map(|row| codes(row[0])[0].to_owned());
+    let documented = documented.iter().flat_map(|row| codes(row[0]));
+    let documented = documented.map(str::to_owned);
     let expected = labels("sidecar/src/ingest.rs", "Rejection");
     assert_eq!(documented.collect::<BTreeSet<_>>(), expected);
     for outcome in labels("sidecar/src/ingest.rs", "NoSnapshot") {
@@ -313,7 +319,6 @@ fn every_key_is_documented_with_its_default() {
         "nats.dynamo.namespace",
         "nats.url",
         "workers[].endpoint",
-        "workers[].events.http.token_file",
         "workers[].events.trtllm.url",
         "workers[].events.zmq.endpoint",
         "workers[].id",

@@ -4,7 +4,9 @@ use axum::Json;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 
+use super::events;
 use crate::index::NotDumped;
+use crate::ingest::post::PostError;
 
 /// Why a request isn't answered.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +29,14 @@ pub(super) enum AdminError {
     NoSuchPool(String),
     #[error("the prompt is not token ids: {0}")]
     NoTokens(&'static str),
+    #[error("the content type must be application/json or application/msgpack")]
+    ContentType,
+    #[error("the body did not come in time")]
+    SlowBody,
+    #[error("the body is broken off or above {0} bytes")]
+    LongBody(usize),
+    #[error(transparent)]
+    Post(#[from] PostError),
 }
 
 impl AdminError {
@@ -42,6 +52,10 @@ impl AdminError {
             Self::Query(_) => "invalid_query",
             Self::NoSuchPool(_) => "no_such_pool",
             Self::NoTokens(_) => "no_tokens",
+            Self::ContentType => "content_type",
+            Self::SlowBody => "slow_body",
+            Self::LongBody(_) => "long_body",
+            Self::Post(error) => error.kind(),
         }
     }
 
@@ -54,6 +68,10 @@ impl AdminError {
             Self::NoSuchPool(_) => StatusCode::NOT_FOUND,
             Self::Body(_) | Self::Query(_) => StatusCode::BAD_REQUEST,
             Self::NoTokens(_) => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::ContentType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::SlowBody => StatusCode::REQUEST_TIMEOUT,
+            Self::LongBody(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::Post(error) => events::status(error),
         }
     }
 }
@@ -61,6 +79,9 @@ impl AdminError {
 impl IntoResponse for AdminError {
     /// `{"error": {"kind": ..., "message": ...}}`.
     fn into_response(self) -> Response {
+        if let Self::Post(error) = &self {
+            return events::refusal(error);
+        }
         let body = serde_json::json!({
             "error": { "kind": self.kind(), "message": self.to_string() }
         });

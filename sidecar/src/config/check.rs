@@ -86,6 +86,8 @@ impl Check {
             state_dir: file.state_dir.clone(),
             filter_wasm: file.filter_wasm.clone(),
             nats: file.nats.as_ref().map(|nats| self.nats(nats)),
+            dynamo_zmq: self.dynamo_zmq(&file.dynamo_zmq),
+            event_bytes_per_second: file.event_bytes_per_second,
             load: load::Settings {
                 tracking: Tracking {
                     prefill_tokens: file.router_track_prefill_tokens,
@@ -151,6 +153,10 @@ impl Check {
             };
             template.map_err(refuse).ok()
         });
+        if let (Some(stream), None) = (&nats.json_stream, &nats.json_subject) {
+            let why = "needs nats.json_subject, which it keeps";
+            self.refuse("nats.json_stream", stream, why);
+        }
         if let (Some(credentials), Some(_)) = (&nats.credentials_file, &nats.nkey_seed_file) {
             let why = "excludes nkey_seed_file";
             self.refuse("nats.credentials_file", credentials.display(), why);
@@ -178,6 +184,7 @@ impl Check {
                 component: plane.component.clone().unwrap_or_default(),
             }),
             json,
+            json_stream: nats.json_stream.clone(),
             replica_sync: nats.replica_sync,
             credentials_file: nats.credentials_file.clone(),
             nkey_seed_file: nats.nkey_seed_file.clone(),
@@ -253,6 +260,7 @@ impl Check {
             workers,
             families: self.families(pool, &media, prefix),
             media,
+            image_token: pool.image_token_id,
             name: pool.name.clone(),
             models: pool.models.clone(),
             lora_adapters: pool.lora_adapters.clone(),

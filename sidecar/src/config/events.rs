@@ -34,7 +34,9 @@ pub enum Events {
     /// Posted to the sidecar's HTTP API.
     Http {
         /// File with the token that the engine shows.
-        token_file: PathBuf,
+        token_file: Option<PathBuf>,
+        /// Whether an engine on this machine needs no token.
+        trusts_loopback: bool,
     },
 }
 
@@ -48,15 +50,17 @@ pub struct ZmqAddress {
 }
 
 impl ZmqAddress {
-    /// `tcp://host:port` of a rank; `None` where the port would be above 65535.
+    /// `host:port` of a rank; `None` where the port would be above 65535.
     #[must_use]
     pub fn of(&self, rank: DpRank) -> Option<String> {
         let port = u32::from(self.port).checked_add(rank)?;
         let port = u16::try_from(port).ok()?;
-        Some(format!("tcp://{}:{port}", self.host))
+        Some(format!("{}:{port}", self.host))
     }
 
-    fn parse(text: &str) -> Option<Self> {
+    /// The address of `tcp://host:port`; `None` for any other text.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
         let (host, port) = text.strip_prefix("tcp://")?.rsplit_once(':')?;
         let port = port.parse().ok().filter(|port| *port != 0)?;
         let is_bare_v6 = host.contains(':') && !(host.starts_with('[') && host.ends_with(']'));
@@ -124,14 +128,29 @@ impl Check {
         }
         if let Some(http) = &events.http {
             self.readable(&path("http.token_file"), http.token_file.as_deref());
-            let token_file = http.token_file.clone();
-            all.push(token_file.map(|token_file| Events::Http { token_file }));
+            if http.token_file.is_none() && !http.trust_loopback {
+                let why = "needs token_file or trust_loopback, or nobody may post";
+                self.refuse(path("http"), "neither", why);
+            }
+            all.push(Some(Events::Http {
+                token_file: http.token_file.clone(),
+                trusts_loopback: http.trust_loopback,
+            }));
         }
         if all.len() != 1 {
             let why = "must have one of zmq, trtllm and http";
             self.refuse(prefix, format!("{} of them", all.len()), why);
         }
         all.into_iter().next().flatten()
+    }
+
+    /// `host:port` of each socket.
+    pub(super) fn dynamo_zmq(&mut self, sockets: &[String]) -> Vec<String> {
+        let each = sockets
+            .iter()
+            .enumerate()
+            .filter_map(|(i, text)| self.zmq(&format!("dynamo_zmq[{i}]"), text, 1)?.of(0));
+        each.collect()
     }
 
     fn zmq(&mut self, path: &str, text: &str, ranks: u32) -> Option<ZmqAddress> {

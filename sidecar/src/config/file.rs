@@ -46,6 +46,14 @@ pub struct File {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Nats")]
     pub nats: Option<Nats>,
+    /// `tcp://host:port` of the sockets of Dynamo's event plane over ZMQ, publishers' or brokers'.
+    /// Needs a restart.
+    #[schemars(length(max = 4096))]
+    pub dynamo_zmq: Vec<String>,
+    /// Most bytes a second of a worker's own stream of events; what is above waits or, posted, is
+    /// refused. Needs a restart.
+    #[schemars(range(min = 65_536))]
+    pub event_bytes_per_second: u64,
     /// Requests with a longer body are routed by load and not buffered.
     #[schemars(range(min = 1, max = 67_108_864))]
     pub body_limit_bytes: u64,
@@ -85,6 +93,8 @@ impl Default for File {
             state_dir: None,
             filter_wasm: "kv_filter.wasm".into(),
             nats: None,
+            dynamo_zmq: Vec::new(),
+            event_bytes_per_second: 64 << 20,
             body_limit_bytes: 16 << 20,
             token_limit: 1_500_000,
             decision_header: false,
@@ -161,6 +171,11 @@ pub struct Pool {
     /// What the hashes are in events without token ids. Needs a restart.
     #[schemars(length(max = 8))]
     pub families: Vec<FamilyUse>,
+    /// The model's placeholder token of images, where requests have another id in its place that
+    /// stands for the image, as Dynamo's frontend puts there. Needs a restart.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "u32")]
+    pub image_token_id: Option<u32>,
     /// The workers.
     pub workers: Vec<Worker>,
 }
@@ -185,6 +200,7 @@ impl Default for Pool {
             decode_active_request_weight: policy.decode_active_request_weight,
             media: BTreeMap::new(),
             families: Vec::new(),
+            image_token_id: None,
             workers: Vec::new(),
         }
     }
@@ -275,8 +291,12 @@ fn fifty() -> u64 {
 #[serde(deny_unknown_fields)]
 pub struct Http {
     /// File with the token that it sends as `Authorization: Bearer`.
-    #[schemars(required)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "PathBuf")]
     pub token_file: Option<PathBuf>,
+    /// Whether an engine on the sidecar's own machine needs no token.
+    #[serde(default)]
+    pub trust_loopback: bool,
 }
 
 /// Hashes that events without token ids carry, by the medium they are about.
@@ -310,6 +330,11 @@ pub struct Nats {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "String")]
     pub json_subject: Option<String>,
+    /// Name of a JetStream stream that keeps `json_subject`. Events are read from there, from where
+    /// the sidecar's snapshot ends, and engines are asked for no snapshots.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "String", length(min = 1))]
+    pub json_stream: Option<String>,
     /// Whether load is exchanged with other sidecars, and with Dynamo's routers; needs `dynamo`,
     /// whose subjects it goes over. Mirrors Dynamo's `--router-replica-sync`.
     #[serde(default)]

@@ -189,8 +189,10 @@ mod tests {
         let mut source = Source::default();
         let at = Instant::now();
         source.take(Plane::Dynamo, at);
-        let token_file = "t".into();
-        source.configure(Some(&Events::Http { token_file }));
+        source.configure(Some(&Events::Http {
+            token_file: None,
+            trusts_loopback: true,
+        }));
         assert_eq!(
             source.take(Plane::Dynamo, at + 2 * PLANE_SILENCE),
             Taken::No(true)
