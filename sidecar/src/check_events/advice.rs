@@ -37,6 +37,9 @@ pub(super) fn why(rejection: Rejection) -> &'static str {
         Rejection::TooFewTokens => "fewer token ids than its blocks have",
         Rejection::RepeatedHash => "a hash twice in one chain",
         Rejection::PartialBlock => "ends in a block that is not full",
+        Rejection::OtherSource => "speaks for a worker that has a stream of its own",
+        Rejection::FamilyUnsupported => "hashes of a family that is not indexed",
+        Rejection::TooManyStrangers => "too many workers that are not configured",
         Rejection::UnknownBlock => "moves a block whose store was not seen",
     }
 }
