@@ -85,10 +85,10 @@ parity: preflight components ## compare with Dynamo's own router crates, in a wo
 .PHONY: parity-mocker
 parity-mocker: preflight tools ## index Dynamo's own simulated engines, over NATS and ZMQ, as Dynamo does
 	@echo '==> fetching Dynamo (a gigabyte, some minutes the first time)'
-	@python3 -B tests/parity/mocker.py fetch target/parity-mocker
+	@python3 -B tests/parity/mocker.py fetch target/parity-mocker/venv
 	@echo '==> building the comparison with Dynamo (some minutes the first time, needs a C++ compiler)'
 	@cargo test --quiet $(PARITY) --locked --no-run
-	@MOCKER_ENV=$(CURDIR)/target/parity-mocker cargo test $(PARITY) --locked --test mocker -- --ignored --test-threads 1
+	@MOCKER_ENV=$(CURDIR)/target/parity-mocker/venv cargo test $(PARITY) --locked --test mocker -- --ignored --test-threads 1
 
 # Seconds for each target.
 FUZZ_SECONDS ?= 600
