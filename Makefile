@@ -71,6 +71,25 @@ test: tools filter filter-chaos ## every test: unit, property, wasm32 under Node
 	@echo '==> core on wasm32 under Node (a minute the first time)'
 	@envoy/tools/wasm-cargo test -p kv-core
 
+PARITY := --manifest-path tests/parity/Cargo.toml --target-dir target/parity
+
+.PHONY: parity
+parity: preflight components ## compare with Dynamo's own router crates, in a workspace of its own
+	@cargo fmt --manifest-path tests/parity/Cargo.toml --check
+	@echo '==> building the comparison with Dynamo (some minutes the first time, needs a C++ compiler)'
+	@cargo clippy --quiet $(PARITY) --locked --all-targets -- $(CLIPPY)
+	@cargo test --quiet $(PARITY) --locked --no-run
+	@echo '==> comparing (a minute)'
+	@cargo test $(PARITY) --locked
+
+.PHONY: parity-mocker
+parity-mocker: preflight tools ## index Dynamo's own simulated engines, over NATS and ZMQ, as Dynamo does
+	@echo '==> fetching Dynamo (a gigabyte, some minutes the first time)'
+	@python3 -B tests/parity/mocker.py fetch target/parity-mocker/venv
+	@echo '==> building the comparison with Dynamo (some minutes the first time, needs a C++ compiler)'
+	@cargo test --quiet $(PARITY) --locked --no-run
+	@MOCKER_ENV=$(CURDIR)/target/parity-mocker/venv cargo test $(PARITY) --locked --test mocker -- --ignored --test-threads 1
+
 # Seconds for each target.
 FUZZ_SECONDS ?= 600
 CARGO_FUZZ := 0.13.1

@@ -24,7 +24,7 @@ use crate::ingest::subject::Template;
 use crate::load;
 
 pub use error::{ConfigErrors, Problem};
-pub use events::{Events, FamilyUse, ZmqAddress};
+pub use events::{Events, FamilyUse, Socket, ZmqAddress};
 pub use file::{File, Tls};
 pub use layer::{Layer, Origin};
 pub use schema::schema;
@@ -54,6 +54,8 @@ pub struct Config {
     pub filter_wasm: PathBuf,
     /// Where events come from.
     pub nats: Option<Nats>,
+    /// Where the standalone indexer listens.
+    pub indexer: Option<Indexer>,
     /// `host:port` of the sockets of Dynamo's event plane over ZMQ.
     pub dynamo_zmq: Vec<String>,
     /// Most bytes a second of a worker's own stream of events.
@@ -64,6 +66,15 @@ pub struct Config {
     pub settings: Settings,
     /// The pools, at least one; the first serves requests that name no known model.
     pub pools: Vec<Pool>,
+}
+
+/// The standalone indexer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Indexer {
+    /// Where it listens.
+    pub listen: SocketAddr,
+    /// File with the token that clients show.
+    pub token_file: Option<PathBuf>,
 }
 
 /// A NATS server and the planes to read there.
@@ -138,6 +149,8 @@ pub struct Pool {
     pub image_token: Option<u32>,
     /// The workers.
     pub workers: Vec<Worker>,
+    /// Routing group, of a pool that workers registered for at run time. No request is routed to it.
+    pub routing_group: Option<String>,
 }
 
 /// One engine instance.
@@ -145,8 +158,9 @@ pub struct Pool {
 pub struct Worker {
     /// Its id, unique over all pools.
     pub id: WorkerId,
-    /// Where it takes requests, unique over all pools.
-    pub endpoint: SocketAddr,
+    /// Where it takes requests, unique over all pools; `None` for one that registered to be indexed
+    /// alone.
+    pub endpoint: Option<SocketAddr>,
     /// What it does.
     pub role: Role,
     /// Its data-parallel ranks.
@@ -218,6 +232,7 @@ impl Config {
         differs("state_dir", self.state_dir != next.state_dir);
         differs("filter_wasm", self.filter_wasm != next.filter_wasm);
         differs("nats", self.nats != next.nats);
+        differs("indexer", self.indexer != next.indexer);
         differs("dynamo_zmq", self.dynamo_zmq != next.dynamo_zmq);
         let quota = self.event_bytes_per_second != next.event_bytes_per_second;
         differs("event_bytes_per_second", quota);

@@ -14,6 +14,7 @@ mod field;
 mod health;
 mod hearing;
 mod knowledge;
+mod partition;
 mod peering;
 mod prediction;
 mod publisher;
@@ -25,6 +26,7 @@ mod slots;
 mod strangers;
 mod streams;
 mod subscriber;
+mod tokens;
 mod trust;
 mod walk;
 mod watching;
@@ -59,6 +61,7 @@ pub use dumping::{NotAdopted, NotDumped};
 pub use field::{Field, Standing};
 pub use hearing::{EventsReport, Known};
 pub use knowledge::Knowledge;
+pub use partition::Partition;
 pub use publisher::{Refusal, SubscriberReport};
 pub use report::{Available, IndexReport, OwnerReport, PoolReport, Readiness, WorkersReport};
 pub use slots::Slots;
@@ -123,6 +126,8 @@ pub struct Service {
     flush_at: Option<Instant>,
     received_ns: Vec<u64>,
     saving: saving::Saving,
+    /// Kept for the standalone indexer alone.
+    tokens: Option<tokens::Tokens>,
     silence: Arc<Notify>,
     metrics: Arc<Metrics>,
 }
@@ -195,6 +200,7 @@ impl Service {
             flush_at: None,
             received_ns: Vec::new(),
             saving: saving::Saving::new(config.state_dir.as_deref().map(state::file)),
+            tokens: config.indexer.as_ref().map(|_| tokens::Tokens::default()),
             silence: Arc::default(),
             metrics,
         };
@@ -311,6 +317,19 @@ impl Service {
             Control::Table(reply) => {
                 let _ = reply.send(self.table());
             }
+            Control::Partitions(reply) => {
+                let _ = reply.send(self.partitions());
+            }
+            Control::Held {
+                pool,
+                prompt,
+                reply,
+            } => {
+                let _ = reply.send(self.held(pool, &prompt));
+            }
+            Control::Stores { pool, owner, reply } => {
+                let _ = reply.send(self.stores(pool, owner));
+            }
         }
     }
 
@@ -337,6 +356,7 @@ impl Service {
     /// Removed workers' pages go out before the table that drops them or gives their slots away.
     fn configure(&mut self, config: &Config, written: oneshot::Sender<()>) {
         self.settings = config.settings;
+        self.add_pools(config);
         let change = self.roster.update(&config.pools);
         for (pool, slot) in &change.removed {
             self.drop_blocks(*pool, *slot);
@@ -424,6 +444,7 @@ impl Service {
         }
         if tick.is_multiple_of(SAVE_TICKS) {
             self.begin_saving();
+            self.sweep_tokens();
         }
     }
 

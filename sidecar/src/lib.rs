@@ -12,6 +12,7 @@ pub mod decision;
 pub mod dump;
 pub mod envoy;
 pub mod index;
+pub mod indexer;
 pub mod ingest;
 pub mod load;
 pub mod metrics;

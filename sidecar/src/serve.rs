@@ -11,9 +11,10 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::bridge::Bridge;
-use crate::config::{Config, Layer, Pool};
+use crate::config::{self, Config, Layer, Pool};
 use crate::envoy::{Files, FilesError, endpoints_of};
 use crate::index::{Control, Service, state_file};
+use crate::indexer::{self, Ask, Registry};
 use crate::ingest::doors::Doors;
 use crate::ingest::nats;
 use crate::ingest::stream::Hall;
@@ -29,6 +30,8 @@ const ARRIVALS: usize = 256;
 const CONTROLS: usize = 1024;
 /// Requests for snapshots under way, at most one to a worker.
 const REQUESTS: usize = 1 << 16;
+/// Registrations that wait for the configuration.
+const ASKED: usize = 64;
 /// Least time between two replacements of trapped VMs: one that was taken for trapped wrongly must
 /// not keep Envoy busy.
 const REPLACE_PAUSE: Duration = Duration::from_secs(10);
@@ -73,13 +76,14 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
     let (arrivals, arrived) = mpsc::channel(ARRIVALS);
     let (control, controlled) = mpsc::channel(CONTROLS);
     let (requests, requested) = mpsc::channel(REQUESTS);
+    let (registry, asked) = mpsc::channel(ASKED);
     let state_file = state_file(&config);
     let restored =
         tokio::task::spawn_blocking(move || state::restore(state_file.as_deref())).await?;
     let mut service = Service::new(&config, restored, requests, Arc::clone(&metrics));
     let silence = service.silence();
     let token = match &config.admin_token_file {
-        Some(file) => Some(read_token(file).await?),
+        Some(file) => Some(read_token("admin_token_file", file).await?),
         None => None,
     };
 
@@ -141,9 +145,14 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
             .await
             .context("the admin listener failed")
     });
+    if let Some(indexer) = &config.indexer {
+        tasks.spawn(serve_indexer(indexer, control.clone(), registry, cancel.clone()).await?);
+    }
     tracing::info!(admin = %config.admin, socket = %config.socket.display(), "serving");
     let reloader = Reloader {
         config,
+        registry: Registry::default(),
+        asked,
         source,
         files,
         control,
@@ -162,16 +171,35 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
     supervise(tasks, &cancel).await
 }
 
-async fn read_token(file: &Path) -> anyhow::Result<String> {
+/// The standalone indexer, once it listens.
+async fn serve_indexer(
+    indexer: &config::Indexer,
+    control: mpsc::Sender<Control>,
+    registry: mpsc::Sender<Ask>,
+    cancel: CancellationToken,
+) -> anyhow::Result<impl Future<Output = anyhow::Result<()>> + use<>> {
+    let token = match &indexer.token_file {
+        Some(file) => Some(read_token("indexer.token_file", file).await?),
+        None => None,
+    };
+    let listener = tokio::net::TcpListener::bind(indexer.listen)
+        .await
+        .with_context(|| format!("can't listen on indexer {}", indexer.listen))?;
+    let app = indexer::router(indexer::Face::new(control, registry, token));
+    Ok(async move {
+        axum::serve(listener, app)
+            .with_graceful_shutdown(cancel.cancelled_owned())
+            .await
+            .context("the indexer's listener failed")
+    })
+}
+
+async fn read_token(key: &str, file: &Path) -> anyhow::Result<String> {
     let token = tokio::fs::read_to_string(file).await;
-    let token = token.with_context(|| format!("admin_token_file {}", file.display()))?;
+    let token = token.with_context(|| format!("{key} {}", file.display()))?;
     let token = token.trim();
     // Anybody can show an empty one.
-    anyhow::ensure!(
-        !token.is_empty(),
-        "admin_token_file {} is empty",
-        file.display()
-    );
+    anyhow::ensure!(!token.is_empty(), "{key} {} is empty", file.display());
     Ok(token.to_owned())
 }
 
@@ -246,7 +274,11 @@ async fn silence(silence: &Notify, replaced_at: Option<Instant>) {
 
 /// Keeps the running sidecar in line with its file.
 struct Reloader {
+    /// As the file has it.
     config: Config,
+    /// What lies over it at run time.
+    registry: Registry,
+    asked: mpsc::Receiver<Ask>,
     source: Source,
     files: Option<Files>,
     control: mpsc::Sender<Control>,
@@ -276,6 +308,7 @@ impl Reloader {
                             self.replace_trapped();
                             replaced_at = Some(Instant::now());
                         }
+                        Some(ask) = self.asked.recv() => self.answer(ask).await,
                     }
                 }
                 tracing::error!("watching the configuration has failed, changes need a restart");
@@ -285,10 +318,52 @@ impl Reloader {
             }
         }
         loop {
-            silence(&self.silence, replaced_at).await;
-            self.replace_trapped();
-            replaced_at = Some(Instant::now());
+            tokio::select! {
+                () = silence(&self.silence, replaced_at) => {
+                    self.replace_trapped();
+                    replaced_at = Some(Instant::now());
+                }
+                Some(ask) = self.asked.recv() => self.answer(ask).await,
+            }
         }
+    }
+
+    /// Workers come and go at run time. They take no requests, so Envoy's files stay as they are.
+    async fn answer(&mut self, ask: Ask) {
+        // Whoever asked may have gone away.
+        match ask {
+            Ask::Register(asked, reply) => {
+                let outcome = self.registry.register(&self.config, asked);
+                if outcome.is_ok() {
+                    self.registry_changed().await;
+                }
+                let _ = reply.send(outcome);
+            }
+            Ask::Unregister(asked, reply) => {
+                let outcome = self.registry.unregister(&asked);
+                if outcome.is_ok() {
+                    self.registry_changed().await;
+                }
+                let _ = reply.send(outcome);
+            }
+            Ask::Workers(reply) => {
+                let _ = reply.send(self.registry.list(&self.config));
+            }
+        }
+    }
+
+    async fn registry_changed(&mut self) {
+        self.configure(&self.config).await;
+        self.doors.configure(&self.registry.over(&self.config));
+    }
+
+    /// Tells the index of a configuration and of what lies over it. The channel says when every
+    /// Envoy has the table.
+    async fn configure(&self, config: &Config) -> Option<oneshot::Receiver<()>> {
+        let (written, has_table) = oneshot::channel();
+        let config = Arc::new(self.registry.over(config));
+        let told = Control::Configure { config, written };
+        self.control.send(told).await.ok().map(|()| has_table)
     }
 
     /// A trapped VM lets its thread's requests pass by until the filter's configuration changes.
@@ -348,23 +423,17 @@ impl Reloader {
         self.write_endpoints(&next, |before, after| {
             let mut both = endpoints_of(after);
             let leaving = endpoints_of(before).into_iter();
-            both.extend(leaving.filter(|e| !after.workers.iter().any(|w| w.endpoint == *e)));
+            both.extend(leaving.filter(|e| !after.workers.iter().any(|w| w.endpoint == Some(*e))));
             both
         })?;
-        let (written, has_table) = oneshot::channel();
-        let config = Arc::new(next.clone());
-        if self
-            .control
-            .send(Control::Configure { config, written })
-            .await
-            .is_ok()
+        if let Some(has_table) = self.configure(&next).await
             && tokio::time::timeout(TABLE_WRITTEN, has_table)
                 .await
                 .is_err()
         {
             tracing::warn!("not every envoy has the worker table yet, endpoints go ahead");
         }
-        self.doors.configure(&next);
+        self.doors.configure(&self.registry.over(&next));
         self.write_endpoints(&next, |_, after| endpoints_of(after))?;
         self.config = next;
         Ok(())

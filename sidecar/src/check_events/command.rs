@@ -167,6 +167,10 @@ impl Command {
                 url: url.clone(),
                 every: *poll,
             }),
+            Some(Events::Sockets(_)) => anyhow::bail!(
+                "worker {} has registered rank by rank: --zmq takes one of its addresses",
+                worker.id
+            ),
             Some(Events::Http { .. }) => anyhow::bail!(
                 "worker {} posts its events to the sidecar: /v1/workers of its admin port says what \
                  became of them, and --file takes a body",

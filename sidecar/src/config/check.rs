@@ -13,7 +13,7 @@ use super::error::{ConfigErrors, Problem};
 use super::file;
 use super::file::File;
 use super::layer::Layer;
-use super::{Config, DEFAULT_POOL, DynamoPlane, Nats, Pool, Worker};
+use super::{Config, DEFAULT_POOL, DynamoPlane, Indexer, Nats, Pool, Worker};
 use crate::ingest::subject::{Template, TemplateError};
 use crate::load;
 
@@ -86,6 +86,7 @@ impl Check {
             state_dir: file.state_dir.clone(),
             filter_wasm: file.filter_wasm.clone(),
             nats: file.nats.as_ref().map(|nats| self.nats(nats)),
+            indexer: file.indexer.as_ref().map(|indexer| self.indexer(indexer)),
             dynamo_zmq: self.dynamo_zmq(&file.dynamo_zmq),
             event_bytes_per_second: file.event_bytes_per_second,
             load: load::Settings {
@@ -101,6 +102,19 @@ impl Check {
                 token_limit: file.token_limit,
                 decision_header: file.decision_header,
             },
+        }
+    }
+
+    fn indexer(&mut self, indexer: &file::Indexer) -> Indexer {
+        let listen = self.address("indexer.listen", &indexer.listen, "must be ip:port");
+        if indexer.token_file.is_none() && listen != UNKNOWN && !listen.ip().is_loopback() {
+            let why = "needs indexer.token_file, because other machines reach it";
+            self.refuse("indexer.listen", listen, why);
+        }
+        self.readable("indexer.token_file", indexer.token_file.as_deref());
+        Indexer {
+            listen,
+            token_file: indexer.token_file.clone(),
         }
     }
 
@@ -246,7 +260,7 @@ impl Check {
             }
             Worker {
                 id: worker.id.unwrap_or_default(),
-                endpoint,
+                endpoint: Some(endpoint),
                 role: worker.role,
                 ranks: worker.data_parallel_size,
                 events: worker.events.as_ref().and_then(|events| {
@@ -268,6 +282,7 @@ impl Check {
             policy: self.policy(pool, prefix),
             kv_events: pool.kv_events,
             ttl_ms: milliseconds(pool.router_ttl_secs),
+            routing_group: None,
         }
     }
 

@@ -1,5 +1,6 @@
 //! What a worker's own stream of events needs, checked.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -24,6 +25,8 @@ pub enum Events {
         /// The ROUTER sockets that give batches once more.
         replay: Option<ZmqAddress>,
     },
+    /// The same, of a worker that registered rank by rank.
+    Sockets(BTreeMap<DpRank, Socket>),
     /// Polled from TensorRT-LLM's HTTP server.
     TrtLlm {
         /// Where, `http://`.
@@ -38,6 +41,27 @@ pub enum Events {
         /// Whether an engine on this machine needs no token.
         trusts_loopback: bool,
     },
+}
+
+/// Where one rank publishes over ZMQ.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Socket {
+    /// The PUB socket.
+    pub endpoint: ZmqAddress,
+    /// The ROUTER socket that gives batches once more.
+    pub replay: Option<ZmqAddress>,
+}
+
+impl Events {
+    /// `host:port` of a rank's PUB socket, where there is one.
+    #[must_use]
+    pub fn zmq(&self, rank: DpRank) -> Option<String> {
+        match self {
+            Self::Zmq { endpoint, .. } => endpoint.of(rank),
+            Self::Sockets(sockets) => sockets.get(&rank)?.endpoint.of(0),
+            Self::TrtLlm { .. } | Self::Http { .. } => None,
+        }
+    }
 }
 
 /// Sockets of all ranks of a worker: rank r is at port + r.

@@ -46,6 +46,11 @@ pub struct File {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Nats")]
     pub nats: Option<Nats>,
+    /// The standalone indexer: Dynamo's HTTP interface to the index. Needs a restart, as everything
+    /// under `indexer` does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Indexer")]
+    pub indexer: Option<Indexer>,
     /// `tcp://host:port` of the sockets of Dynamo's event plane over ZMQ, publishers' or brokers'.
     /// Needs a restart.
     #[schemars(length(max = 4096))]
@@ -93,6 +98,7 @@ impl Default for File {
             state_dir: None,
             filter_wasm: "kv_filter.wasm".into(),
             nats: None,
+            indexer: None,
             dynamo_zmq: Vec::new(),
             event_bytes_per_second: 64 << 20,
             body_limit_bytes: 16 << 20,
@@ -313,6 +319,27 @@ pub struct FamilyUse {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "u32", range(min = 1, max = 65_536))]
     pub block_size: Option<u32>,
+}
+
+/// Where the standalone indexer listens.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Indexer {
+    /// `ip:port`. An address that other machines reach needs `token_file`.
+    pub listen: String,
+    /// File with the token that clients send as `Authorization: Bearer`. Read at the start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "PathBuf")]
+    pub token_file: Option<PathBuf>,
+}
+
+impl Default for Indexer {
+    fn default() -> Self {
+        Self {
+            listen: "127.0.0.1:8090".into(),
+            token_file: None,
+        }
+    }
 }
 
 /// The NATS server and the planes to read there.

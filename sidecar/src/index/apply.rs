@@ -183,6 +183,9 @@ impl Service {
         tier: Option<Tier>,
         data: &EventData,
     ) {
+        if let Some(tokens) = &mut self.tokens {
+            tokens.note(pool, data);
+        }
         let doubtful = self.vouch(pool, slot, tier, data);
         let mut applied = match (data, tier) {
             (EventData::Cleared, Some(tier)) => Applied {

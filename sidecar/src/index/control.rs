@@ -3,12 +3,15 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use kv_core::event::RouterEvent;
+use kv_core::id::OwnerId;
+use kv_core::overlap::Overlap;
 use kv_core::report::{Report, Sum};
 use kv_core::table::Table;
 use kv_core::wire::{Ack, Subscribe};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Field, IndexReport, NotDumped, Readiness, Refusal, WorkersReport};
+use super::{Field, IndexReport, NotDumped, Partition, Readiness, Refusal, WorkersReport};
 use crate::config::Config;
 use crate::decision::{DecisionsReport, Wanted};
 use crate::dump::Line;
@@ -74,4 +77,24 @@ pub enum Control {
     },
     /// The worker table.
     Table(oneshot::Sender<Table>),
+    /// What the standalone indexer goes by.
+    Partitions(oneshot::Sender<Vec<Partition>>),
+    /// What the owners of a pool hold of a prompt, without those that hold nothing.
+    Held {
+        /// Pool number.
+        pool: usize,
+        /// Sequence hashes of the prompt's blocks.
+        prompt: Vec<u64>,
+        /// The owners.
+        reply: oneshot::Sender<Vec<(OwnerId, Overlap)>>,
+    },
+    /// All blocks of an owner, as stores of one block each, parents first.
+    Stores {
+        /// Pool number.
+        pool: usize,
+        /// The owner.
+        owner: OwnerId,
+        /// The stores.
+        reply: oneshot::Sender<Vec<RouterEvent>>,
+    },
 }

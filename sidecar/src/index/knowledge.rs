@@ -110,7 +110,7 @@ impl Source {
     /// What the configuration says.
     pub(super) fn configure(&mut self, events: Option<&Events>) {
         self.configured = events.map(|events| match events {
-            Events::Zmq { .. } => Plane::Zmq,
+            Events::Zmq { .. } | Events::Sockets(_) => Plane::Zmq,
             Events::TrtLlm { .. } => Plane::Poll,
             Events::Http { .. } => Plane::Http,
         });

@@ -169,8 +169,8 @@ pub struct OwnerReport {
     pub rank: DpRank,
     /// Its number in the pages.
     pub slot: u16,
-    /// Where it takes requests.
-    pub endpoint: String,
+    /// Where it takes requests; `null` for one that is indexed alone.
+    pub endpoint: Option<String>,
     /// What it does.
     pub role: Role,
     /// Whether it takes requests.
@@ -277,9 +277,9 @@ impl Service {
                     worker: id.worker,
                     rank: id.rank,
                     slot: owner.slot.0,
-                    endpoint: worker.config.endpoint.to_string(),
+                    endpoint: worker.config.endpoint.map(|e| e.to_string()),
                     role: worker.config.role,
-                    accepting: true,
+                    accepting: worker.config.endpoint.is_some(),
                     blocks: self.index.owner_blocks(number.into(), owner.slot),
                     last_event_id: owner.dynamo.last.max(worker.json.last),
                     gaps: owner.gaps,

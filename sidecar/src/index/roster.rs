@@ -131,10 +131,16 @@ impl Roster {
         self.pools.iter_mut().flat_map(|p| p.workers.values_mut())
     }
 
-    /// The worker table, without epoch, version and settings.
+    /// The worker table, without epoch, version and settings. Pools that take no requests come last
+    /// and are no part of it.
     #[must_use]
     pub(super) fn table_pools(&self) -> Vec<table::Pool> {
-        self.pools.iter().map(Pool::table).collect()
+        let routed = |pool: &&Pool| pool.config.routing_group.is_none();
+        self.pools
+            .iter()
+            .take_while(routed)
+            .map(Pool::table)
+            .collect()
     }
 }
 
@@ -249,12 +255,15 @@ impl Worker {
 
     fn table(&self) -> impl Iterator<Item = table::Owner> {
         let ids = self.config.owners();
-        self.owners.iter().zip(ids).map(|(owner, id)| table::Owner {
-            slot: owner.slot,
-            id,
-            role: self.config.role,
-            endpoint: self.config.endpoint.to_string(),
-            accepting: true,
+        let owners = self.owners.iter().zip(ids);
+        owners.filter_map(|(owner, id)| {
+            Some(table::Owner {
+                slot: owner.slot,
+                id,
+                role: self.config.role,
+                endpoint: self.config.endpoint?.to_string(),
+                accepting: true,
+            })
         })
     }
 }

@@ -42,7 +42,24 @@ struct Door {
     /// By what it was opened; with other settings it is opened anew.
     settings: Settings,
     worker: Worker,
-    _tasks: Vec<Task>,
+    /// By number of the stream; 0 where one task reads all of them.
+    tasks: BTreeMap<u32, Task>,
+}
+
+impl Door {
+    /// Tasks of the streams that stay as they are although the worker has changed: a rank that
+    /// registers leaves the others alone.
+    fn unchanged(self, settings: &Settings, next: &Worker) -> BTreeMap<u32, Task> {
+        let (Some(Events::Sockets(before)), Some(Events::Sockets(after))) =
+            (&self.worker.events, &next.events)
+        else {
+            return BTreeMap::new();
+        };
+        let is_same =
+            |rank: &u32| self.settings == *settings && before.get(rank) == after.get(rank);
+        let tasks = self.tasks.into_iter();
+        tasks.filter(|(rank, _)| is_same(rank)).collect()
+    }
 }
 
 /// The reader of a stream of all workers.
@@ -102,9 +119,9 @@ impl Doors {
                 let door = match door {
                     Some(door) if is_same(&door) => door,
                     other => {
-                        drop(other);
+                        let kept = other.map(|door| door.unchanged(&settings, worker));
                         self.desk.close(worker.id);
-                        self.open_door(worker, settings.clone())
+                        self.open_door(worker, settings.clone(), kept.unwrap_or_default())
                     }
                 };
                 self.open.insert(worker.id, door);
@@ -122,9 +139,14 @@ impl Doors {
         Outlet::new(self.hall.clone(), origin, plane, normaliser)
     }
 
-    fn open_door(&mut self, worker: &Worker, settings: Settings) -> Door {
+    /// Opens the streams of a worker that `tasks` don't read already.
+    fn open_door(
+        &mut self,
+        worker: &Worker,
+        settings: Settings,
+        mut tasks: BTreeMap<u32, Task>,
+    ) -> Door {
         let id = worker.id;
-        let mut tasks = Vec::new();
         match &worker.events {
             Some(Events::Zmq {
                 endpoint,
@@ -140,18 +162,22 @@ impl Doors {
                         topic: topic.clone(),
                         replay: replay.as_ref().and_then(|replay| replay.of(rank)),
                     };
-                    let source = if address.replay.is_some() {
-                        Source::Replays
-                    } else {
-                        Source::Live
+                    tasks.insert(rank, self.subscribe(id, rank, address, &settings));
+                }
+            }
+            Some(Events::Sockets(sockets)) => {
+                for (rank, socket) in sockets {
+                    let Some(events) = socket.endpoint.of(0) else {
+                        continue;
                     };
-                    let outlet = self.outlet(id, rank, Plane::Zmq, &settings);
-                    let resume = self.resumes.remove(&outlet.origin());
-                    tasks.push(spawn(async move {
-                        let form = Form::Batches(Encoding::MsgPack);
-                        let stream = Stream::start(outlet, source, form, resume).await?;
-                        zmq::run(address, stream).await
-                    }));
+                    let address = zmq::Address {
+                        events,
+                        topic: String::new(),
+                        replay: socket.replay.as_ref().and_then(|replay| replay.of(0)),
+                    };
+                    if !tasks.contains_key(rank) {
+                        tasks.insert(*rank, self.subscribe(id, *rank, address, &settings));
+                    }
                 }
             }
             Some(Events::TrtLlm { url, poll }) => {
@@ -163,7 +189,7 @@ impl Doors {
                         (rank, outlet, resume)
                     })
                     .collect();
-                tasks.push(spawn(async move {
+                let task = spawn(async move {
                     let mut streams = BTreeMap::new();
                     for (rank, outlet, resume) in ranks {
                         let form = Form::JsonEvents;
@@ -171,7 +197,8 @@ impl Doors {
                         streams.insert(rank, stream);
                     }
                     poll::run(url, every, streams).await
-                }));
+                });
+                tasks.insert(0, task);
             }
             Some(Events::Http {
                 token_file,
@@ -191,8 +218,29 @@ impl Doors {
         Door {
             settings,
             worker: worker.clone(),
-            _tasks: tasks,
+            tasks,
         }
+    }
+
+    fn subscribe(
+        &mut self,
+        worker: WorkerId,
+        rank: DpRank,
+        address: zmq::Address,
+        settings: &Settings,
+    ) -> Task {
+        let source = if address.replay.is_some() {
+            Source::Replays
+        } else {
+            Source::Live
+        };
+        let outlet = self.outlet(worker, rank, Plane::Zmq, settings);
+        let resume = self.resumes.remove(&outlet.origin());
+        spawn(async move {
+            let form = Form::Batches(Encoding::MsgPack);
+            let stream = Stream::start(outlet, source, form, resume).await?;
+            zmq::run(address, stream).await
+        })
     }
 
     /// The workers that have no stream of their own are read from the stream of all.
