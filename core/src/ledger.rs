@@ -3,12 +3,15 @@
 //! Per owner the lanes hold the sum over all VMs that ever ran in the process. A VM reports its own
 //! sums whole, so a lost report is made good by the next. A VM that falls silent keeps its last
 //! sums here for ever; whatever it added after them shows up as a difference between ledger and
-//! lanes once both have been quiet, and is then entered as well.
+//! lanes once both have been quiet, and is then entered as well. What is left of nobody is written
+//! off: a live VM takes it out of the lanes, which is a part of its own sums from then on.
+
+use std::collections::BTreeMap;
 
 use hashbrown::HashMap;
 
 use crate::load::Load;
-use crate::report::{OwnerKey, Report};
+use crate::report::{OwnerKey, Report, Step, Sum};
 
 /// How long neither lanes nor reports of an owner may have changed before a difference between
 /// them counts as a leak.
@@ -66,6 +69,8 @@ struct Vm {
     /// Whether its bookings count for nothing because it fell silent.
     is_retired: bool,
     sums: HashMap<OwnerKey, Lanes>,
+    /// The part of its sums that takes out what VMs before it had left.
+    written_off: HashMap<OwnerKey, Lanes>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -104,11 +109,40 @@ impl Ledger {
                 self.owners.entry(sum.owner).or_default().quiet_since_ms = now_ms;
             }
         }
+        for step in &report.steps {
+            match step {
+                Step::WrittenOff(sum) => {
+                    let lanes = Lanes { a: sum.a, b: sum.b };
+                    vm.written_off.insert(sum.owner, lanes);
+                }
+                Step::Leave => vm.is_retired = true,
+                _ => {}
+            }
+        }
         if is_next {
             Continuity::Next
         } else {
             Continuity::Gap
         }
+    }
+
+    /// What the lanes hold of nobody, by owner: sums of VMs that are gone, leaks, less what live
+    /// VMs have taken out for them.
+    #[must_use]
+    pub fn orphaned(&self) -> Vec<Sum> {
+        let mut orphaned: BTreeMap<OwnerKey, Lanes> = BTreeMap::new();
+        let settled = self.owners.iter().map(|(key, owner)| (key, &owner.settled));
+        let of_vms = self.vms.values().flat_map(|vm| {
+            let sums = if vm.is_retired { &vm.sums } else { &vm.written_off };
+            sums.iter()
+        });
+        for (owner, lanes) in settled.chain(of_vms) {
+            let sum = orphaned.entry(*owner).or_default();
+            *sum = sum.plus(*lanes);
+        }
+        orphaned.retain(|_, lanes| *lanes != Lanes::default());
+        let sum = |(owner, Lanes { a, b })| Sum { owner, a, b };
+        orphaned.into_iter().map(sum).collect()
     }
 
     /// What the lanes of an owner are known to hold.
@@ -192,6 +226,7 @@ impl Ledger {
         self.owners.retain(|owner, _| is_known(owner));
         for vm in self.vms.values_mut() {
             vm.sums.retain(|owner, _| is_known(owner));
+            vm.written_off.retain(|owner, _| is_known(owner));
         }
     }
 }
@@ -201,7 +236,6 @@ mod tests {
     use super::*;
     use crate::id::OwnerId;
     use crate::load::Leg;
-    use crate::report::Sum;
 
     const OWNER: OwnerKey = OwnerKey {
         pool: 0,
@@ -282,6 +316,56 @@ mod tests {
         assert_eq!(leak.load().waiting, 1);
         assert_eq!(ledger.booked(&OWNER), gauges);
         assert_eq!(ledger.compare(OWNER, gauges, 9_000), None);
+    }
+
+    #[test]
+    fn what_a_dead_vm_left_is_written_off_by_a_live_one() {
+        let (mut ledger, mut gauges) = (Ledger::default(), Lanes::default());
+        let (mut dead, mut live) = (Vm::new(1), Vm::new(2));
+        dead.book(&mut gauges);
+        let mut leg = live.book(&mut gauges);
+        ledger.report(&dead.report(), 0);
+        ledger.report(&live.report(), 0);
+        assert_eq!(ledger.orphaned(), []);
+        // One booking more that nobody heard of.
+        dead.book(&mut gauges);
+        ledger.report(&live.report(), 1);
+        assert_eq!(ledger.retire(1), [1]);
+        assert_eq!(ledger.compare(OWNER, gauges, 1_000), None);
+        assert!(ledger.compare(OWNER, gauges, 4_000).is_some());
+        let left = ledger.orphaned();
+        assert_eq!(Lanes { a: left[0].a, b: left[0].b }.load().waiting, 2);
+        // The live one takes it out, twice: the bridge changed hands meanwhile.
+        let mut written_off = Sum::new(OWNER);
+        let mut write_off = |ledger: &mut Ledger, live: &mut Vm, gauges: &mut Lanes, sum: &Sum| {
+            live.add(sum.removal(), gauges);
+            written_off.add(sum.removal());
+            let report = Report {
+                steps: vec![Step::WrittenOff(written_off)],
+                ..live.report()
+            };
+            ledger.report(&report, 5_000);
+            assert_eq!(ledger.booked(&OWNER), *gauges);
+        };
+        write_off(&mut ledger, &mut live, &mut gauges, &left[0]);
+        assert_eq!(ledger.orphaned(), []);
+        write_off(&mut ledger, &mut live, &mut gauges, &left[0]);
+        let back = ledger.orphaned();
+        let (a, b) = (left[0].a.wrapping_neg(), left[0].b.wrapping_neg());
+        assert_eq!(back[0], Sum { a, b, ..left[0] });
+        write_off(&mut ledger, &mut live, &mut gauges, &back[0]);
+        assert_eq!(ledger.orphaned(), []);
+        // It ends properly: nothing is left of either.
+        live.add(leg.release(), &mut gauges);
+        let report = Report {
+            complete: true,
+            steps: vec![Step::WrittenOff(written_off), Step::Leave],
+            ..live.report()
+        };
+        ledger.report(&report, 6_000);
+        assert_eq!((gauges, ledger.booked(&OWNER)), Default::default());
+        assert_eq!((ledger.orphaned(), ledger.vms().count()), (vec![], 0));
+        assert!(ledger.retire(9_000).is_empty(), "it is not missed");
     }
 
     #[test]
