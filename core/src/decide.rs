@@ -88,9 +88,7 @@ pub fn decide(
             .checked_rem(scored.len() as u64)
             .and_then(|i| usize::try_from(i).ok()),
         Mode::Random => (!scored.is_empty()).then(|| rng.below(scored.len())),
-        Mode::LeastLoaded | Mode::Direct | Mode::DeviceAwareWeighted => {
-            pick(&compared(), 0.0, rng)
-        }
+        Mode::LeastLoaded | Mode::Direct | Mode::DeviceAwareWeighted => pick(&compared(), 0.0, rng),
         Mode::PowerOfTwo => lesser_of_two(&compared(), rng),
     };
     (scored, chosen)

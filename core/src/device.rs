@@ -35,7 +35,11 @@ pub fn group<'a>(candidates: &'a [Candidate], pool: &Pool) -> Cow<'a, [Candidate
     let ratio = u64::from(pool.device_ratio.max(1));
     let divisor = ratio.saturating_mul(others.len() as u64).max(1);
     let allowed = requests(&others).saturating_mul(cpu.len() as u64) / divisor;
-    Cow::Owned(if requests(&cpu) < allowed { cpu } else { others })
+    Cow::Owned(if requests(&cpu) < allowed {
+        cpu
+    } else {
+        others
+    })
 }
 
 #[cfg(test)]

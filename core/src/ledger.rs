@@ -133,7 +133,11 @@ impl Ledger {
         let mut orphaned: BTreeMap<OwnerKey, Lanes> = BTreeMap::new();
         let settled = self.owners.iter().map(|(key, owner)| (key, &owner.settled));
         let of_vms = self.vms.values().flat_map(|vm| {
-            let sums = if vm.is_retired { &vm.sums } else { &vm.written_off };
+            let sums = if vm.is_retired {
+                &vm.sums
+            } else {
+                &vm.written_off
+            };
             sums.iter()
         });
         for (owner, lanes) in settled.chain(of_vms) {
@@ -334,7 +338,15 @@ mod tests {
         assert_eq!(ledger.compare(OWNER, gauges, 1_000), None);
         assert!(ledger.compare(OWNER, gauges, 4_000).is_some());
         let left = ledger.orphaned();
-        assert_eq!(Lanes { a: left[0].a, b: left[0].b }.load().waiting, 2);
+        assert_eq!(
+            Lanes {
+                a: left[0].a,
+                b: left[0].b
+            }
+            .load()
+            .waiting,
+            2
+        );
         // The live one takes it out, twice: the bridge changed hands meanwhile.
         let mut written_off = Sum::new(OWNER);
         let mut write_off = |ledger: &mut Ledger, live: &mut Vm, gauges: &mut Lanes, sum: &Sum| {

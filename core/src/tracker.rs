@@ -250,7 +250,11 @@ impl Tracker {
             return false;
         };
         entry.touched_ms = now_ms;
-        entry.left = if left.is_finite() { left.clamp(0.0, 1.0) } else { 1.0 };
+        entry.left = if left.is_finite() {
+            left.clamp(0.0, 1.0)
+        } else {
+            1.0
+        };
         fade(fading, entry.owner, id, entry.left);
         let private = &mut entry.booking.private_blocks;
         let before = *private;
@@ -328,7 +332,11 @@ impl Tracker {
     }
 
     /// The load of an owner, less what bookings hold alone and will not need for long.
-    #[allow(clippy::cast_precision_loss, clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+    #[allow(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss
+    )]
     fn faded(&self, key: &OwnerKey, owner: &Owner) -> ActiveLoad {
         let Some(fading) = self.fading.get(key) else {
             return owner.load;

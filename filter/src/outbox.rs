@@ -103,6 +103,7 @@ impl Outbox {
         host: &impl Host,
         sums: &Sums,
         live: impl Iterator<Item = &'a Booked>,
+        state: impl Iterator<Item = Step>,
     ) -> bool {
         let now_ns = host.now_ns();
         if !self.flush(host, sums, now_ns) {
@@ -117,24 +118,36 @@ impl Outbox {
         }
         let (needed, repeated) = COMPLETE_BYTES;
         let budget = if is_needed { needed } else { repeated };
-        let report = Report {
-            vm: self.vm,
-            sequence: self.sequence + 1,
-            complete: true,
-            sums: sums
-                .values()
-                .filter(|s| is_known(s.owner))
-                .copied()
-                .collect(),
-            steps: whole(live, budget),
-        };
-        if !self.send(host, &report, now_ns) {
+        let mut steps = whole(live, budget);
+        steps.extend(state);
+        if !self.complete(host, sums, steps, now_ns) {
             return false;
         }
         self.whole = true;
         self.completed_ns = now_ns;
         self.stream = stream;
         true
+    }
+
+    /// Reports for the last time: that nothing is booked any more.
+    pub fn leave(&mut self, host: &impl Host, sums: &Sums, state: impl Iterator<Item = Step>) {
+        let now_ns = host.now_ns();
+        self.flush(host, sums, now_ns);
+        let steps = state.chain([Step::Leave]).collect();
+        // Where nobody takes it, the VM is missed after a while.
+        self.complete(host, sums, steps, now_ns);
+    }
+
+    fn complete(&mut self, host: &impl Host, sums: &Sums, steps: Vec<Step>, now_ns: u64) -> bool {
+        let known = sums.values().filter(|s| is_known(s.owner));
+        let report = Report {
+            vm: self.vm,
+            sequence: self.sequence + 1,
+            complete: true,
+            sums: known.copied().collect(),
+            steps,
+        };
+        self.send(host, &report, now_ns)
     }
 
     /// Reports all that waits. `false` if it could not.
@@ -235,6 +248,13 @@ fn size(step: &Step) -> usize {
             let candidates = booked.evidence.as_ref().map_or(0, |e| e.candidates.len());
             2 * FIXED + booked.hashes.len() * HASH_BYTES + candidates * CANDIDATE
         }
-        Step::Move { .. } | Step::FirstToken { .. } | Step::Free { .. } => FIXED,
+        Step::Move { .. }
+        | Step::FirstToken { .. }
+        | Step::Free { .. }
+        | Step::Prefilled { .. }
+        | Step::Grown { .. }
+        | Step::Failed { .. }
+        | Step::WrittenOff(_)
+        | Step::Leave => FIXED,
     }
 }
