@@ -80,7 +80,7 @@ pub enum Event {
     /// `kv_router_worker_failures_total`: times a worker was not reached, broke off or answered
     /// with a status of 500 or above.
     Failure,
-    /// `kv_router_lanes_written_off_total`: lanes from which was taken what VMs had left there.
+    /// `kv_router_written_off_total`: lanes from which was taken what VMs had left there.
     WrittenOff,
     /// `kv_router_prefills_estimated_total`: answers that come whole and whose prefill was taken to
     /// be done by the worker's rate.
@@ -105,7 +105,7 @@ impl Event {
             Self::Undone => "kv_router_bookings_undone_total",
             Self::HintIgnored => "kv_router_hints_ignored_total",
             Self::Failure => "kv_router_worker_failures_total",
-            Self::WrittenOff => "kv_router_lanes_written_off_total",
+            Self::WrittenOff => "kv_router_written_off_total",
             Self::Estimated => "kv_router_prefills_estimated_total",
         }
     }

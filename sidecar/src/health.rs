@@ -23,7 +23,7 @@ pub struct Health {
 
 #[derive(Debug, Default)]
 struct Worker {
-    /// Failures since it last answered.
+    /// Failures since it last answered a request to its end.
     streak: u32,
     /// Pauses in a row.
     pauses: u32,
@@ -90,7 +90,7 @@ impl Health {
         is_due.then_some(Due::Probe)
     }
 
-    /// A worker has begun an answer.
+    /// A worker has answered a request to its end.
     pub fn answered(&mut self, worker: WorkerId) {
         // One that answers what it had before it was left out has to be looked at all the same.
         let is_in = |known: &Worker| known.out_until_ms.is_none() && !known.is_probed;

@@ -150,7 +150,7 @@ fn the_bridge_takes_out_of_the_lanes_what_a_trapped_vm_left_once() {
     run(&mut leader, 200);
     write_off(&leader, 2, order);
     run(&mut leader, 200);
-    assert_eq!(leader.host.named("kv_router_lanes_written_off_total"), 1);
+    assert_eq!(leader.host.named("kv_router_written_off_total"), 1);
     sidecar.read(&[&leader]);
     sidecar.assert_exact(&leader);
     leader.over(own);

@@ -105,12 +105,17 @@ impl Service {
             Step::FirstToken { request } => {
                 if let Some(owner) = self.accounts.owner(vm, *request) {
                     self.underway.first_token(vm, *request, owner.id, now_ms);
+                }
+            }
+            Step::Prefilled { request } => self.underway.prefilled(vm, *request),
+            Step::Free { request } => {
+                let owner = self.accounts.owner(vm, *request);
+                if self.underway.end(vm, *request)
+                    && let Some(owner) = owner
+                {
                     self.worker_answered(owner.id.worker);
                 }
             }
-            // An answer that comes whole tells nothing of when it began.
-            Step::Prefilled { request } => self.underway.end(vm, *request),
-            Step::Free { request } => self.underway.end(vm, *request),
             Step::Move { request, .. } => self.take_prediction_back(vm, *request),
             Step::Failed {
                 request,
@@ -120,6 +125,10 @@ impl Service {
                 let booked = self.accounts.owner(vm, *request);
                 if *failure == Failure::Unreached && booked == Some(*owner) {
                     self.take_prediction_back(vm, *request);
+                }
+                // One that another worker answered has not been failed by that.
+                if booked == Some(*owner) {
+                    self.underway.failed(vm, *request);
                 }
                 self.worker_failed(*owner, *failure);
             }

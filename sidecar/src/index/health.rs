@@ -31,7 +31,7 @@ impl Service {
         }
     }
 
-    /// A worker has begun an answer.
+    /// A worker has answered a request to its end.
     pub(super) fn worker_answered(&mut self, worker: WorkerId) {
         self.health.answered(worker);
     }

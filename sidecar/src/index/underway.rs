@@ -1,5 +1,5 @@
-//! Requests before their first token: what was predicted for them, and since when their worker
-//! prefills.
+//! Requests that are running: what was predicted for them, since when their worker prefills, and
+//! whether it has failed them.
 
 use std::collections::HashMap;
 
@@ -31,6 +31,10 @@ struct Entry {
     /// Leading blocks of the prompt that were predicted on its owner before it came; `None` where
     /// nothing is predicted.
     known: Option<usize>,
+    /// Whether its first token has come, or its prefill is taken to be done.
+    is_answered: bool,
+    /// Whether a worker has failed it.
+    is_failed: bool,
 }
 
 impl Underway {
@@ -40,10 +44,10 @@ impl Underway {
             booked_ms: now_ms,
             prefill_tokens: booked.prefill_tokens,
             known: None,
+            is_answered: booked.decoding,
+            is_failed: false,
         };
-        if !booked.decoding {
-            self.requests.insert((vm, booked.request), entry);
-        }
+        self.requests.insert((vm, booked.request), entry);
     }
 
     /// Its prompt was predicted on its owner, all but so many leading blocks for its sake.
@@ -60,7 +64,7 @@ impl Underway {
 
     /// Its first token has come from an owner.
     pub(super) fn first_token(&mut self, vm: u64, request: u64, owner: OwnerId, now_ms: u64) {
-        let Some(entry) = self.requests.remove(&(vm, request)) else {
+        let Some(entry) = self.answered(vm, request) else {
             return;
         };
         let took_ms = now_ms.saturating_sub(entry.booked_ms);
@@ -72,9 +76,30 @@ impl Underway {
         *known += SHARE * (rate - *known);
     }
 
-    /// It is over, or its first token is not seen.
-    pub(super) fn end(&mut self, vm: u64, request: u64) {
-        self.requests.remove(&(vm, request));
+    /// Its prefill is done, and when its first token came is not known.
+    pub(super) fn prefilled(&mut self, vm: u64, request: u64) {
+        self.answered(vm, request);
+    }
+
+    fn answered(&mut self, vm: u64, request: u64) -> Option<Entry> {
+        let entry = self.requests.get_mut(&(vm, request))?;
+        let before = *entry;
+        entry.is_answered = true;
+        entry.known = None;
+        (!before.is_answered).then_some(before)
+    }
+
+    /// A worker has failed it.
+    pub(super) fn failed(&mut self, vm: u64, request: u64) {
+        if let Some(entry) = self.requests.get_mut(&(vm, request)) {
+            entry.is_failed = true;
+        }
+    }
+
+    /// It is over. Whether it was answered to its end.
+    pub(super) fn end(&mut self, vm: u64, request: u64) -> bool {
+        let entry = self.requests.remove(&(vm, request));
+        entry.is_some_and(|entry| entry.is_answered && !entry.is_failed)
     }
 
     /// Forgets requests that are not booked, and owners that have left.
@@ -136,12 +161,25 @@ mod tests {
         assert_eq!(underway.rate(OWNER, 2_000), 2_000, "2,400 is near enough");
         assert_eq!(underway.rate(OWNER, 1_000), 2_400);
         underway.begin(7, &booked(4, 1_000), 0);
-        underway.end(7, 4);
+        underway.prefilled(7, 4);
         underway.first_token(7, 4, OWNER, 1);
         assert_eq!(underway.rate(OWNER, 1_000), 2_400, "its token is not seen");
         underway.keep(|_, _| false, |_| false);
         assert_eq!(underway.rate(OWNER, 9), 9);
         assert!(underway.requests.is_empty());
+    }
+
+    #[test]
+    fn an_answer_counts_at_its_end_unless_it_broke_off() {
+        let mut underway = Underway::default();
+        for request in 1..=3 {
+            underway.begin(7, &booked(request, 1), 0);
+        }
+        underway.first_token(7, 1, OWNER, 1);
+        underway.prefilled(7, 2);
+        underway.failed(7, 2);
+        let ends = [1, 2, 3, 1].map(|request| underway.end(7, request));
+        assert_eq!(ends, [true, false, false, false]);
     }
 
     #[test]
