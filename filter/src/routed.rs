@@ -21,8 +21,8 @@ use crate::vm::Router;
 const NO_POOL: &str = "none";
 
 /// Envoy's response flags of a worker that could not be connected or that broke off: remote reset,
-/// connection failure, connection termination.
-const BROKEN: u64 = 0x10 | 0x20 | 0x40;
+/// connection failure, connection termination, protocol error.
+const BROKEN: u64 = 0x10 | 0x20 | 0x40 | 0x80_0000;
 
 /// A request that has been decided.
 #[derive(Debug)]
