@@ -34,6 +34,8 @@ mod abi;
 pub mod answer;
 pub mod bookings;
 pub mod bridge;
+#[cfg(feature = "chaos")]
+pub mod chaos;
 pub mod choose;
 pub mod config;
 pub mod correction;

@@ -123,14 +123,7 @@ impl Request {
     /// Its headers have come; `end` without a body.
     pub fn on_headers<H: Host>(&mut self, router: &mut Router<H>, end: bool) -> Action {
         #[cfg(feature = "chaos")]
-        if router
-            .host
-            .header(Headers::Request, "x-kv-chaos")
-            .as_deref()
-            == Some(b"trap")
-        {
-            std::process::abort();
-        }
+        crate::chaos::order(&router.host);
         for name in OURS {
             router.host.remove_header(Headers::Request, name);
         }

@@ -181,6 +181,10 @@ impl<H: Host> Vm<H> {
             stamp_idle(&router.host, now_ns);
         }
         bridge.on_tick(&router.host, &mut router.metrics, self.busy);
+        #[cfg(feature = "chaos")]
+        if bridge.leads() {
+            crate::chaos::obey(&router.host);
+        }
         router.refresh(now_ns);
         if let Some(fleet) = router.world.fleet() {
             if bridge.leads() {

@@ -22,7 +22,7 @@ pub enum Manner {
     Reset,
     /// Resets the connection after the first event of the answer.
     Break,
-    /// Answers nothing for as long as it is told to.
+    /// Answers no POST for as long as it is told to.
     Hang,
 }
 
@@ -102,10 +102,12 @@ async fn serve(
     requests: Arc<AtomicU64>,
     id: u64,
 ) -> std::io::Result<()> {
-    while read_request(&mut stream).await? {
+    while let Some(method) = read_request(&mut stream).await? {
         requests.fetch_add(1, Ordering::Relaxed);
-        // A sender that is gone changes nothing any more.
-        let _ = manner.wait_for(|manner| *manner != Manner::Hang).await;
+        if method == "post" {
+            // A sender that is gone changes nothing any more.
+            let _ = manner.wait_for(|manner| *manner != Manner::Hang).await;
+        }
         let manner = *manner.borrow();
         match manner {
             Manner::Error => {
@@ -140,13 +142,13 @@ fn reset(stream: TcpStream) -> std::io::Result<()> {
     stream.set_zero_linger()
 }
 
-/// Reads a request to its end; `false` where there is none any more.
-async fn read_request(stream: &mut TcpStream) -> std::io::Result<bool> {
+/// Reads a request to its end and returns its method; `None` where there is none any more.
+async fn read_request(stream: &mut TcpStream) -> std::io::Result<Option<String>> {
     let mut head = Vec::new();
     while !head.ends_with(b"\r\n\r\n") {
         match stream.read_u8().await {
             Ok(byte) => head.push(byte),
-            Err(_) if head.is_empty() => return Ok(false),
+            Err(_) if head.is_empty() => return Ok(None),
             Err(error) => return Err(error),
         }
     }
@@ -155,5 +157,5 @@ async fn read_request(stream: &mut TcpStream) -> std::io::Result<bool> {
     let length = length.and_then(|rest| rest.split_whitespace().next()?.parse().ok());
     let mut body = vec![0; length.unwrap_or(0)];
     stream.read_exact(&mut body).await?;
-    Ok(true)
+    Ok(head.split(' ').next().map(str::to_owned))
 }

@@ -202,7 +202,11 @@ impl Stack {
                 let mut loads = Vec::new();
                 collect_loads(&raw, &mut loads);
                 let is_idle = loads.iter().all(|n| *n == 0.0);
-                if is_idle { Ok(()) } else { Err(raw.to_string()) }
+                if is_idle {
+                    Ok(())
+                } else {
+                    Err(raw.to_string())
+                }
             };
             wait::until("no load", zero).await;
         };

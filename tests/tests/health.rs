@@ -77,12 +77,19 @@ async fn a_worker_that_is_gone_is_left_out_no_request_fails_and_it_comes_back() 
         i += 1;
         assert_eq!(send(&stack, i).await.0, 200, "another worker takes it");
         let accepting = accepting(&stack).await?;
-        if accepting == [1, 3] { Ok(()) } else { Err(format!("{accepting:?}")) }
+        if accepting == [1, 3] {
+            Ok(())
+        } else {
+            Err(format!("{accepting:?}"))
+        }
     };
     wait::until("the worker to be left out", left_out).await;
     until_accepting(&stack, &[1, 3]).await;
     let failures = stack.envoy.total("kv_router_worker_failures_total").await;
-    assert!((1..=3).contains(&failures), "left out after {failures} failures");
+    assert!(
+        (1..=3).contains(&failures),
+        "left out after {failures} failures"
+    );
     for i in 0..40 {
         let (status, record) = send(&stack, i).await;
         assert_eq!(status, 200);
@@ -92,7 +99,11 @@ async fn a_worker_that_is_gone_is_left_out_no_request_fails_and_it_comes_back() 
     until_accepting(&stack, &[1, 2, 3]).await;
     let again = async || {
         let (_, record) = send(&stack, 0).await;
-        if record["worker"] == 2 { Ok(()) } else { Err(record) }
+        if record["worker"] == 2 {
+            Ok(())
+        } else {
+            Err(record)
+        }
     };
     wait::until("a request for the worker", again).await;
     stack.idle().await;
@@ -118,7 +129,11 @@ async fn a_worker_that_breaks_off_its_answers_is_left_out() {
         let request = json_request(stack.envoy.port, "/v1/completions", &body);
         let _ = stack.client.send(request.expect("a request")).await;
         let accepting = accepting(&stack).await?;
-        if accepting == [1, 2] { Ok(()) } else { Err(format!("{accepting:?}")) }
+        if accepting == [1, 2] {
+            Ok(())
+        } else {
+            Err(format!("{accepting:?}"))
+        }
     };
     wait::until("the worker to be left out", broken).await;
     stack.idle().await;
@@ -135,7 +150,11 @@ async fn half_of_the_workers_stay_though_all_answer_errors() {
             send(&stack, i).await;
         }
         let accepting = accepting(&stack).await?;
-        if accepting.len() == 2 { Ok(()) } else { Err(format!("{accepting:?}")) }
+        if accepting.len() == 2 {
+            Ok(())
+        } else {
+            Err(format!("{accepting:?}"))
+        }
     };
     wait::until("two workers to be left out", two_left).await;
     for i in 0..20 {

@@ -55,11 +55,20 @@ async fn a_trusted_request_goes_to_the_worker_it_names() {
         assert_eq!((status, &answer["worker"]), (200, &worker.into()));
     }
     let (status, answer) = send(port, &stack, None, Value::Null).await;
-    assert_eq!((status, &answer["error"]["code"]), (400, &"worker_missing".into()));
+    assert_eq!(
+        (status, &answer["error"]["code"]),
+        (400, &"worker_missing".into())
+    );
     let (status, answer) = send(port, &stack, Some("77"), Value::Null).await;
-    assert_eq!((status, &answer["error"]["code"]), (400, &"worker_unknown".into()));
+    assert_eq!(
+        (status, &answer["error"]["code"]),
+        (400, &"worker_unknown".into())
+    );
     let message = answer["error"]["message"].as_str().unwrap_or_default();
-    assert!(message.contains("77 does not identify a known worker"), "{message}");
+    assert!(
+        message.contains("77 does not identify a known worker"),
+        "{message}"
+    );
     // What is not for generation is sent to any.
     let request = Request::get(uri(port, "/v1/models")).body(Full::default());
     let answer = stack.client.send(request.expect("a request")).await;
@@ -72,13 +81,17 @@ async fn a_trusted_request_goes_to_the_worker_it_names() {
 async fn only_a_route_that_says_so_trusts_its_clients() {
     let (stack, _upstreams) = start(3, json!({"router_mode": "direct"})).await;
     let (status, answer) = send(stack.envoy.port, &stack, Some("2"), Value::Null).await;
-    assert_eq!((status, &answer["error"]["code"]), (403, &"hint_untrusted".into()));
+    assert_eq!(
+        (status, &answer["error"]["code"]),
+        (403, &"hint_untrusted".into())
+    );
     // Another Envoy whose routes carry the metadata.
     let file = stack.dir().join("envoy.yaml");
     let bootstrap = std::fs::read_to_string(&file).expect("a bootstrap");
     let route = "- match: {prefix";
     assert!(bootstrap.contains(route));
-    let trust = "- metadata: {filter_metadata: {kv: {trust: hints}}}\n                match: {prefix";
+    let trust =
+        "- metadata: {filter_metadata: {kv: {trust: hints}}}\n                match: {prefix";
     std::fs::write(&file, bootstrap.replace(route, trust)).expect("a writable directory");
     let trusting = stack.another_envoy("second", 1, |filter| filter).await;
     for worker in 1..=3_u64 {

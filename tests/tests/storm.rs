@@ -137,8 +137,15 @@ async fn workers_that_come_and_go_leave_nothing_booked() {
         let restart = async {
             let worker = &mut rude[round % 4];
             let before = worker.read();
-            let busy = async || if worker.read() > before { Ok(()) } else { Err(()) };
-            let _ = tokio::time::timeout(Duration::from_secs(1), wait::until("traffic", busy)).await;
+            let busy = async || {
+                if worker.read() > before {
+                    Ok(())
+                } else {
+                    Err(())
+                }
+            };
+            let _ =
+                tokio::time::timeout(Duration::from_secs(1), wait::until("traffic", busy)).await;
             worker.go().await;
         };
         tokio::join!(storm, restart);
@@ -217,7 +224,10 @@ async fn an_overload_leaves_nothing_booked() {
         config.limits.step = Duration::from_millis(10);
         engines.push(Engine::start(config).await.expect("an engine"));
     }
-    let workers = engines.iter().map(|e| (e.worker_id(), e.address())).collect();
+    let workers = engines
+        .iter()
+        .map(|e| (e.worker_id(), e.address()))
+        .collect();
     let stack = Stack::start(&Setup {
         threads: 2,
         workers,
