@@ -62,12 +62,23 @@ pub enum Continuity {
     Repeated,
 }
 
+/// A VM that fell silent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retired {
+    /// Its nonce.
+    pub vm: u64,
+    /// Whether it had said that it would report little.
+    pub was_leaving: bool,
+}
+
 #[derive(Debug, Default)]
 struct Vm {
     sequence: u64,
     heard_ms: u64,
-    /// Whether its bookings count for nothing because it fell silent.
+    /// Whether its bookings count for nothing because it fell silent, or has none any more.
     is_retired: bool,
+    /// Whether it reports only what happens to the requests it has.
+    is_leaving: bool,
     sums: HashMap<OwnerKey, Lanes>,
     /// The part of its sums that takes out what VMs before it had left.
     written_off: HashMap<OwnerKey, Lanes>,
@@ -115,10 +126,17 @@ impl Ledger {
                     let lanes = Lanes { a: sum.a, b: sum.b };
                     vm.written_off.insert(sum.owner, lanes);
                 }
-                Step::Leave => vm.is_retired = true,
+                Step::Leave => vm.is_leaving = true,
                 _ => {}
             }
         }
+        let has_none = || {
+            !report
+                .steps
+                .iter()
+                .any(|step| matches!(step, Step::Book(_)))
+        };
+        vm.is_retired |= vm.is_leaving && report.complete && has_none();
         if is_next {
             Continuity::Next
         } else {
@@ -179,14 +197,23 @@ impl Ledger {
         Some(leak)
     }
 
-    /// Retires VMs that were last heard before `before_ms`, and names them: their bookings are
-    /// nobody's. Their sums count on, and go on from there should they come back.
-    pub fn retire(&mut self, before_ms: u64) -> Vec<u64> {
+    /// Retires VMs that were last heard before `before_ms`, those that are leaving before
+    /// `leaving_before_ms`, and names them: their bookings are nobody's. Their sums count on, and
+    /// go on from there should they come back.
+    pub fn retire(&mut self, before_ms: u64, leaving_before_ms: u64) -> Vec<Retired> {
         let mut retired = Vec::new();
         for (id, vm) in &mut self.vms {
+            let before_ms = if vm.is_leaving {
+                leaving_before_ms
+            } else {
+                before_ms
+            };
             if !vm.is_retired && vm.heard_ms < before_ms {
                 vm.is_retired = true;
-                retired.push(*id);
+                retired.push(Retired {
+                    vm: *id,
+                    was_leaving: vm.is_leaving,
+                });
             }
         }
         self.settle();
@@ -240,10 +267,16 @@ mod tests {
     use super::*;
     use crate::id::OwnerId;
     use crate::load::Leg;
+    use crate::report::Booked;
 
     const OWNER: OwnerKey = OwnerKey {
         pool: 0,
         id: OwnerId { worker: 1, rank: 0 },
+    };
+
+    const MISSED: Retired = Retired {
+        vm: 1,
+        was_leaving: false,
     };
 
     /// A VM and the gauges it shares with others.
@@ -311,7 +344,7 @@ mod tests {
         vm.book(&mut gauges);
         ledger.report(&vm.report(), 0);
         vm.book(&mut gauges);
-        assert_eq!(ledger.retire(1), [1]);
+        assert_eq!(ledger.retire(1, 0), [MISSED]);
         assert_eq!(ledger.booked(&OWNER).load().waiting, 1);
         // The lanes show one more; it counts once all has been quiet for a while.
         assert_eq!(ledger.compare(OWNER, gauges, 1_000), None);
@@ -334,7 +367,7 @@ mod tests {
         // One booking more that nobody heard of.
         dead.book(&mut gauges);
         ledger.report(&live.report(), 1);
-        assert_eq!(ledger.retire(1), [1]);
+        assert_eq!(ledger.retire(1, 0), [MISSED]);
         assert_eq!(ledger.compare(OWNER, gauges, 1_000), None);
         assert!(ledger.compare(OWNER, gauges, 4_000).is_some());
         let left = ledger.orphaned();
@@ -377,7 +410,48 @@ mod tests {
         ledger.report(&report, 6_000);
         assert_eq!((gauges, ledger.booked(&OWNER)), Default::default());
         assert_eq!((ledger.orphaned(), ledger.vms().count()), (vec![], 0));
-        assert!(ledger.retire(9_000).is_empty(), "it is not missed");
+        assert!(ledger.retire(9_000, 9_000).is_empty(), "it is not missed");
+    }
+
+    #[test]
+    fn a_vm_that_leaves_is_not_missed_while_it_has_requests() {
+        let (mut ledger, mut gauges) = (Ledger::default(), Lanes::default());
+        let mut vm = Vm::new(1);
+        let mut leg = vm.book(&mut gauges);
+        let booked = Booked {
+            request: 1,
+            owner: OWNER,
+            decoding: false,
+            prefill_tokens: 100,
+            blocks: 7,
+            prefix: None,
+            hashes: Vec::new(),
+            evidence: None,
+        };
+        let leaving = Report {
+            complete: true,
+            steps: vec![Step::Book(Box::new(booked)), Step::Leave],
+            ..vm.report()
+        };
+        ledger.report(&leaving, 0);
+        assert!(ledger.retire(9_000, 0).is_empty());
+        assert_eq!(ledger.orphaned(), []);
+        vm.add(leg.release(), &mut gauges);
+        let left = Report {
+            complete: true,
+            steps: vec![Step::Leave],
+            ..vm.report()
+        };
+        ledger.report(&left, 9_000);
+        assert_eq!((ledger.vms().count(), ledger.booked(&OWNER)), (0, gauges));
+        assert!(ledger.retire(99_000, 99_000).is_empty());
+        // One that never comes to that is given up after a longer time.
+        ledger.report(&Report { vm: 2, ..leaving }, 0);
+        let given_up = Retired {
+            vm: 2,
+            was_leaving: true,
+        };
+        assert_eq!(ledger.retire(9_000, 1), [given_up]);
     }
 
     #[test]
@@ -386,8 +460,8 @@ mod tests {
         let mut vm = Vm::new(1);
         let mut leg = vm.book(&mut gauges);
         ledger.report(&vm.report(), 0);
-        assert_eq!(ledger.retire(1), [1]);
-        assert!(ledger.retire(1).is_empty());
+        assert_eq!(ledger.retire(1, 0), [MISSED]);
+        assert!(ledger.retire(1, 0).is_empty());
         assert_eq!(ledger.vms().count(), 0);
         vm.add(leg.first_token(), &mut gauges);
         assert_eq!(ledger.report(&vm.report(), 5), Continuity::Gap);
@@ -411,7 +485,7 @@ mod tests {
             vm.book(&mut gauges);
             ledger.report(&vm.report(), id);
         }
-        assert_eq!(ledger.retire(1_000).len(), 200);
+        assert_eq!(ledger.retire(1_000, 0).len(), 200);
         assert_eq!(ledger.vms.len(), MAX_SILENT);
         assert_eq!(ledger.booked(&OWNER), gauges);
     }

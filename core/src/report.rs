@@ -120,7 +120,8 @@ pub enum Step {
     },
     /// All that this VM has ever taken out of the lanes for VMs that are gone; a part of its sums.
     WrittenOff(Sum),
-    /// The VM ends: it has no requests and will report no more.
+    /// The VM ends with the requests of its complete report: it tells how they go on and nothing
+    /// else, however long that takes.
     Leave,
 }
 

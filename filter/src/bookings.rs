@@ -81,6 +81,8 @@ pub struct Bookings {
     /// The part of the sums that was taken out for VMs that are gone.
     written_off: Sums,
     outbox: Outbox,
+    /// Whether the VM ends with the requests it has.
+    leaving: bool,
 }
 
 impl Tentative {
@@ -290,7 +292,12 @@ impl Bookings {
 
     /// Reports what has happened, if it is time to.
     pub fn settle(&mut self, host: &impl Host) {
-        if self.outbox.is_pending() {
+        if !self.outbox.is_pending() {
+            return;
+        }
+        if self.leaving {
+            self.report_leaving(host);
+        } else {
             self.outbox.settle(host, &self.sums);
         }
     }
@@ -320,14 +327,17 @@ impl Bookings {
         }
     }
 
-    /// Reports for the last time, unless requests are running still.
+    /// The VM ends with the requests it has. It gets no more ticks: what happens from here on is
+    /// reported at once.
     pub fn leave(&mut self, host: &impl Host) {
-        if self.live.is_empty() {
-            let state = self.written_off.values().copied().map(Step::WrittenOff);
-            self.outbox.leave(host, &self.sums, state);
-        } else {
-            self.flush(host);
-        }
+        self.leaving = true;
+        self.report_leaving(host);
+    }
+
+    fn report_leaving(&mut self, host: &impl Host) {
+        let live = self.live.values().map(|live| &live.booked);
+        let state = self.written_off.values().copied().map(Step::WrittenOff);
+        self.outbox.leave(host, &self.sums, live, state);
     }
 
     /// Reports what has happened, whenever the last report was.

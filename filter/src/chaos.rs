@@ -1,7 +1,8 @@
 //! Faults on request, for tests of what follows: the feature `chaos`.
 //!
 //! A request with the header `x-kv-chaos` orders one: `trap` of the VM that has the request,
-//! `bridge-trap` and `bridge-block` of the VM that is the bridge, at its next tick.
+//! `bridge-trap` and `bridge-block` of the VM that is the bridge, at its next tick. Anything else is
+//! logged there.
 
 use crate::host::{Expect, Headers, Host, Level};
 
@@ -28,11 +29,17 @@ pub fn obey(host: &impl Host) {
         return;
     }
     host.set_shared(ORDER, b"", Expect::Anything);
-    host.log(Level::Info, "chaos: the bridge stops");
-    if order == b"bridge-trap" {
-        std::process::abort();
+    match order.as_slice() {
+        b"bridge-trap" => {
+            host.log(Level::Info, "chaos: the bridge stops");
+            std::process::abort();
+        }
+        b"bridge-block" => {
+            host.log(Level::Info, "chaos: the bridge stops");
+            let until_ns = host.now_ns().saturating_add(BLOCK_NS);
+            while host.now_ns() < until_ns {}
+            host.log(Level::Info, "chaos: the bridge goes on");
+        }
+        _ => host.log(Level::Info, "chaos: the bridge was called"),
     }
-    let until_ns = host.now_ns().saturating_add(BLOCK_NS);
-    while host.now_ns() < until_ns {}
-    host.log(Level::Info, "chaos: the bridge goes on");
 }

@@ -13,6 +13,8 @@ use crate::metrics::{Event, Metrics};
 const SPACING_NS: u64 = 1_000_000;
 /// A complete report comes at least this often.
 const COMPLETE_NS: u64 = 2_000_000_000;
+/// A VM that ends says so at most this often while it has requests.
+const LEAVE_NS: u64 = 1_000_000_000;
 /// Steps that wait for a queue, at most.
 const MAX_WAITING: usize = 4096;
 /// Their encoded size, at most, in bytes.
@@ -45,6 +47,8 @@ pub struct Outbox {
     whole: bool,
     completed_ns: u64,
     sent_ns: u64,
+    /// When it was last said that the VM ends.
+    left_ns: u64,
     /// Number of the bridge's stream that the last complete report was made for.
     stream: Vec<u8>,
     queue: Option<Queue>,
@@ -129,11 +133,26 @@ impl Outbox {
         true
     }
 
-    /// Reports for the last time: that nothing is booked any more.
-    pub fn leave(&mut self, host: &impl Host, sums: &Sums, state: impl Iterator<Item = Step>) {
+    /// Reports what waits, and that the VM ends with the requests it has: once a second, and when
+    /// it has none.
+    pub fn leave<'a>(
+        &mut self,
+        host: &impl Host,
+        sums: &Sums,
+        live: impl Iterator<Item = &'a Booked>,
+        state: impl Iterator<Item = Step>,
+    ) {
         let now_ns = host.now_ns();
         self.flush(host, sums, now_ns);
-        let steps = state.chain([Step::Leave]).collect();
+        let (_, budget) = COMPLETE_BYTES;
+        let mut live = live.peekable();
+        let is_due = now_ns.saturating_sub(self.left_ns) >= LEAVE_NS;
+        if live.peek().is_some() && !is_due {
+            return;
+        }
+        self.left_ns = now_ns;
+        let mut steps = whole(live, budget);
+        steps.extend(state.chain([Step::Leave]));
         // Where nobody takes it, the VM is missed after a while.
         self.complete(host, sums, steps, now_ns);
     }

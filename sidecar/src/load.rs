@@ -305,15 +305,19 @@ impl Accounts {
     /// Drops what nobody has claimed for too long.
     pub fn sweep(&mut self, now_ms: u64) -> Swept {
         let mut swept = Swept::default();
+        let mut orphans = Vec::new();
         for (id, proxy) in &mut self.proxies {
-            let silent = proxy.retire(now_ms, VM_SILENCE_MS);
-            swept.vms.extend(silent.map(|vm| (id.clone(), vm)));
+            for retired in proxy.retire(now_ms, VM_SILENCE_MS, self.expiry_ms) {
+                orphans.push(retired.vm);
+                if !retired.was_leaving {
+                    swept.vms.push((id.clone(), retired.vm));
+                }
+            }
             swept.written_off += proxy.write_off(now_ms, || {
                 self.write_offs += 1;
                 self.write_offs
             });
         }
-        let mut orphans: Vec<u64> = swept.vms.iter().map(|(_, vm)| *vm).collect();
         self.proxies.retain(|id, proxy| {
             let stays = !proxy.is_gone(now_ms, PROXY_SILENCE_MS);
             if !stays {

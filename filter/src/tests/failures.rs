@@ -166,27 +166,28 @@ fn the_bridge_takes_out_of_the_lanes_what_a_trapped_vm_left_once() {
 }
 
 #[test]
-fn a_vm_that_ends_says_so() {
+fn a_vm_that_ends_says_so_and_reports_the_requests_it_has() {
     let mut leader = site();
     let mut ending = leader.beside();
     ending.vm.on_tick(ROOT);
     let context = ending.complete(&body(&prompt(1, 8)));
-    ending.over(context);
     ending.vm.on_done(ROOT);
     run(&mut leader, 100);
     let mut sidecar = Sidecar::default();
     sidecar.read(&[&leader]);
-    let last = sidecar
-        .reports
-        .iter()
-        .filter(|r| r.steps.contains(&Step::Leave));
-    assert!(last.clone().all(|r| r.complete && r.steps.len() == 1));
-    assert_eq!(last.count(), 1);
+    let is_leaving = |r: &&Report| r.complete && r.steps.contains(&Step::Leave);
+    let leaving = sidecar.reports.iter().rfind(is_leaving).unwrap();
+    assert!(matches!(
+        leaving.steps.as_slice(),
+        [Step::Book(_), Step::Leave]
+    ));
     sidecar.assert_exact(&leader);
-    assert_eq!(
-        sidecar.ledger.vms().count(),
-        1,
-        "only the leader is expected to report"
-    );
+    assert_eq!(sidecar.ledger.vms().count(), 2, "its request is running");
+    ending.over(context);
+    run(&mut leader, 100);
+    sidecar.read(&[&leader]);
+    sidecar.assert_exact(&leader);
+    assert_eq!(sidecar.last_complete().steps, [Step::Leave]);
+    assert_eq!(sidecar.ledger.vms().count(), 1, "the leader alone reports");
     leader.assert_idle();
 }

@@ -1,6 +1,6 @@
 //! One proxy: the VMs of one `vm_id` in one Envoy process.
 
-use kv_core::ledger::Ledger;
+use kv_core::ledger::{Ledger, Retired};
 use kv_core::loads::{PoolLoads, WriteOff};
 use serde::Serialize;
 
@@ -58,16 +58,19 @@ impl Proxy {
         self.since_ms = now_ms;
     }
 
-    /// VMs that had `silence_ms` to report through a stream and did not.
+    /// VMs that had `silence_ms` to report through a stream and did not; those that are leaving
+    /// have `leaving_ms`.
     pub(super) fn retire(
         &mut self,
         now_ms: u64,
         silence_ms: u64,
-    ) -> impl Iterator<Item = u64> + use<> {
+        leaving_ms: u64,
+    ) -> impl Iterator<Item = Retired> + use<> {
         let before_ms = now_ms.checked_sub(silence_ms);
         let before_ms =
             before_ms.filter(|before| self.stream.is_some() && self.since_ms <= *before);
-        let retired = before_ms.map(|before| self.ledger.retire(before));
+        let leaving_before_ms = now_ms.saturating_sub(leaving_ms);
+        let retired = before_ms.map(|before| self.ledger.retire(before, leaving_before_ms));
         retired.into_iter().flatten()
     }
 
