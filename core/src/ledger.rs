@@ -121,22 +121,16 @@ impl Ledger {
             }
         }
         for step in &report.steps {
-            match step {
-                Step::WrittenOff(sum) => {
-                    let lanes = Lanes { a: sum.a, b: sum.b };
-                    vm.written_off.insert(sum.owner, lanes);
-                }
-                Step::Leave => vm.is_leaving = true,
-                _ => {}
+            if let Step::WrittenOff(sum) = step {
+                let lanes = Lanes { a: sum.a, b: sum.b };
+                vm.written_off.insert(sum.owner, lanes);
             }
         }
-        let has_none = || {
-            !report
-                .steps
-                .iter()
-                .any(|step| matches!(step, Step::Book(_)))
-        };
-        vm.is_retired |= vm.is_leaving && report.complete && has_none();
+        if report.complete {
+            let mut steps = report.steps.iter();
+            vm.is_leaving = report.steps.contains(&Step::Leave);
+            vm.is_retired = vm.is_leaving && !steps.any(|step| matches!(step, Step::Book(_)));
+        }
         if is_next {
             Continuity::Next
         } else {

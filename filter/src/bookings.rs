@@ -334,6 +334,11 @@ impl Bookings {
         self.report_leaving(host);
     }
 
+    /// The VM goes on after all.
+    pub fn stay(&mut self) {
+        self.leaving = false;
+    }
+
     fn report_leaving(&mut self, host: &impl Host) {
         let live = self.live.values().map(|live| &live.booked);
         let state = self.written_off.values().copied().map(Step::WrittenOff);

@@ -157,6 +157,7 @@ impl<H: Host> Vm<H> {
         host.set_tick_ms(config.tick_ms);
         let bridge = Bridge::new(identity, root, &config);
         self.roots.insert(root, Some(bridge));
+        self.router.bookings.stay();
         true
     }
 
