@@ -277,7 +277,7 @@ impl Host for Envoy {
 
     fn reply(&self, status: u32, json: &[u8]) -> bool {
         const NO_GRPC_STATUS: i32 = -1;
-        let details = b"kv_router_refused";
+        let details = b"refused_by_kv_router";
         unsafe {
             proxy_send_local_response(
                 status,
