@@ -662,7 +662,9 @@ mod tests {
 
     /// Bookings kept the obvious way: load is what they add up to.
     fn naive(bookings: &BTreeMap<u64, (u64, Booking, f32)>) -> BTreeMap<u64, ActiveLoad> {
-        let mut loads: BTreeMap<u64, (ActiveLoad, f64, BTreeMap<u64, Vec<f32>>)> = BTreeMap::new();
+        /// Load without blocks, private blocks, and who uses each of the others.
+        type Kept = (ActiveLoad, f64, BTreeMap<u64, Vec<f32>>);
+        let mut loads: BTreeMap<u64, Kept> = BTreeMap::new();
         for (worker, booking, left) in bookings.values() {
             let (load, own, blocks) = loads.entry(*worker).or_default();
             load.prefill_tokens += u64::from(booking.prefill_tokens);
@@ -673,7 +675,7 @@ mod tests {
                 blocks.entry(*hash).or_default().push(*left);
             }
         }
-        let total = |(worker, (load, own, blocks)): (u64, (ActiveLoad, f64, BTreeMap<_, _>))| {
+        let total = |(worker, (load, own, blocks)): (u64, Kept)| {
             let weight = |lefts: &Vec<f32>| match lefts.as_slice() {
                 [alone] => f64::from(*alone),
                 _ => 1.0,

@@ -48,7 +48,7 @@ enum State {
     /// Its body is being read.
     Held(Box<Held>),
     /// On its way to a worker.
-    Routed(Routed),
+    Routed(Box<Routed>),
     /// Done with; further callbacks do nothing.
     Over,
 }
@@ -320,7 +320,7 @@ impl Request {
         };
         let metrics = &mut router.metrics;
         metrics.request(&router.host, routed.pool(), routed.reason());
-        self.state = State::Routed(routed);
+        self.state = State::Routed(Box::new(routed));
         // Part of what routing takes.
         router.bookings.settle(&router.host);
         let now_ns = router.host.now_ns();

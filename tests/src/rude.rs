@@ -115,7 +115,7 @@ async fn serve(
                 stream.write_all(head.as_bytes()).await?;
                 continue;
             }
-            Manner::Reset => return reset(stream),
+            Manner::Reset => return reset(&stream),
             Manner::Serve | Manner::Break | Manner::Hang => {}
         }
         let head = format!(
@@ -129,7 +129,7 @@ async fn serve(
             stream.write_all(chunk.as_bytes()).await?;
             tokio::time::sleep(Duration::from_millis(1)).await;
             if manner == Manner::Break {
-                return reset(stream);
+                return reset(&stream);
             }
         }
         stream.write_all(b"0\r\n\r\n").await?;
@@ -137,8 +137,8 @@ async fn serve(
     Ok(())
 }
 
-/// Closes a connection so that the peer's next read fails.
-fn reset(stream: TcpStream) -> std::io::Result<()> {
+/// Lets a connection be closed so that the peer's next read fails.
+fn reset(stream: &TcpStream) -> std::io::Result<()> {
     stream.set_zero_linger()
 }
 

@@ -80,8 +80,7 @@ async fn visit(port: u16, body: String, stage: Stage) -> std::io::Result<()> {
     stream.write_all(body).await?;
     match stage {
         Stage::Answer => {
-            let mut first = [0; 64];
-            stream.read(&mut first).await?;
+            stream.read_u8().await?;
         }
         Stage::Never => {
             stream.read_to_end(&mut Vec::new()).await?;

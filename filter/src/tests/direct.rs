@@ -33,9 +33,8 @@ fn refused(site: &Site, reason: &str) -> u64 {
 fn the_worker_that_a_trusted_request_names_gets_it_alone() {
     let mut site = site();
     let nvext = br#"{"prompt":[1,2,3,4],"nvext":{"backend_instance_id":12}}"#;
-    let cases: [(Option<&[u8]>, &[u8], u16); 2] = [(Some(b"11"), nvext, 1), (None, nvext, 2)];
-    for (header, body, slot) in cases {
-        let (context, action) = send(&mut site, b"hints", header, body);
+    for (header, slot) in [(Some(&b"11"[..]), 1), (None, 2)] {
+        let (context, action) = send(&mut site, b"hints", header, nvext);
         assert_eq!(action, Action::Continue);
         assert_eq!(site.destinations(), [endpoint(slot)]);
         assert_eq!(site.load(u64::from(slot) + 10).waiting, 1);
@@ -49,15 +48,15 @@ fn the_worker_that_a_trusted_request_names_gets_it_alone() {
 fn requests_that_name_no_worker_or_may_not_are_answered_with_an_error() {
     let mut site = site();
     let plain = body(&prompt(1, 8));
-    let cases: [(&[u8], Option<&[u8]>, &str, u32); 4] = [
-        (b"hints", None, "worker_missing", 400),
-        (b"hints", Some(b"99"), "worker_unknown", 400),
-        (b"", Some(b"11"), "hint_untrusted", 403),
-        (b"all", Some(b"11"), "hint_untrusted", 403),
+    let cases = [
+        ("hints", None, "worker_missing", 400),
+        ("hints", Some(&b"99"[..]), "worker_unknown", 400),
+        ("", Some(b"11"), "hint_untrusted", 403),
+        ("all", Some(b"11"), "hint_untrusted", 403),
     ];
     for (trust, header, reason, status) in cases {
         let before = refused(&site, reason);
-        let (context, action) = send(&mut site, trust, header, &plain);
+        let (context, action) = send(&mut site, trust.as_bytes(), header, &plain);
         assert_eq!(action, Action::Pause, "{reason}");
         let (answered, json) = site.host.replied().unwrap();
         let json: serde_json::Value = serde_json::from_slice(&json).unwrap();
