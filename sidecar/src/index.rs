@@ -8,8 +8,9 @@ mod apply;
 mod control;
 mod cursor;
 mod decisions;
+mod failing;
 mod field;
-mod health;
+
 mod peering;
 mod prediction;
 mod publisher;
