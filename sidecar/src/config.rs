@@ -15,7 +15,7 @@ mod setting;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use kv_core::id::{OwnerId, Role, WorkerId};
+use kv_core::id::{Device, OwnerId, Role, WorkerId};
 use kv_core::policy::Policy;
 use kv_core::table::Settings;
 
@@ -62,6 +62,8 @@ pub struct Config {
     pub event_bytes_per_second: u64,
     /// How load is tracked.
     pub load: load::Settings,
+    /// Whether workers that fail are left out.
+    pub eject_workers: bool,
     /// What holds for all pools.
     pub settings: Settings,
     /// The pools, at least one; the first serves requests that name no known model.
@@ -147,6 +149,10 @@ pub struct Pool {
     pub families: Vec<FamilyUse>,
     /// The model's placeholder token of images, where requests have it replaced.
     pub image_token: Option<u32>,
+    /// Whether any client may name its worker.
+    pub trusts_hints: bool,
+    /// Requests on a worker with an accelerator for each on one without.
+    pub device_ratio: u32,
     /// The workers.
     pub workers: Vec<Worker>,
     /// Routing group, of a pool that workers registered for at run time. No request is routed to it.
@@ -163,6 +169,8 @@ pub struct Worker {
     pub endpoint: Option<SocketAddr>,
     /// What it does.
     pub role: Role,
+    /// What it computes with.
+    pub device: Device,
     /// Its data-parallel ranks.
     pub ranks: u32,
     /// The stream of events that it publishes itself.
@@ -238,6 +246,7 @@ impl Config {
         differs("event_bytes_per_second", quota);
         let load = "router_track_*, router_assume_kv_reuse, active_request_expiry_secs";
         differs(load, self.load != next.load);
+        differs("eject_workers", self.eject_workers != next.eject_workers);
         let pools = "pools: their names, order, kv_cache_block_size, kv_events, media, \
                      families and image_token_id";
         differs(pools, self.shape() != next.shape());
@@ -248,10 +257,15 @@ impl Config {
     #[must_use]
     pub fn reloaded(&self, next: Self) -> Self {
         let is_same_shape = self.shape() == next.shape();
+        let tracked = |mut pool: Pool| {
+            // Filters are to track what the sidecar does.
+            pool.policy.tracking = self.load.tracking;
+            pool
+        };
         Self {
             settings: next.settings,
             pools: if is_same_shape {
-                next.pools
+                next.pools.into_iter().map(tracked).collect()
             } else {
                 self.pools.clone()
             },

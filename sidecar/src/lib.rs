@@ -10,6 +10,7 @@ pub mod check_events;
 pub mod config;
 pub mod decision;
 pub mod dump;
+pub mod ejection;
 pub mod envoy;
 pub mod index;
 pub mod indexer;

@@ -156,7 +156,8 @@ async fn content_is_shown_to_other_machines_for_the_token_alone() {
     let (control, _) = tokio::sync::mpsc::channel(1);
     let admin = |token: Option<&str>| {
         let metrics = std::sync::Arc::new(kv_router::metrics::Metrics::default());
-        let admin = kv_router::admin::Admin::new(control.clone(), std::sync::Arc::default(), metrics);
+        let admin =
+            kv_router::admin::Admin::new(control.clone(), std::sync::Arc::default(), metrics);
         kv_router::admin::router(admin.with_token(token.map(str::to_owned)))
     };
     // Nobody answers for the index: whoever is let in learns that.

@@ -114,6 +114,8 @@ fn every_metric_of_the_sidecar_is_in_the_catalogue() {
         &metrics.peer_snapshots,
         &metrics.revivals,
         &metrics.bootstraps,
+        &metrics.worker_failures,
+        &metrics.worker_changes,
     ] {
         family.get_or_create(&Kind { kind }).inc();
     }

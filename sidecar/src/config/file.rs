@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use kv_core::id::{Family, Role, Tier};
+use kv_core::id::{Device, Family, Role, Tier};
 use kv_core::policy::Mode;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -73,6 +73,9 @@ pub struct File {
     /// Whether the blocks of live requests count as load. Mirrors Dynamo's
     /// `--router-track-active-blocks`.
     pub router_track_active_blocks: bool,
+    /// Whether the blocks that streamed answers fill count as load too; needs
+    /// `router_track_active_blocks`. Mirrors Dynamo's `--router-track-output-blocks`.
+    pub router_track_output_blocks: bool,
     /// Whether a block that several live requests of a worker have in common counts once. Mirrors
     /// Dynamo's `--router-assume-kv-reuse`.
     pub router_assume_kv_reuse: bool,
@@ -80,6 +83,9 @@ pub struct File {
     /// Mirrors Dynamo's `DYN_ROUTER_ACTIVE_REQUEST_EXPIRY_SECS`.
     #[schemars(range(min = 1.0, max = 86_400.0))]
     pub active_request_expiry_secs: f64,
+    /// Whether workers that fail requests are left out until something listens there again. The
+    /// sidecar must be able to connect to them. Needs a restart.
+    pub eject_workers: bool,
     /// The pools. In the short form their keys stand at the top level instead: one pool `default`.
     #[schemars(length(min = 1, max = 64))]
     pub pools: Vec<Pool>,
@@ -106,8 +112,10 @@ impl Default for File {
             decision_header: false,
             router_track_prefill_tokens: true,
             router_track_active_blocks: true,
+            router_track_output_blocks: false,
             router_assume_kv_reuse: true,
             active_request_expiry_secs: 300.0,
+            eject_workers: true,
             pools: Vec::new(),
         }
     }
@@ -182,6 +190,13 @@ pub struct Pool {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "u32")]
     pub image_token_id: Option<u32>,
+    /// In the mode `direct`: whether any client may name its worker. Otherwise only those may whose
+    /// route says so in its metadata.
+    pub trust_hints: bool,
+    /// In the mode `device-aware-weighted`: requests on a worker with an accelerator for each on a
+    /// worker without. Mirrors Dynamo's `DYN_ENCODER_CUDA_TO_CPU_RATIO`.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub encoder_cuda_to_cpu_ratio: u32,
     /// The workers.
     pub workers: Vec<Worker>,
 }
@@ -207,6 +222,8 @@ impl Default for Pool {
             media: BTreeMap::new(),
             families: Vec::new(),
             image_token_id: None,
+            trust_hints: false,
+            encoder_cuda_to_cpu_ratio: 8,
             workers: Vec::new(),
         }
     }
@@ -226,6 +243,9 @@ pub struct Worker {
     /// What it does for a request.
     #[serde(default)]
     pub role: Role,
+    /// What it computes with, for the mode `device-aware-weighted`.
+    #[serde(default)]
+    pub device: Device,
     /// Data-parallel ranks, each with a cache of its own.
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 1024))]

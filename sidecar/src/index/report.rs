@@ -279,7 +279,7 @@ impl Service {
                     slot: owner.slot.0,
                     endpoint: worker.config.endpoint.map(|e| e.to_string()),
                     role: worker.config.role,
-                    accepting: worker.config.endpoint.is_some(),
+                    accepting: worker.config.endpoint.is_some() && self.ejection.is_in(id.worker),
                     blocks: self.index.owner_blocks(number.into(), owner.slot),
                     last_event_id: owner.dynamo.last.max(worker.json.last),
                     gaps: owner.gaps,

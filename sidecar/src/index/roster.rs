@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use kv_core::id::{DpRank, OwnerId, Slot, WorkerId};
-use kv_core::table;
+use kv_core::table::{self, Traits};
 use tokio::time::Instant;
 
 use super::cursor::Cursor;
@@ -12,6 +12,7 @@ use super::knowledge::{Knowledge, Source, Stream};
 use super::repair::Repair;
 use super::slots::Slots;
 use crate::config;
+use crate::ejection::Ejection;
 
 /// A pool with its workers.
 #[derive(Debug)]
@@ -60,6 +61,8 @@ pub(super) struct Owner {
     pub(super) knowledge: Knowledge,
     /// When its last event was applied.
     pub(super) heard: Option<Instant>,
+    /// Prompt tokens that it prefills in a second, as proxies are told; 0 where not known.
+    pub(super) prefill_rate: u32,
 }
 
 impl Owner {
@@ -70,6 +73,7 @@ impl Owner {
             gaps: 0,
             knowledge: Knowledge::Unknown,
             heard: None,
+            prefill_rate: 0,
         }
     }
 }
@@ -134,12 +138,12 @@ impl Roster {
     /// The worker table, without epoch, version and settings. Pools that take no requests come last
     /// and are no part of it.
     #[must_use]
-    pub(super) fn table_pools(&self) -> Vec<table::Pool> {
+    pub(super) fn table_pools(&self, ejection: &Ejection) -> Vec<table::Pool> {
         let routed = |pool: &&Pool| pool.config.routing_group.is_none();
         self.pools
             .iter()
             .take_while(routed)
-            .map(Pool::table)
+            .map(|pool| pool.table(ejection))
             .collect()
     }
 }
@@ -190,8 +194,10 @@ impl Pool {
 
     /// The pool in the worker table.
     #[must_use]
-    pub(super) fn table(&self) -> table::Pool {
-        let mut owners: Vec<table::Owner> = self.workers.values().flat_map(Worker::table).collect();
+    pub(super) fn table(&self, ejection: &Ejection) -> table::Pool {
+        let workers = self.workers.values();
+        let owners = workers.flat_map(|worker| worker.table(ejection.is_in(worker.config.id)));
+        let mut owners: Vec<table::Owner> = owners.collect();
         owners.sort_unstable_by_key(|owner| owner.slot);
         table::Pool {
             name: self.config.name.clone(),
@@ -201,6 +207,8 @@ impl Pool {
             block_size: self.config.block_size,
             policy: self.config.policy,
             owners,
+            trusts_hints: self.config.trusts_hints,
+            device_ratio: self.config.device_ratio,
         }
     }
 }
@@ -253,16 +261,20 @@ impl Worker {
         self.owners.get_mut(usize::try_from(rank).ok()?)
     }
 
-    fn table(&self) -> impl Iterator<Item = table::Owner> {
+    fn table(&self, accepting: bool) -> impl Iterator<Item = table::Owner> {
         let ids = self.config.owners();
         let owners = self.owners.iter().zip(ids);
-        owners.filter_map(|(owner, id)| {
+        owners.filter_map(move |(owner, id)| {
             Some(table::Owner {
                 slot: owner.slot,
                 id,
                 role: self.config.role,
                 endpoint: self.config.endpoint?.to_string(),
-                accepting: true,
+                accepting,
+                traits: Traits {
+                    device: self.config.device,
+                    prefill_rate: owner.prefill_rate,
+                },
             })
         })
     }

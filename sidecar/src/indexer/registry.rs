@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use kv_core::id::{DpRank, Role, Slot, WorkerId};
+use kv_core::id::{Device, DpRank, Role, Slot, WorkerId};
 use kv_core::policy::Policy;
 use serde::Serialize;
 use tokio::sync::oneshot;
@@ -205,6 +205,8 @@ impl Registry {
                 policy: Policy::default(),
                 kv_events: true,
                 ttl_ms: 0,
+                trusts_hints: false,
+                device_ratio: 1,
                 media: Media::default(),
                 families: Vec::new(),
                 image_token: None,
@@ -225,6 +227,7 @@ impl Registry {
                     id: *id,
                     endpoint: None,
                     role: Role::Aggregated,
+                    device: Device::default(),
                     ranks: registered.ranks(),
                     events: Some(Events::Sockets(registered.sockets.clone())),
                 });
