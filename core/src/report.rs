@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::id::{OwnerId, Tier};
 use crate::load::Delta;
+use crate::wire::{self, WireError};
 
 /// Steps of one report, at most.
 pub const MAX_STEPS: usize = 64;
@@ -31,10 +32,60 @@ pub struct Report {
     pub sequence: u64,
     /// Whether `steps` are all live bookings of the VM and `sums` all its sums.
     pub complete: bool,
+    /// When it was made, Unix nanoseconds by Envoy's clock; 0 where the filter does not say.
+    pub at_ns: u64,
     /// Lanes by owner.
     pub sums: Vec<Sum>,
     /// What happened, in order.
     pub steps: Vec<Step>,
+    /// How long before `at_ns` each of the steps happened, nanoseconds; at `at_ns` those past the
+    /// end of the list.
+    pub ages_ns: Vec<u64>,
+}
+
+/// A [`Report`] of protocol version 2.
+#[derive(Deserialize)]
+struct Untimed {
+    vm: u64,
+    sequence: u64,
+    complete: bool,
+    sums: Vec<Sum>,
+    steps: Vec<Step>,
+}
+
+impl Report {
+    /// Reads an encoded report of any protocol version that is understood.
+    ///
+    /// # Errors
+    /// When the bytes are empty, of another version or malformed.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        if wire::version(bytes).is_none_or(|version| version >= wire::TIMED_FROM) {
+            return wire::decode(bytes);
+        }
+        let Untimed {
+            vm,
+            sequence,
+            complete,
+            sums,
+            steps,
+        } = wire::decode(bytes)?;
+        Ok(Self {
+            vm,
+            sequence,
+            complete,
+            at_ns: 0,
+            sums,
+            steps,
+            ages_ns: Vec::new(),
+        })
+    }
+
+    /// The steps and when they happened, Unix nanoseconds by Envoy's clock; 0 where it is not said.
+    pub fn timed(&self) -> impl Iterator<Item = (u64, &Step)> {
+        let ages = self.ages_ns.iter().copied().chain(std::iter::repeat(0));
+        let times = ages.map(|age| self.at_ns.saturating_sub(age));
+        times.zip(&self.steps)
+    }
 }
 
 /// All that a VM has ever added to an owner's lanes, modulo 2^64.
@@ -111,7 +162,7 @@ pub struct Booked {
 /// What a filter saw when it decided.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Evidence {
-    /// When, Unix nanoseconds by Envoy's clock.
+    /// When the loads were read, Unix nanoseconds by Envoy's clock.
     pub at_ns: u64,
     /// Why the request was routed as it was.
     pub reason: String,

@@ -134,6 +134,21 @@ impl TrackError {
     }
 }
 
+/// A change of a [`Tracker`], to be made in another one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// See [`Tracker::book`].
+    Book(BookingId, OwnerKey, Box<Booking>),
+    /// See [`Tracker::relocate`].
+    Relocate(BookingId, OwnerKey),
+    /// See [`Tracker::first_token`].
+    FirstToken(BookingId),
+    /// See [`Tracker::grow`].
+    Grow(BookingId, u32),
+    /// See [`Tracker::free`].
+    Free(BookingId),
+}
+
 /// All bookings.
 #[derive(Debug)]
 pub struct Tracker {
@@ -143,6 +158,8 @@ pub struct Tracker {
     pools: HashMap<u16, Blocks>,
     tracking: Tracking,
     capacity: usize,
+    /// What has changed, if that is asked for.
+    journal: Option<Vec<Change>>,
 }
 
 impl Tracker {
@@ -155,6 +172,39 @@ impl Tracker {
             pools: HashMap::new(),
             tracking,
             capacity,
+            journal: None,
+        }
+    }
+
+    /// Keeps a journal of changes from here on.
+    #[must_use]
+    pub fn with_journal(mut self) -> Self {
+        self.journal = Some(Vec::new());
+        self
+    }
+
+    /// Takes what the journal has since it was last taken.
+    pub fn take_journal(&mut self) -> Vec<Change> {
+        self.journal
+            .as_mut()
+            .map(std::mem::take)
+            .unwrap_or_default()
+    }
+
+    /// Makes a change of another tracker here. Whether it could be made.
+    pub fn apply(&mut self, change: Change, now_ms: u64) -> bool {
+        match change {
+            Change::Book(id, owner, booking) => self.book(id, owner, *booking, now_ms).is_ok(),
+            Change::Relocate(id, to) => self.relocate(&id, to, now_ms),
+            Change::FirstToken(id) => self.first_token(&id, now_ms),
+            Change::Grow(id, blocks) => self.grow(&id, blocks, now_ms),
+            Change::Free(id) => self.free(&id),
+        }
+    }
+
+    fn note(&mut self, change: impl FnOnce() -> Change) {
+        if let Some(journal) = &mut self.journal {
+            journal.push(change());
         }
     }
 
@@ -187,6 +237,7 @@ impl Tracker {
             booking.private_blocks = booking.private_blocks.saturating_add(blocks);
             booking.hashes = Vec::new();
         }
+        self.note(|| Change::Book(id.clone(), owner, Box::new(booking.clone())));
         self.owners.entry(owner).or_default().add(&booking);
         use_blocks(self.pools.entry(owner.pool).or_default(), &booking.hashes);
         let entry = Entry {
@@ -209,12 +260,13 @@ impl Tracker {
         entry.touched_ms = now_ms;
         self.owners.entry(to).or_default().add(&entry.booking);
         use_blocks(pools.entry(to.pool).or_default(), &entry.booking.hashes);
+        self.note(|| Change::Relocate(id.clone(), to));
         true
     }
 
     /// The first token has come: prefill is done. Whether it is booked.
     pub fn first_token(&mut self, id: &BookingId, now_ms: u64) -> bool {
-        self.change(id, now_ms, |entry, owners| {
+        let is_booked = self.change(id, now_ms, |entry, owners| {
             let owner = owners.entry(entry.owner).or_default();
             let booking = &mut entry.booking;
             owner.load.prefill_tokens -= u64::from(booking.prefill_tokens);
@@ -222,18 +274,26 @@ impl Tracker {
             booking.prefill_tokens = 0;
             booking.decoding = true;
             *owner.requests(booking) += 1;
-        })
+        });
+        if is_booked {
+            self.note(|| Change::FirstToken(id.clone()));
+        }
+        is_booked
     }
 
     /// The answer has grown by complete blocks of its own. Whether it is booked.
     pub fn grow(&mut self, id: &BookingId, blocks: u32, now_ms: u64) -> bool {
-        self.change(id, now_ms, |entry, owners| {
+        let is_booked = self.change(id, now_ms, |entry, owners| {
             let private = &mut entry.booking.private_blocks;
             let before = *private;
             *private = private.saturating_add(blocks);
             let owner = owners.entry(entry.owner).or_default();
             owner.load.blocks += u64::from(*private - before);
-        })
+        });
+        if is_booked {
+            self.note(|| Change::Grow(id.clone(), blocks));
+        }
+        is_booked
     }
 
     fn change(
@@ -257,35 +317,35 @@ impl Tracker {
 
     /// The request is over. Whether it was booked.
     pub fn free(&mut self, id: &BookingId) -> bool {
-        let entry = self.entries.remove(id);
-        entry.is_some_and(|entry| {
-            release(&mut self.owners, &mut self.pools, &entry);
-            true
-        })
+        let Some(entry) = self.entries.remove(id) else {
+            return false;
+        };
+        release(&mut self.owners, &mut self.pools, &entry);
+        self.note(|| Change::Free(id.clone()));
+        true
     }
 
     /// Frees every booking of a source for which `keep` is false, and returns how many.
     pub fn retain(&mut self, source: u64, mut keep: impl FnMut(u64) -> bool) -> usize {
-        let (owners, pools) = (&mut self.owners, &mut self.pools);
-        let before = self.entries.len();
-        self.entries.retain(|id, entry| {
-            let stays = id.source != source || keep(id.request);
-            if !stays {
-                release(owners, pools, entry);
-            }
-            stays
-        });
-        before - self.entries.len()
+        self.keep(|id, _| id.source != source || keep(id.request))
     }
 
     /// Frees bookings without any step since `before_ms`, and returns how many.
     pub fn expire(&mut self, before_ms: u64) -> usize {
+        self.keep(|_, entry| entry.touched_ms >= before_ms)
+    }
+
+    fn keep(&mut self, mut stays: impl FnMut(&BookingId, &Entry) -> bool) -> usize {
         let (owners, pools) = (&mut self.owners, &mut self.pools);
+        let journal = &mut self.journal;
         let before = self.entries.len();
-        self.entries.retain(|_, entry| {
-            let stays = entry.touched_ms >= before_ms;
+        self.entries.retain(|id, entry| {
+            let stays = stays(id, entry);
             if !stays {
                 release(owners, pools, entry);
+                if let Some(journal) = journal {
+                    journal.push(Change::Free(id.clone()));
+                }
             }
             stays
         });

@@ -38,6 +38,8 @@ pub struct Tentative {
     prefill_tokens: u32,
     blocks: u32,
     delta: Delta,
+    /// When it was made, Unix nanoseconds.
+    at_ns: u64,
 }
 
 /// What a booking is told with.
@@ -118,7 +120,9 @@ impl Tentative {
         };
         bookings.live.insert(request, live);
         let booked = Booked { evidence, ..booked };
-        bookings.tell(host, metrics, owner, || Step::Book(Box::new(booked)));
+        bookings.tell(host, metrics, owner, self.at_ns, || {
+            Step::Book(Box::new(booked))
+        });
         BookingId(request)
     }
 }
@@ -138,6 +142,7 @@ impl Bookings {
         blocks: u32,
     ) -> Tentative {
         let (leg, delta) = Leg::book(prefill_tokens, blocks);
+        let at_ns = host.unix_ns();
         self.add(host, place, delta);
         Tentative {
             place,
@@ -145,6 +150,7 @@ impl Bookings {
             prefill_tokens,
             blocks,
             delta,
+            at_ns,
         }
     }
 
@@ -154,6 +160,7 @@ impl Bookings {
             return;
         };
         let from = live.place();
+        let at_ns = host.unix_ns();
         let released = live.leg.release();
         self.add(host, from, released);
         let (mut leg, booked) = Leg::book(live.booked.prefill_tokens, live.booked.blocks);
@@ -166,7 +173,7 @@ impl Bookings {
         live.lane = to.lane;
         live.booked.owner = to.owner;
         self.live.insert(id.0, live);
-        self.tell(host, metrics, to.owner, || Step::Move {
+        self.tell(host, metrics, to.owner, at_ns, || Step::Move {
             request: id.0,
             to: to.owner,
         });
@@ -179,8 +186,9 @@ impl Bookings {
         };
         live.booked.decoding = true;
         let (place, delta) = (live.place(), live.leg.first_token());
+        let at_ns = host.unix_ns();
         self.add(host, place, delta);
-        self.tell(host, metrics, place.owner, || Step::FirstToken {
+        self.tell(host, metrics, place.owner, at_ns, || Step::FirstToken {
             request: id.0,
         });
     }
@@ -191,8 +199,11 @@ impl Bookings {
             return;
         };
         let (place, delta) = (live.place(), live.leg.release());
+        let at_ns = host.unix_ns();
         self.add(host, place, delta);
-        self.tell(host, metrics, place.owner, || Step::Free { request: id.0 });
+        self.tell(host, metrics, place.owner, at_ns, || Step::Free {
+            request: id.0,
+        });
     }
 
     /// Reports what has happened, if it is time to.
@@ -263,10 +274,11 @@ impl Bookings {
         host: &impl Host,
         metrics: &mut Metrics,
         owner: OwnerKey,
+        at_ns: u64,
         step: impl FnOnce() -> Step,
     ) {
         if owner.pool != NO_POOL {
-            self.outbox.push(host, metrics, step());
+            self.outbox.push(host, metrics, step(), at_ns);
         }
     }
 }

@@ -63,6 +63,8 @@ pub struct Choice {
     pub prefix: Option<(u32, u64)>,
     /// Share of the overlaps that counted.
     pub trust: f64,
+    /// When the loads were read, Unix nanoseconds.
+    pub read_ns: u64,
     /// What was weighed.
     pub weighed: Weighed,
 }
@@ -84,6 +86,8 @@ pub struct Chooser {
     rng: Rng,
     /// By candidate: what the first lane of its owner held when its load was read.
     read: Vec<u64>,
+    /// When that was, Unix nanoseconds.
+    read_ns: u64,
     /// Leading blocks of the prompt that are in use, ascending by slot.
     in_use: Vec<(Slot, u32)>,
 }
@@ -96,6 +100,7 @@ impl Chooser {
             reader: Reader::new(),
             rng: Rng::new(seed),
             read: Vec::new(),
+            read_ns: 0,
             in_use: Vec::new(),
         }
     }
@@ -158,6 +163,7 @@ impl Chooser {
             booking,
             prefix: looked_up.then(|| self.prefix(ask.hashes)).flatten(),
             trust,
+            read_ns: self.read_ns,
             weighed,
         }
     }
@@ -234,6 +240,7 @@ impl Chooser {
         booked: Option<(usize, Delta)>,
     ) {
         self.read.clear();
+        self.read_ns = host.unix_ns();
         for candidate in &mut round.candidates {
             let place = round.served.place(candidate.owner);
             let mut lanes = place.map_or_else(Default::default, |place| place.lane.read(host));

@@ -62,6 +62,7 @@ impl Routed {
             booking,
             prefix,
             trust,
+            read_ns,
             mut weighed,
             ..
         } = choice;
@@ -73,7 +74,7 @@ impl Routed {
                 prefix,
                 hashes: ask.hashes.get(known..).unwrap_or_default().to_vec(),
                 evidence: Some(report::Evidence {
-                    at_ns: router.host.unix_ns(),
+                    at_ns: read_ns,
                     reason: reason.name().to_owned(),
                     tokens: ask.tokens,
                     #[allow(clippy::cast_possible_truncation)]

@@ -36,7 +36,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{self, Config};
-use crate::decision::Decisions;
+use crate::decision::{Decisions, Past};
 use crate::ingest::{Arrival, Plane};
 use crate::load::{Accounts, ProxyId};
 use crate::metrics::{Kind, Metrics};
@@ -79,6 +79,8 @@ pub struct Service {
     tables: Vec<Arc<table::Pool>>,
     accounts: Accounts,
     decisions: Decisions,
+    /// Decisions that wait to be judged, and the load up to them.
+    past: Past<decisions::Question>,
     /// Predicted blocks, by pool.
     predictions: BTreeMap<usize, Approximate>,
     peering: Option<peering::Peering>,
@@ -146,6 +148,7 @@ impl Service {
             tables: Vec::new(),
             accounts: Accounts::new(config.load),
             decisions: Decisions::default(),
+            past: Past::new(Accounts::replica(config.load.tracking)),
             predictions: BTreeMap::new(),
             peering: None,
             loads_version: 0,
@@ -370,6 +373,9 @@ impl Service {
         self.sweep_loads();
         self.tick_peers(tick);
         self.expire_predictions();
+        self.remember(unix_ns());
+        self.judge_due();
+        self.past.sweep(self.now_ms());
         self.check_ready();
         self.save_step();
         if tick.is_multiple_of(BEAT_TICKS) {
@@ -419,8 +425,12 @@ async fn at(instant: Option<Instant>) {
 }
 
 fn unix_ms() -> u64 {
+    unix_ns() / 1_000_000
+}
+
+fn unix_ns() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+    since.map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
 }
 
 /// Random bits of the system; the sidecar can't do without.

@@ -16,7 +16,7 @@ use kv_core::id::{OwnerId, Slot};
 use kv_core::ledger::{Continuity, Lanes};
 use kv_core::loads::{LivePrefix, PoolLoads};
 use kv_core::report::{Booked, OwnerKey, Report, Step, Sum};
-use kv_core::tracker::{ActiveLoad, Booking, BookingId, TrackError, Tracker, Tracking};
+use kv_core::tracker::{ActiveLoad, Booking, BookingId, Change, TrackError, Tracker, Tracking};
 
 use proxy::Proxy;
 pub use proxy::ProxyId;
@@ -121,7 +121,7 @@ impl Accounts {
     #[must_use]
     pub fn new(settings: Settings) -> Self {
         Self {
-            tracker: Tracker::new(settings.tracking, MAX_BOOKINGS),
+            tracker: Tracker::new(settings.tracking, MAX_BOOKINGS).with_journal(),
             proxies: BTreeMap::new(),
             owners: Vec::new(),
             expiry_ms: settings.expiry_ms,
@@ -291,6 +291,17 @@ impl Accounts {
             }
         }
         news
+    }
+
+    /// What has changed since it was last taken.
+    pub fn take_journal(&mut self) -> Vec<Change> {
+        self.tracker.take_journal()
+    }
+
+    /// A tracker to make the same changes in.
+    #[must_use]
+    pub fn replica(tracking: Tracking) -> Tracker {
+        Tracker::new(tracking, MAX_BOOKINGS)
     }
 
     /// All bookings.

@@ -161,6 +161,7 @@ async fn thirty_two_at_a_time(threads: u32) {
         .collect::<Vec<()>>()
         .await;
     let verdicts = judged(&stack, REQUESTS as u64).await;
+    dump(&stack, &verdicts, threads).await;
     let all: u64 = verdicts.values().sum();
     let explained = all - verdicts.get("not_least").unwrap_or(&0);
     assert_eq!(
@@ -189,4 +190,13 @@ async fn many_requests_at_a_time_take_the_least_of_what_they_saw_on_one_thread()
 #[tokio::test(flavor = "multi_thread")]
 async fn many_requests_at_a_time_take_the_least_of_what_they_saw_on_four_threads() {
     thirty_two_at_a_time(4).await;
+}
+
+async fn dump(stack: &Stack, verdicts: &BTreeMap<String, u64>, threads: u32) {
+    let request = http::Request::get(kv_tests::client::uri(stack.sidecar.admin, "/v1/decisions?limit=1000"));
+    let request = request.body(http_body_util::Full::default()).expect("a request");
+    let answer = stack.client.send(request).await.expect("decisions");
+    let path = format!("/tmp/judge-{threads}-{}.json", std::process::id());
+    std::fs::write(&path, answer.body()).expect("a dump");
+    eprintln!("VERDICTS threads={threads} {verdicts:?} {path}");
 }
