@@ -50,6 +50,8 @@ pub struct ActiveLoad {
 /// A prefix of a live prompt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Prefix {
+    /// Who booked the prompt.
+    pub source: u64,
     /// Position of the pool in the table.
     pub pool: u16,
     /// Sequence hash of its last block.
@@ -384,18 +386,19 @@ impl Tracker {
         uses.map(|(hash, uses)| (*hash, *uses))
     }
 
-    /// Whether some request on an owner uses a block.
+    /// Requests on an owner that use a block.
     #[must_use]
-    pub fn is_in_use(&self, owner: &OwnerKey, hash: u64) -> bool {
-        let owner = self.owners.get(owner);
-        owner.is_some_and(|o| o.blocks.contains_key(&hash))
+    pub fn uses(&self, owner: &OwnerKey, hash: u64) -> u32 {
+        let uses = self.owners.get(owner).and_then(|o| o.blocks.get(&hash));
+        uses.copied().unwrap_or(0)
     }
 
     /// Prefixes of live prompts that another prompt may have in common with them: of each booking
     /// the longest one that another booking in its pool uses too, those that end where other
     /// prompts went on differently, and all of it, which the next turn would start with.
     pub fn prefixes(&self) -> impl Iterator<Item = Prefix> + '_ {
-        self.entries.values().flat_map(|entry| {
+        self.entries.iter().flat_map(|(id, entry)| {
+            let source = id.source;
             let Booking {
                 start,
                 hashes,
@@ -412,6 +415,7 @@ impl Tracker {
             let whole = hashes.len().checked_sub(1).map(|at| (at, true));
             parts.chain(whole).filter_map(move |(at, is_whole)| {
                 Some(Prefix {
+                    source,
                     pool,
                     hash: *hashes.get(at)?,
                     depth: start.checked_add(u32::try_from(at).ok()?)?.checked_add(1)?,
@@ -595,8 +599,9 @@ mod tests {
         // Requests 1 and 3 share all on two owners, 2 has two blocks in common with them.
         let all = [(0, 1, 11), (0, 2, 12), (0, 3, 13), (0, 3, 13)];
         assert_eq!(prefixes(&tracker), all);
-        assert!(tracker.is_in_use(&owner(8), 3));
-        assert!(!tracker.is_in_use(&owner(8), 9));
+        assert_eq!(tracker.uses(&owner(7), 1), 0);
+        assert_eq!(tracker.uses(&owner(8), 3), 1);
+        assert_eq!(tracker.uses(&owner(8), 9), 0);
         assert_eq!(tracker.get(&id(3)).unwrap().0, owner(8));
         assert_eq!(tracker.bookings().count(), 3);
         tracker.relocate(&id(1), owner(8), 0);

@@ -4,11 +4,15 @@
 //! Whatever is added to a lane is added to its owner's sum in the same function, [`Bookings::add`],
 //! so the reported sums are exactly what this VM added.
 
-use hashbrown::HashMap;
+use std::collections::BTreeSet;
+
+use hashbrown::{HashMap, HashSet};
+use kv_core::board::EntryId;
 use kv_core::load::{Delta, Leg};
 use kv_core::report::{Booked, Evidence, OwnerKey, Step, Sum};
 use kv_core::table::Table;
 
+use crate::board::{self, Glimpse, Listing};
 use crate::host::Host;
 use crate::lanes::Lane;
 use crate::metrics::{Event, Metrics};
@@ -34,6 +38,8 @@ pub struct Place {
 #[must_use]
 pub struct Tentative {
     place: Place,
+    /// Where its prompt stands, if it does.
+    listing: Option<Listing>,
     leg: Leg,
     prefill_tokens: u32,
     blocks: u32,
@@ -60,6 +66,7 @@ pub struct BookingId(u64);
 #[derive(Debug)]
 struct Live {
     lane: Lane,
+    listing: Option<Listing>,
     leg: Leg,
     /// As complete reports list it.
     booked: Booked,
@@ -68,7 +75,10 @@ struct Live {
 /// All bookings of a VM.
 #[derive(Debug, Default)]
 pub struct Bookings {
+    vm: u64,
     last: u64,
+    /// Number of the last entry on a board.
+    listed: u64,
     live: HashMap<u64, Live>,
     sums: Sums,
     outbox: Outbox,
@@ -81,9 +91,16 @@ impl Tentative {
         self.delta
     }
 
+    /// Where its prompt stands among the live ones.
+    #[must_use]
+    pub fn listing(&self) -> Option<Listing> {
+        self.listing
+    }
+
     /// Takes it back as if it had never been.
     pub fn undo(mut self, bookings: &mut Bookings, host: &impl Host) {
-        bookings.add(host, self.place, self.leg.release());
+        let delta = self.leg.release().plus(unlist(host, self.listing));
+        bookings.add(host, self.place, delta);
     }
 
     /// Makes it known.
@@ -115,6 +132,7 @@ impl Tentative {
         };
         let live = Live {
             lane: self.place.lane,
+            listing: self.listing,
             leg: self.leg,
             booked: booked.clone(),
         };
@@ -130,22 +148,40 @@ impl Tentative {
 impl Bookings {
     /// Names the VM in reports.
     pub fn set_vm(&mut self, vm: u64) {
+        self.vm = vm;
         self.outbox.set_vm(vm);
     }
 
-    /// Books a request with this much prefill to do and these blocks to hold.
+    /// Books a request with this much prefill to do and these blocks to hold, and puts its prompt,
+    /// where it is known, among the live ones.
     pub fn hold(
         &mut self,
         host: &impl Host,
+        metrics: &mut Metrics,
         place: Place,
-        prefill_tokens: u32,
-        blocks: u32,
+        (prefill_tokens, blocks): (u32, u32),
+        prompt: Option<&mut Glimpse>,
     ) -> Tentative {
         let (leg, delta) = Leg::book(prefill_tokens, blocks);
         let at_ns = host.unix_ns();
+        let is_known = prompt.is_some();
+        let listed = prompt.and_then(|prompt| {
+            self.listed += 1;
+            let id = EntryId {
+                vm: self.vm,
+                number: self.listed,
+            };
+            prompt.list(host, id, place.lane.name(), seconds(host))
+        });
+        if is_known && listed.is_none() {
+            metrics.count(host, Event::Unlisted, 1);
+        }
+        let double = listed.map_or(0, |(_, shared)| shared.into());
+        let delta = delta.plus(Delta::double(double));
         self.add(host, place, delta);
         Tentative {
             place,
+            listing: listed.map(|(listing, _)| listing),
             leg,
             prefill_tokens,
             blocks,
@@ -161,10 +197,15 @@ impl Bookings {
         };
         let from = live.place();
         let at_ns = host.unix_ns();
-        let released = live.leg.release();
-        self.add(host, from, released);
+        let moved = live
+            .listing
+            .and_then(|listing| listing.relocate(host, to.lane.name()));
+        let (left, joined) = moved.unwrap_or_default();
+        let left = Delta::double(-i64::from(left));
+        self.add(host, from, live.leg.release().plus(left));
         let (mut leg, booked) = Leg::book(live.booked.prefill_tokens, live.booked.blocks);
-        self.add(host, to, booked);
+        let joined = Delta::double(joined.into());
+        self.add(host, to, booked.plus(joined));
         if live.booked.decoding {
             let delta = leg.first_token();
             self.add(host, to, delta);
@@ -200,7 +241,7 @@ impl Bookings {
         };
         let (place, delta) = (live.place(), live.leg.release());
         let at_ns = host.unix_ns();
-        self.add(host, place, delta);
+        self.add(host, place, delta.plus(unlist(host, live.listing)));
         self.tell(host, metrics, place.owner, at_ns, || Step::Free {
             request: id.0,
         });
@@ -218,7 +259,25 @@ impl Bookings {
         let live = self.live.values().map(|live| &live.booked);
         if self.outbox.tick(host, &self.sums, live) {
             metrics.count(host, Event::Complete, 1);
+            self.stamp(host);
         }
+    }
+
+    /// Shows other VMs that the prompts of this one are live.
+    fn stamp(&self, host: &impl Host) {
+        let listings = self.live.values().filter_map(|live| live.listing);
+        let live: HashSet<Listing> = listings.collect();
+        let shards: BTreeSet<u8> = live.iter().map(|listing| listing.shard).collect();
+        for shard in shards {
+            let is_live = |id| live.contains(&Listing { shard, id });
+            board::stamp(host, shard, seconds(host), is_live);
+        }
+    }
+
+    /// The prompt of a VM that is no more was taken off its board: so many of its blocks are in use
+    /// on the owner still, and count once less.
+    pub fn bury(&mut self, host: &impl Host, place: Place, shared: u32) {
+        self.add(host, place, Delta::double(-i64::from(shared)));
     }
 
     /// Reports what has happened, whenever the last report was.
@@ -283,6 +342,18 @@ impl Bookings {
     }
 }
 
+/// Takes a prompt off its board. What to add to the lanes for that.
+fn unlist(host: &impl Host, listing: Option<Listing>) -> Delta {
+    let removed = listing.and_then(|listing| listing.remove(host));
+    Delta::double(removed.map_or(0, |(_, shared)| -i64::from(shared)))
+}
+
+/// Seconds of the process's clock.
+#[must_use]
+pub fn seconds(host: &impl Host) -> u32 {
+    u32::try_from(host.now_ns() / 1_000_000_000).unwrap_or(u32::MAX)
+}
+
 impl Live {
     fn place(&self) -> Place {
         Place {
@@ -322,7 +393,7 @@ mod tests {
         let two = one.beside();
         let (here, there) = (place(&one, 7), place(&two, 7));
         let (mut bookings, mut metrics) = (Bookings::default(), Metrics::default());
-        let booking = bookings.hold(&one, here, 100, 7);
+        let booking = bookings.hold(&one, &mut metrics, here, (100, 7), None);
         let load = Load {
             prefill_tokens: 100,
             waiting: 1,
@@ -349,7 +420,7 @@ mod tests {
         let (from, to) = (place(&host, 1), place(&host, 2));
         for decoding in [false, true] {
             let (mut bookings, mut metrics) = (Bookings::default(), Metrics::default());
-            let booking = bookings.hold(&host, from, 100, 7);
+            let booking = bookings.hold(&host, &mut metrics, from, (100, 7), None);
             let id = booking.open(&mut bookings, &host, &mut metrics, Told::default());
             if decoding {
                 bookings.first_token(&host, &mut metrics, id);
@@ -369,7 +440,7 @@ mod tests {
         let host = Fake::default();
         let here = place(&host, 1);
         let (mut bookings, mut metrics) = (Bookings::default(), Metrics::default());
-        let booking = bookings.hold(&host, here, 100, 7);
+        let booking = bookings.hold(&host, &mut metrics, here, (100, 7), None);
         let id = booking.open(&mut bookings, &host, &mut metrics, Told::default());
         let table = |names: &[&str]| Table {
             pools: names

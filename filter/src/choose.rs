@@ -11,7 +11,8 @@ use kv_core::policy::{Mode, Policy};
 use kv_core::reader::{Reader, View};
 use kv_core::rng::Rng;
 
-use crate::bookings::{Bookings, Place, Tentative};
+use crate::board::Glimpse;
+use crate::bookings::{self, Bookings, Place, Tentative};
 use crate::fleet::Served;
 use crate::host::Host;
 use crate::metrics::{Event, Metrics, Timing};
@@ -88,7 +89,7 @@ pub struct Chooser {
     read: Vec<u64>,
     /// When that was, Unix nanoseconds.
     read_ns: u64,
-    /// Leading blocks of the prompt that are in use, ascending by slot.
+    /// Leading blocks of the prompt that are in use elsewhere, ascending by slot.
     in_use: Vec<(Slot, u32)>,
 }
 
@@ -135,6 +136,16 @@ impl Chooser {
             self.in_use = loads.in_use(ask.hashes);
             self.in_use.sort_unstable();
         }
+        let mut prompt = (mode == Mode::Kv)
+            .then(|| Glimpse::new(host, ask.hashes))
+            .flatten();
+        if let Some(prompt) = &mut prompt {
+            for (owner, shared) in prompt.expire(host, bookings::seconds(host)) {
+                if let Some(place) = served.place_named(owner) {
+                    bookings.bury(host, place, shared);
+                }
+            }
+        }
         let policy = pool.policy.trusted(trust);
         let candidates = self.candidates(served, looked_up, &policy);
         let request = Request {
@@ -152,6 +163,7 @@ impl Chooser {
             served,
             loads: published.loads,
             request,
+            prompt,
             candidates,
         };
         let (weighed, booking) = self.book(host, metrics, bookings, &mut round);
@@ -194,11 +206,10 @@ impl Chooser {
                 let place = round.served.place(picked.owner)?;
                 let trusted = policy.trusted(round.request.trust);
                 let prefill = demand.uncached_tokens(&picked.overlap, &trusted);
-                Some((
-                    picked,
-                    place,
-                    bookings.hold(host, place, prefill, demand.blocks()),
-                ))
+                let size = (prefill, demand.blocks());
+                let prompt = round.prompt.as_mut();
+                let booking = bookings.hold(host, metrics, place, size, prompt);
+                Some((picked, place, booking))
             });
             let Some((picked, place, booking)) = booked else {
                 return (weighed, None);
@@ -208,6 +219,9 @@ impl Chooser {
                 return (weighed, Some(booking));
             }
             metrics.count(host, Event::Raced, 1);
+            if let Some(prompt) = &mut round.prompt {
+                prompt.again(host, booking.listing());
+            }
             self.read_loads(host, round, Some((picked.owner, booking.delta())));
             if round.is_least(picked.owner) {
                 return (weighed, Some(booking));
@@ -232,7 +246,8 @@ impl Chooser {
         before.is_some_and(|(_, a)| a.wrapping_add_signed(delta.a) != place.lane.read_a(host))
     }
 
-    /// Reads the loads of all candidates, without what was just booked on one of them.
+    /// Reads the loads of all candidates, and what they use of the prompt, without what was just
+    /// booked on one of them.
     fn read_loads(
         &mut self,
         host: &impl Host,
@@ -251,6 +266,11 @@ impl Chooser {
                 lanes.b = lanes.b.wrapping_sub_signed(delta.b);
             }
             self.read.push(lanes.a);
+            let slot = round.served.owner(candidate.owner).map(|owner| owner.slot);
+            let elsewhere = slot.map_or(0, |slot| self.in_use(slot));
+            let here = round.prompt.as_ref().zip(place);
+            let here = here.map_or(0, |(prompt, place)| prompt.shared(place.lane.name()));
+            candidate.shared_blocks = here.max(elsewhere);
             let owner = round.served.owner(candidate.owner);
             candidate.load = match round.loads.zip(owner) {
                 Some((loads, owner)) => loads.correction(owner.slot).apply(&lanes.load()),
@@ -349,16 +369,19 @@ impl Chooser {
     fn candidate(&self, served: &Served<'_>, looked_up: bool, owner: usize) -> Candidate {
         let slot = served.owner(owner).map(|o| o.slot);
         let held = slot.filter(|_| looked_up);
-        let shared = slot.and_then(|slot| {
-            let at = self.in_use.binary_search_by_key(&slot, |(s, _)| *s).ok()?;
-            self.in_use.get(at)
-        });
         Candidate {
             owner,
             overlap: held.map_or_else(Overlap::default, |slot| self.reader.overlap(slot)),
             load: Load::default(),
-            shared_blocks: shared.map_or(0, |(_, depth)| *depth),
+            shared_blocks: 0,
         }
+    }
+
+    /// Leading blocks of the prompt that requests of other proxies use.
+    fn in_use(&self, slot: Slot) -> u32 {
+        let at = self.in_use.binary_search_by_key(&slot, |(s, _)| *s);
+        let found = at.ok().and_then(|at| self.in_use.get(at));
+        found.map_or(0, |(_, depth)| *depth)
     }
 }
 
@@ -367,6 +390,8 @@ struct Round<'a> {
     served: &'a Served<'a>,
     loads: Option<&'a PoolLoads>,
     request: Request,
+    /// The prompt among the live ones of this process.
+    prompt: Option<Glimpse>,
     candidates: Vec<Candidate>,
 }
 

@@ -146,6 +146,13 @@ impl<'a> Served<'a> {
         owners.binary_search_by_key(&slot, |owner| owner.slot).ok()
     }
 
+    /// Where requests are booked for the owner that boards call so.
+    #[must_use]
+    pub fn place_named(&self, name: u64) -> Option<Place> {
+        let mut places = self.derived.places.iter().flatten();
+        places.find(|place| place.lane.name() == name).copied()
+    }
+
     /// The owner at a position.
     #[must_use]
     pub fn owner(&self, position: usize) -> Option<&'a Owner> {

@@ -69,10 +69,14 @@ pub enum Event {
     Raced,
     /// `kv_router_bookings_undone_total`: bookings undone because that made another worker better.
     Undone,
+    /// `kv_router_bookings_unlisted_total`: bookings for which the board of live prompts had no
+    /// room. Their blocks count in full until the sidecar has corrected that. *Action*: some
+    /// hundred requests at a time share their first block; nothing is wrong but for the delay.
+    Unlisted,
 }
 
 impl Event {
-    const COUNT: usize = 11;
+    const COUNT: usize = 12;
 
     fn name(self) -> &'static str {
         match self {
@@ -87,6 +91,7 @@ impl Event {
             Self::Complete => "kv_router_reports_complete_total",
             Self::Raced => "kv_router_bookings_raced_total",
             Self::Undone => "kv_router_bookings_undone_total",
+            Self::Unlisted => "kv_router_bookings_unlisted_total",
         }
     }
 }

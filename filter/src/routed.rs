@@ -206,7 +206,8 @@ impl Routed {
             (Some(booking), None) => bookings.free(host, metrics, booking),
             (None, Some(place)) => {
                 let Demand { tokens, .. } = self.demand;
-                let booking = bookings.hold(host, place, tokens, self.demand.blocks());
+                let size = (tokens, self.demand.blocks());
+                let booking = bookings.hold(host, metrics, place, size, None);
                 let told = Told::default();
                 self.booking = Some(booking.open(bookings, host, metrics, told));
             }

@@ -67,6 +67,8 @@ const SAVE_TICKS: u32 = 100;
 const RECOVERY: Duration = Duration::from_secs(15);
 /// Protocol version from which on proxies report their load and are told about it.
 const REPORTS_FROM: u8 = 2;
+/// Protocol version from which on the VMs of a proxy know of each other's live prompts.
+const BOARDS_FROM: u8 = 3;
 /// Most times of reception of one flush.
 const MAX_RECEIVED: usize = 1024;
 
@@ -289,7 +291,9 @@ impl Service {
         let id = self.publisher.subscribe(who, version, out, &self.index)?;
         if version >= REPORTS_FROM {
             // Envoy may hold what an earlier run said about load.
-            self.accounts.connected(proxy, id, self.now_ms());
+            let knows_its_own = version >= BOARDS_FROM;
+            self.accounts
+                .connected(proxy, id, knows_its_own, self.now_ms());
             self.publish_loads();
         }
         self.publisher.pump(&mut self.index);

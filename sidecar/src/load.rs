@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use kv_core::id::{OwnerId, Slot};
 use kv_core::ledger::{Continuity, Lanes};
-use kv_core::loads::{LivePrefix, PoolLoads};
+use kv_core::loads::PoolLoads;
 use kv_core::report::{Booked, OwnerKey, Report, Step, Sum};
 use kv_core::tracker::{ActiveLoad, Booking, BookingId, Change, TrackError, Tracker, Tracking};
 
@@ -140,10 +140,11 @@ impl Accounts {
         }
     }
 
-    /// A proxy has a stream, which takes the place of any before it.
-    pub fn connected(&mut self, id: ProxyId, stream: u64, now_ms: u64) {
+    /// A proxy has a stream, which takes the place of any before it. `knows_its_own` where its VMs
+    /// know of each other's live prompts.
+    pub fn connected(&mut self, id: ProxyId, stream: u64, knows_its_own: bool, now_ms: u64) {
         let proxy = self.proxies.entry(id).or_default();
-        proxy.connect(stream, now_ms);
+        proxy.connect(stream, knows_its_own, now_ms);
     }
 
     /// A stream is over.
@@ -273,16 +274,14 @@ impl Accounts {
 
     /// What is to be told to proxies whose corrections or live prefixes have changed.
     pub fn news(&mut self) -> Vec<News> {
-        let mut prefixes: Option<Vec<Vec<LivePrefix>>> = None;
         let mut news = Vec::new();
         for proxy in self.proxies.values_mut() {
             let Some(stream) = proxy.stream else { continue };
-            let prefixes =
-                prefixes.get_or_insert_with(|| prefix::live(&self.tracker, &self.owners));
-            let pools = (0_u16..).zip(&self.owners).zip(prefixes.iter());
+            let prefixes = prefix::live(&self.tracker, &self.owners, &proxy.known_vms());
+            let pools = (0_u16..).zip(&self.owners).zip(prefixes);
             let pools = pools.map(|((pool, owners), prefixes)| PoolLoads {
                 corrections: correction::of(&self.tracker, &proxy.ledger, pool, owners),
-                prefixes: prefixes.clone(),
+                prefixes,
             });
             let pools: Vec<PoolLoads> = pools.collect();
             if proxy.told.as_ref() != Some(&pools) {

@@ -1,5 +1,7 @@
 //! One proxy: the VMs of one `vm_id` in one Envoy process.
 
+use std::collections::HashSet;
+
 use kv_core::ledger::Ledger;
 use kv_core::loads::PoolLoads;
 use serde::Serialize;
@@ -22,13 +24,16 @@ pub(super) struct Proxy {
     pub(super) stream: Option<u64>,
     /// Since when it has that, or none.
     since_ms: u64,
+    /// Whether its VMs know of each other's live prompts.
+    knows_its_own: bool,
     /// What it was told last on this stream.
     pub(super) told: Option<Vec<PoolLoads>>,
 }
 
 impl Proxy {
-    pub(super) fn connect(&mut self, stream: u64, now_ms: u64) {
+    pub(super) fn connect(&mut self, stream: u64, knows_its_own: bool, now_ms: u64) {
         self.stream = Some(stream);
+        self.knows_its_own = knows_its_own;
         self.since_ms = now_ms;
         // Envoy may hold what an earlier run of the sidecar said.
         self.told = None;
@@ -37,6 +42,12 @@ impl Proxy {
     pub(super) fn disconnect(&mut self, now_ms: u64) {
         self.stream = None;
         self.since_ms = now_ms;
+    }
+
+    /// VMs whose live prompts all of its VMs know of.
+    pub(super) fn known_vms(&self) -> HashSet<u64> {
+        let vms = self.knows_its_own.then(|| self.ledger.vms());
+        vms.into_iter().flatten().collect()
     }
 
     /// VMs that had `silence_ms` to report through a stream and did not.
