@@ -192,3 +192,34 @@ pub struct Weighed {
     /// Its cost, in blocks.
     pub cost: f64,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reports_of_this_protocol_and_the_one_before_are_read() {
+        let report = Report {
+            vm: 1,
+            sequence: 2,
+            complete: false,
+            at_ns: 900,
+            sums: Vec::new(),
+            steps: vec![Step::Free { request: 3 }, Step::FirstToken { request: 4 }],
+            ages_ns: vec![100],
+        };
+        assert_eq!(Report::decode(&wire::encode(&report)), Ok(report.clone()));
+        let times = report.timed().map(|(at_ns, _)| at_ns);
+        assert_eq!(times.collect::<Vec<_>>(), [800, 900]);
+        let Report { sums, steps, .. } = &report;
+        let untimed = wire::encode_for(2, &(1_u64, 2_u64, false, sums, steps));
+        let expected = Report {
+            at_ns: 0,
+            ages_ns: Vec::new(),
+            ..report
+        };
+        assert_eq!(Report::decode(&untimed), Ok(expected));
+        assert_eq!(Report::decode(&[]), Err(WireError::Empty));
+        assert_eq!(Report::decode(&[1, 9]), Err(WireError::Malformed(2)));
+    }
+}

@@ -599,7 +599,7 @@ mod tests {
         // Requests 1 and 3 share all on two owners, 2 has two blocks in common with them.
         let all = [(0, 1, 11), (0, 2, 12), (0, 3, 13), (0, 3, 13)];
         assert_eq!(prefixes(&tracker), all);
-        assert_eq!(tracker.uses(&owner(7), 1), 0);
+        assert_eq!(tracker.uses(&owner(7), 1), 2);
         assert_eq!(tracker.uses(&owner(8), 3), 1);
         assert_eq!(tracker.uses(&owner(8), 9), 0);
         assert_eq!(tracker.get(&id(3)).unwrap().0, owner(8));

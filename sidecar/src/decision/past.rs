@@ -122,3 +122,75 @@ fn source(change: &Change) -> u64 {
         | Change::Free(id) => id.source,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use kv_core::id::OwnerId;
+    use kv_core::report::OwnerKey;
+    use kv_core::tracker::{Booking, BookingId, Tracking};
+
+    use super::*;
+
+    const OWNER: OwnerKey = OwnerKey {
+        pool: 0,
+        id: OwnerId { worker: 1, rank: 0 },
+    };
+
+    fn past() -> Past<&'static str> {
+        Past::new(Tracker::new(Tracking::default(), 1 << 20))
+    }
+
+    fn id(source: u64, request: u64) -> BookingId {
+        BookingId { source, request }
+    }
+
+    fn book(id: BookingId) -> Change {
+        Change::Book(id, OWNER, Box::default())
+    }
+
+    #[test]
+    fn what_two_vms_say_is_put_in_the_order_in_which_it_happened() {
+        let mut past = past();
+        past.change(book(id(1, 1)), 10, 0);
+        past.ask("before the second", 20, 0);
+        past.change(book(id(1, 2)), 30, 0);
+        past.ask("after it", 40, 0);
+        // Another VM's report comes last and tells of earlier things.
+        past.change(book(id(2, 1)), 15, LAG_MS - 1);
+        past.change(Change::Free(id(2, 1)), 25, LAG_MS - 1);
+        assert_eq!(past.next(LAG_MS - 1), None);
+        let waiting = |past: &Past<_>| past.tracker().load(&OWNER).waiting;
+        // What is late is waited for like the rest.
+        assert_eq!(past.next(LAG_MS), None);
+        assert_eq!(past.next(2 * LAG_MS), Some("before the second"));
+        assert_eq!(waiting(&past), 2);
+        assert_eq!(past.next(2 * LAG_MS), Some("after it"));
+        assert_eq!(waiting(&past), 2);
+        assert_eq!(past.next(2 * LAG_MS), None);
+    }
+
+    #[test]
+    fn steps_of_one_vm_keep_their_order_though_its_clock_goes_back() {
+        let mut past = past();
+        past.change(book(id(1, 1)), 1_000, 0);
+        past.change(Change::Free(id(1, 1)), 10, 0);
+        assert_eq!(past.next(LAG_MS), None);
+        assert!(past.tracker().is_empty());
+        past.sweep(MEMORY_MS);
+        assert!(past.sources.is_empty());
+    }
+
+    #[test]
+    fn no_more_than_so_much_waits() {
+        let mut past = past();
+        past.ask("first", 0, 0);
+        for request in 0..=MAX_WAITING as u64 {
+            past.change(book(id(1, request)), 1 + request, 0);
+        }
+        assert_eq!(past.next(0), Some("first"));
+        assert_eq!(past.next(0), None);
+        assert_eq!(past.waiting.len(), MAX_WAITING);
+        let booking = past.tracker().get(&id(1, 0));
+        assert_eq!(booking, Some((OWNER, &Booking::default())));
+    }
+}

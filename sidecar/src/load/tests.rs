@@ -47,6 +47,7 @@ fn report(sequence: u64, requests: &[u64], complete: bool) -> Report {
         complete,
         sums: vec![sum],
         steps: requests.iter().map(book).collect(),
+        ..Report::default()
     }
 }
 
