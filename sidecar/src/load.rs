@@ -46,6 +46,7 @@ pub struct Accounts {
     /// Owners of the worker table by pool, ascending by slot.
     owners: Vec<Vec<(Slot, OwnerId)>>,
     expiry_ms: u64,
+    is_unsettled: bool,
 }
 
 /// The prompt of a booking, as far as it is known.
@@ -125,6 +126,7 @@ impl Accounts {
             proxies: BTreeMap::new(),
             owners: Vec::new(),
             expiry_ms: settings.expiry_ms,
+            is_unsettled: false,
         }
     }
 
@@ -275,12 +277,28 @@ impl Accounts {
     /// What is to be told to proxies whose corrections or live prefixes have changed.
     pub fn news(&mut self) -> Vec<News> {
         let mut news = Vec::new();
+        self.is_unsettled = false;
         for proxy in self.proxies.values_mut() {
             let Some(stream) = proxy.stream else { continue };
             let prefixes = prefix::live(&self.tracker, &self.owners, &proxy.known_vms());
-            let pools = (0_u16..).zip(&self.owners).zip(prefixes);
-            let pools = pools.map(|((pool, owners), prefixes)| PoolLoads {
-                corrections: correction::of(&self.tracker, &proxy.ledger, pool, owners),
+            let numbered = (0_u16..).zip(&self.owners);
+            let found: Vec<_> = numbered
+                .map(|(pool, owners)| correction::of(&self.tracker, &proxy.ledger, pool, owners))
+                .collect();
+            let lasting = self.owners.iter().enumerate().map(|(pool, owners)| {
+                let Some(told) = &proxy.told else {
+                    return found[pool].clone();
+                };
+                let told = told.get(pool).map_or(&[][..], |pool| &pool.corrections);
+                let before = proxy.found.get(pool).map_or(&[][..], Vec::as_slice);
+                correction::lasting(&found[pool], before, told, owners)
+            });
+            let lasting: Vec<_> = lasting.collect();
+            self.is_unsettled |= lasting != found;
+            proxy.found = found;
+            let pools = lasting.into_iter().zip(prefixes);
+            let pools = pools.map(|(corrections, prefixes)| PoolLoads {
+                corrections,
                 prefixes,
             });
             let pools: Vec<PoolLoads> = pools.collect();
@@ -290,6 +308,12 @@ impl Accounts {
             }
         }
         news
+    }
+
+    /// Whether more is to be told although nothing changes.
+    #[must_use]
+    pub fn is_unsettled(&self) -> bool {
+        self.is_unsettled
     }
 
     /// What has changed since it was last taken.

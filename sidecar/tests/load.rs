@@ -117,7 +117,9 @@ async fn live_prefixes_of_other_proxies_are_published_shared_ones_first() {
     // Who shares its own prompts knows of them.
     other.vm.book(1, 2, &[1, 2, 3, 6, 7]);
     other.report().await;
-    let loads = proxy.bridge.loads("the other's", |l| !l.pools[0].prefixes.is_empty());
+    let loads = proxy
+        .bridge
+        .loads("the other's", |l| !l.pools[0].prefixes.is_empty());
     let told = loads.await.pools.remove(0).prefixes;
     let told: Vec<_> = told.iter().map(|p| (p.hash, p.slots.clone())).collect();
     assert_eq!(told, [(6, vec![Slot(1)]), (7, vec![Slot(1)])]);

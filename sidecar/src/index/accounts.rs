@@ -220,6 +220,9 @@ impl Service {
         }
         let pause = LOADS_PAUSE.max(LOADS_SHARE * begun.elapsed());
         self.loads_from = Instant::now() + pause;
+        if self.accounts.is_unsettled() {
+            self.loads_due();
+        }
     }
 
     /// Milliseconds since the start.

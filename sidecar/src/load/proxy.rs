@@ -2,8 +2,9 @@
 
 use std::collections::HashSet;
 
+use kv_core::id::Slot;
 use kv_core::ledger::Ledger;
-use kv_core::loads::PoolLoads;
+use kv_core::loads::{Correction, PoolLoads};
 use serde::Serialize;
 
 /// Who a proxy is.
@@ -28,6 +29,8 @@ pub(super) struct Proxy {
     knows_its_own: bool,
     /// What it was told last on this stream.
     pub(super) told: Option<Vec<PoolLoads>>,
+    /// Its corrections by pool, as they were last found.
+    pub(super) found: Vec<Vec<(Slot, Correction)>>,
 }
 
 impl Proxy {
