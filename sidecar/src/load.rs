@@ -18,6 +18,7 @@ use kv_core::loads::PoolLoads;
 use kv_core::report::{Booked, OwnerKey, Report, Step, Sum};
 use kv_core::tracker::{ActiveLoad, Booking, BookingId, Change, TrackError, Tracker, Tracking};
 
+use correction::Passing;
 use proxy::Proxy;
 pub use proxy::ProxyId;
 pub use view::{LoadReport, ProxyRequests, RawReport};
@@ -28,6 +29,12 @@ const MAX_BOOKINGS: usize = 1 << 18;
 const VM_SILENCE_MS: u64 = 5_000;
 /// How long a proxy may be without a stream.
 const PROXY_SILENCE_MS: u64 = 8_000;
+
+/// How long a correction of blocks has to last: where several proxies book, and where one alone
+/// does, whose lanes are right by themselves.
+const LASTING_MS: u64 = 10;
+/// See [`LASTING_MS`].
+const LASTING_ALONE_MS: u64 = 150;
 
 /// Load as the sidecar is configured to track it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -46,6 +53,9 @@ pub struct Accounts {
     /// Owners of the worker table by pool, ascending by slot.
     owners: Vec<Vec<(Slot, OwnerId)>>,
     expiry_ms: u64,
+    /// Whether blocks count once however many requests use them, as boards have it.
+    counts_distinct: bool,
+    /// Whether corrections were found that may pass.
     is_unsettled: bool,
 }
 
@@ -126,6 +136,7 @@ impl Accounts {
             proxies: BTreeMap::new(),
             owners: Vec::new(),
             expiry_ms: settings.expiry_ms,
+            counts_distinct: settings.tracking.active_blocks && settings.tracking.kv_reuse,
             is_unsettled: false,
         }
     }
@@ -275,33 +286,43 @@ impl Accounts {
     }
 
     /// What is to be told to proxies whose corrections or live prefixes have changed.
-    pub fn news(&mut self) -> Vec<News> {
+    pub fn news(&mut self, now_ms: u64) -> Vec<News> {
         let mut news = Vec::new();
         self.is_unsettled = false;
         for proxy in self.proxies.values_mut() {
             let Some(stream) = proxy.stream else { continue };
-            let prefixes = prefix::live(&self.tracker, &self.owners, &proxy.known_vms());
-            let numbered = (0_u16..).zip(&self.owners);
-            let found: Vec<_> = numbered
-                .map(|(pool, owners)| correction::of(&self.tracker, &proxy.ledger, pool, owners))
-                .collect();
-            let lasting = self.owners.iter().enumerate().map(|(pool, owners)| {
-                let Some(told) = &proxy.told else {
-                    return found[pool].clone();
-                };
-                let told = told.get(pool).map_or(&[][..], |pool| &pool.corrections);
-                let before = proxy.found.get(pool).map_or(&[][..], Vec::as_slice);
-                correction::lasting(&found[pool], before, told, owners)
-            });
-            let lasting: Vec<_> = lasting.collect();
-            self.is_unsettled |= lasting != found;
-            proxy.found = found;
-            let pools = lasting.into_iter().zip(prefixes);
-            let pools = pools.map(|(corrections, prefixes)| PoolLoads {
-                corrections,
-                prefixes,
-            });
-            let pools: Vec<PoolLoads> = pools.collect();
+            let own = proxy.known_vms();
+            let is_alone = || {
+                self.tracker
+                    .bookings()
+                    .all(|(id, ..)| own.contains(&id.source))
+            };
+            let last_ms = match (proxy.knows_its_own && self.counts_distinct, &proxy.told) {
+                (true, Some(_)) if is_alone() => LASTING_ALONE_MS,
+                (true, Some(_)) => LASTING_MS,
+                _ => 0,
+            };
+            let mut prefixes = prefix::live(&self.tracker, &self.owners, &own).into_iter();
+            proxy
+                .passing
+                .resize_with(self.owners.len(), Passing::default);
+            let told = proxy
+                .told
+                .iter()
+                .flatten()
+                .map(|pool| &pool.corrections[..]);
+            let mut told = told.chain(std::iter::repeat(&[][..]));
+            let mut pools = Vec::new();
+            for ((pool, owners), passing) in (0..).zip(&self.owners).zip(&mut proxy.passing) {
+                let found = correction::of(&self.tracker, &proxy.ledger, pool, owners);
+                let told = told.next().unwrap_or_default();
+                let corrections = passing.lasting(&found, told, owners, (last_ms, now_ms));
+                self.is_unsettled |= corrections != found;
+                pools.push(PoolLoads {
+                    corrections,
+                    prefixes: prefixes.next().unwrap_or_default(),
+                });
+            }
             if proxy.told.as_ref() != Some(&pools) {
                 proxy.told = Some(pools.clone());
                 news.push(News { stream, pools });

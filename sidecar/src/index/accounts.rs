@@ -207,7 +207,7 @@ impl Service {
     pub(super) fn publish_loads(&mut self) {
         let begun = Instant::now();
         self.loads_at = None;
-        for news in self.accounts.news() {
+        for news in self.accounts.news(self.now_ms()) {
             self.loads_version = unix_ms().max(self.loads_version + 1);
             let loads = Loads {
                 epoch: self.epoch,

@@ -2,10 +2,11 @@
 
 use std::collections::HashSet;
 
-use kv_core::id::Slot;
 use kv_core::ledger::Ledger;
-use kv_core::loads::{Correction, PoolLoads};
+use kv_core::loads::PoolLoads;
 use serde::Serialize;
+
+use super::correction::Passing;
 
 /// Who a proxy is.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -26,11 +27,11 @@ pub(super) struct Proxy {
     /// Since when it has that, or none.
     since_ms: u64,
     /// Whether its VMs know of each other's live prompts.
-    knows_its_own: bool,
+    pub(super) knows_its_own: bool,
     /// What it was told last on this stream.
     pub(super) told: Option<Vec<PoolLoads>>,
-    /// Its corrections by pool, as they were last found.
-    pub(super) found: Vec<Vec<(Slot, Correction)>>,
+    /// By position of the pool in the table.
+    pub(super) passing: Vec<Passing>,
 }
 
 impl Proxy {

@@ -83,13 +83,13 @@ fn a_vm_is_retired_only_after_it_could_have_reported() {
     let swept = accounts.sweep(15_000);
     assert_eq!((swept.vms, swept.freed), (vec![(proxy(1), 7)], 2));
     assert_eq!(waiting(&accounts), 0);
-    let news = accounts.news();
+    let news = accounts.news(0);
     let correction = news[0].pools[0].correction(Slot(3));
     assert_eq!((news[0].stream, correction.waiting), (11, -2));
     // It comes back: its bookings count again, and its lanes once.
     apply(&mut accounts, 11, &report(2, &[1, 2], true), 27_000);
     assert_eq!(waiting(&accounts), 2);
-    let correction = accounts.news()[0].pools[0].correction(Slot(3));
+    let correction = accounts.news(0)[0].pools[0].correction(Slot(3));
     assert_eq!((correction.waiting, correction.blocks), (0, -2));
 }
 
@@ -165,10 +165,10 @@ fn only_changes_are_told() {
     accounts.connected(proxy(1), 10, true, 0);
     accounts.connected(proxy(2), 20, true, 0);
     let streams = |news: Vec<News>| news.iter().map(|n| n.stream).collect::<Vec<_>>();
-    assert_eq!(streams(accounts.news()), [10, 20]);
-    assert!(accounts.news().is_empty());
+    assert_eq!(streams(accounts.news(0)), [10, 20]);
+    assert!(accounts.news(0).is_empty());
     apply(&mut accounts, 10, &report(1, &[1], false), 0);
-    let news = accounts.news();
+    let news = accounts.news(0);
     let told = |news: &News| {
         let PoolLoads {
             corrections,
@@ -180,11 +180,11 @@ fn only_changes_are_told() {
     let told: Vec<_> = news.iter().map(told).collect();
     assert_eq!(told, [(20, 1, 1)]);
     accounts.step(7, &Step::FirstToken { request: 1 }, 0);
-    let came = accounts.news();
+    let came = accounts.news(0);
     assert_eq!(streams(came), [10, 20]);
-    assert!(accounts.news().is_empty());
+    assert!(accounts.news(0).is_empty());
     accounts.connected(proxy(1), 11, true, 0);
-    assert_eq!(streams(accounts.news()), [11]);
+    assert_eq!(streams(accounts.news(0)), [11]);
 }
 
 #[test]
