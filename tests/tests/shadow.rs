@@ -120,10 +120,7 @@ async fn intended(stack: &Stack) {
 async fn one_at_a_time(threads: u32) {
     let (stack, _engines) = start(threads, true).await;
     for request in 0..REQUESTS {
-        // What the last one stored is visible, and its load is gone, before the next is sent.
-        if request % 20 == 0 {
-            judged(&stack, request as u64).await;
-        }
+        // What the last one stored is visible before the next is sent.
         let quiet = async || {
             let index = stack.sidecar.index().await?;
             if index["settled"] == true {
@@ -139,7 +136,7 @@ async fn one_at_a_time(threads: u32) {
     let verdicts = judged(&stack, REQUESTS as u64).await;
     let agree = verdicts.get("agree").unwrap_or(&0) + verdicts.get("tie").unwrap_or(&0);
     let all: u64 = verdicts.values().sum();
-    assert!(agree * 1000 >= all * 998, "{verdicts:?}");
+    assert_eq!(agree, all, "{verdicts:?}");
     intended(&stack).await;
     stack.envoy.idle().await;
 }
@@ -161,13 +158,13 @@ async fn thirty_two_at_a_time(threads: u32) {
         .collect::<Vec<()>>()
         .await;
     let verdicts = judged(&stack, REQUESTS as u64).await;
-    dump(&stack, &verdicts, threads).await;
     let all: u64 = verdicts.values().sum();
-    let explained = all - verdicts.get("not_least").unwrap_or(&0);
-    assert_eq!(
-        explained, all,
-        "a filter took another than the least: {verdicts:?}"
-    );
+    let of = |verdict: &str| verdicts.get(verdict).copied().unwrap_or(0);
+    let agree = of("agree") + of("tie");
+    assert!(agree * 100 >= all * 98, "{verdicts:?}");
+    // What is left was decided on events or bookings that were on their way.
+    let explained = agree + of("load") + of("overlap") + of("overlap_and_load");
+    assert_eq!(explained, all, "{verdicts:?}");
     intended(&stack).await;
     stack.envoy.idle().await;
 }
@@ -183,20 +180,11 @@ async fn one_request_at_a_time_agrees_with_the_exact_state_on_four_threads() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn many_requests_at_a_time_take_the_least_of_what_they_saw_on_one_thread() {
+async fn many_requests_at_a_time_agree_with_the_exact_state_on_one_thread() {
     thirty_two_at_a_time(1).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn many_requests_at_a_time_take_the_least_of_what_they_saw_on_four_threads() {
+async fn many_requests_at_a_time_agree_with_the_exact_state_on_four_threads() {
     thirty_two_at_a_time(4).await;
-}
-
-async fn dump(stack: &Stack, verdicts: &BTreeMap<String, u64>, threads: u32) {
-    let request = http::Request::get(kv_tests::client::uri(stack.sidecar.admin, "/v1/decisions?limit=1000"));
-    let request = request.body(http_body_util::Full::default()).expect("a request");
-    let answer = stack.client.send(request).await.expect("decisions");
-    let path = format!("/tmp/judge-{threads}-{}.json", std::process::id());
-    std::fs::write(&path, answer.body()).expect("a dump");
-    eprintln!("VERDICTS threads={threads} {verdicts:?} {path}");
 }

@@ -83,14 +83,17 @@ fn a_vm_is_retired_only_after_it_could_have_reported() {
     let swept = accounts.sweep(15_000);
     assert_eq!((swept.vms, swept.freed), (vec![(proxy(1), 7)], 2));
     assert_eq!(waiting(&accounts), 0);
-    let news = accounts.news(0);
+    let news = accounts.news(15_000);
     let correction = news[0].pools[0].correction(Slot(3));
     assert_eq!((news[0].stream, correction.waiting), (11, -2));
     // It comes back: its bookings count again, and its lanes once.
     apply(&mut accounts, 11, &report(2, &[1, 2], true), 27_000);
     assert_eq!(waiting(&accounts), 2);
-    let correction = accounts.news(0)[0].pools[0].correction(Slot(3));
-    assert_eq!((correction.waiting, correction.blocks), (0, -2));
+    for (now_ms, blocks) in [(27_000, -4), (27_000 + LASTING_ALONE_MS, -2)] {
+        let correction = accounts.news(now_ms)[0].pools[0].correction(Slot(3));
+        assert_eq!((correction.waiting, correction.blocks), (0, blocks));
+        assert_eq!(accounts.is_unsettled(), blocks == -4);
+    }
 }
 
 #[test]
