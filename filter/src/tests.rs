@@ -1,5 +1,6 @@
 //! Whole VMs against the fake host.
 
+mod board;
 mod bridge;
 mod load;
 mod noise;
