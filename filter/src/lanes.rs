@@ -71,15 +71,14 @@ impl Lanes {
             return Some(*lane);
         }
         let OwnerId { worker, rank } = owner;
-        let name = format!("{pool}.{worker}.{rank}");
         let define = |lane: char| {
-            let gauge = format!("kv_router_lane_{lane}.{name}");
-            host.define(MetricKind::Gauge, &gauge)
+            let name = format!("kv_router_lane_{lane}.{pool}.{worker}.{rank}");
+            host.define(MetricKind::Gauge, &name)
         };
         let lane = Lane {
             a: define('a')?,
             b: define('b')?,
-            name: board::owner(&name),
+            name: board::owner(&format!("{pool}.{worker}.{rank}")),
         };
         // Reading them makes this VM one of those that keep them alive: a gauge ends with the last
         // VM that has touched it, and what was booked on it with it.
