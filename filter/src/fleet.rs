@@ -48,6 +48,7 @@ pub struct Served<'a> {
     /// Whether the pool names the request's model.
     pub known: bool,
     derived: &'a Derived,
+    fleet: &'a Fleet,
 }
 
 impl Fleet {
@@ -108,6 +109,7 @@ impl Fleet {
             lora,
             known,
             derived: self.pools.get(position)?,
+            fleet: self,
         })
     }
 
@@ -146,11 +148,10 @@ impl<'a> Served<'a> {
         owners.binary_search_by_key(&slot, |owner| owner.slot).ok()
     }
 
-    /// Where requests are booked for the owner that boards call so.
+    /// Where requests are booked for the owner, of any pool, that boards call so.
     #[must_use]
     pub fn place_named(&self, name: u64) -> Option<Place> {
-        let mut places = self.derived.places.iter().flatten();
-        places.find(|place| place.lane.name() == name).copied()
+        self.fleet.places().find(|place| place.lane.name() == name)
     }
 
     /// The owner at a position.

@@ -365,13 +365,6 @@ impl Accounts {
         self.tracker.load(owner)
     }
 
-    /// Leading blocks of a prompt in use on an owner.
-    #[must_use]
-    pub fn shared_blocks(&self, owner: &OwnerKey, prompt: &[u64]) -> u32 {
-        let shared = self.tracker.shared_blocks(owner, prompt);
-        u32::try_from(shared).unwrap_or(u32::MAX)
-    }
-
     /// The blocks of a booking whose whole prompt is known.
     #[must_use]
     pub fn blocks(&self, vm: u64, request: u64) -> Option<&[u64]> {

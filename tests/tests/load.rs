@@ -132,6 +132,7 @@ async fn requests_at_once_spread_evenly_over_threads() {
         assert!(spread.iter().all(|n| (7..=9).contains(n)), "{spread:?}");
         nothing_is_booked(&stack).await;
     }
+    stack.envoy.intended().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -144,6 +145,7 @@ async fn requests_at_once_spread_evenly_over_two_proxies() {
         assert!(spread.iter().all(|n| (6..=10).contains(n)), "{spread:?}");
         nothing_is_booked(&stack).await;
     }
+    stack.envoy.intended().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -217,6 +219,7 @@ async fn requests_one_after_the_other_reach_every_worker() {
         "{spread:?}"
     );
     nothing_is_booked(&stack).await;
+    stack.envoy.intended().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -99,24 +99,6 @@ async fn judged(stack: &Stack, decisions: u64) -> BTreeMap<String, u64> {
     wait::until("all decisions judged", all).await
 }
 
-async fn intended(stack: &Stack) {
-    let share = async || {
-        let intended = stack
-            .envoy
-            .total("kv_router_routed_as_intended_total")
-            .await;
-        let missed = stack.envoy.total("kv_router_missed_total").await;
-        let ended = intended + missed;
-        let enough = ended >= REQUESTS as u64 && intended * 100 >= ended * 98;
-        if enough {
-            Ok(())
-        } else {
-            Err((intended, missed))
-        }
-    };
-    wait::until("98 % of requests routed as intended", share).await;
-}
-
 async fn one_at_a_time(threads: u32) {
     let (stack, _engines) = start(threads, true).await;
     for request in 0..REQUESTS {
@@ -137,7 +119,7 @@ async fn one_at_a_time(threads: u32) {
     let agree = verdicts.get("agree").unwrap_or(&0) + verdicts.get("tie").unwrap_or(&0);
     let all: u64 = verdicts.values().sum();
     assert_eq!(agree, all, "{verdicts:?}");
-    intended(&stack).await;
+    stack.envoy.intended().await;
     stack.envoy.idle().await;
 }
 
@@ -165,7 +147,7 @@ async fn thirty_two_at_a_time(threads: u32) {
     // What is left was decided on events or bookings that were on their way.
     let explained = agree + of("load") + of("overlap") + of("overlap_and_load");
     assert_eq!(explained, all, "{verdicts:?}");
-    intended(&stack).await;
+    stack.envoy.intended().await;
     stack.envoy.idle().await;
 }
 

@@ -1,6 +1,6 @@
 //! Decisions that come with bookings, held against the index and the load as it was.
 
-use kv_core::report::{Booked, Evidence, OwnerKey};
+use kv_core::report::{Booked, Evidence};
 use tracing::Level;
 
 use super::{Field, Service, unix_ns};
@@ -31,7 +31,7 @@ impl Service {
         now_ms: u64,
     ) {
         let pool = usize::from(booked.owner.pool);
-        let Some(field) = self.field(pool, &prompt.hashes) else {
+        let Some(field) = self.unloaded_field(pool, &prompt.hashes) else {
             return;
         };
         log(&field, evidence);
@@ -66,14 +66,7 @@ impl Service {
             prompt,
             mut field,
         } = question;
-        let pool = booked.owner.pool;
-        let tracker = self.past.tracker();
-        for (owner, standing) in field.pool.owners.iter().zip(&mut field.standings) {
-            let key = OwnerKey { pool, id: owner.id };
-            standing.load = tracker.load(&key);
-            let shared = tracker.shared_blocks(&key, &prompt.hashes);
-            standing.shared_blocks = u32::try_from(shared).unwrap_or(u32::MAX);
-        }
+        field.load(self.past.tracker(), booked.owner.pool, &prompt.hashes);
         let is_prompt_known = prompt.start == 0;
         let shadow = decision::judge(&field, booked.owner.id, &evidence, is_prompt_known);
         let outcome = shadow.verdict.name();
