@@ -191,7 +191,7 @@ impl Reloader {
             Ok(mut watch) => {
                 // It may have changed after it was read and before it was watched.
                 let read = Config::load(&self.source.file, &self.source.layers);
-                if read.is_ok_and(|read| read != self.config) {
+                if !read.is_ok_and(|read| read == self.config) {
                     self.reload().await;
                 }
                 loop {
