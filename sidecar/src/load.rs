@@ -30,10 +30,8 @@ const VM_SILENCE_MS: u64 = 5_000;
 /// How long a proxy may be without a stream.
 const PROXY_SILENCE_MS: u64 = 8_000;
 
-/// How long a correction of blocks has to last: where several proxies book, and where one alone
-/// does, whose lanes are right by themselves.
-const LASTING_MS: u64 = 10;
-/// See [`LASTING_MS`].
+/// How long a correction of blocks has to last where one proxy alone books: its lanes are right by
+/// themselves. Where others book too, what they have booked is worth more at once.
 const LASTING_ALONE_MS: u64 = 150;
 
 /// Load as the sidecar is configured to track it.
@@ -299,7 +297,6 @@ impl Accounts {
             };
             let last_ms = match (proxy.knows_its_own && self.counts_distinct, &proxy.told) {
                 (true, Some(_)) if is_alone() => LASTING_ALONE_MS,
-                (true, Some(_)) => LASTING_MS,
                 _ => 0,
             };
             let mut prefixes = prefix::live(&self.tracker, &self.owners, &own).into_iter();

@@ -126,7 +126,6 @@ async fn knows(stack: &Stack, requests: u64) {
 /// Waits until a sidecar and its Envoy's lanes hold nothing, and no correction is left.
 async fn is_empty(stack: &Stack) {
     stack.envoy.idle().await;
-    stack.envoy.intended().await;
     let empty = async || {
         let path = "/v1/workers?raw";
         let raw = stack.client.get(stack.sidecar.admin, path).await?["raw"].clone();
