@@ -33,6 +33,8 @@ const PROXY_SILENCE_MS: u64 = 8_000;
 /// How long a correction of blocks has to last where one proxy alone books: its lanes are right by
 /// themselves. Where others book too, what they have booked is worth more at once.
 const LASTING_ALONE_MS: u64 = 150;
+/// How long nobody else must have booked anything for that.
+const ALONE_MS: u64 = 2_000;
 
 /// Load as the sidecar is configured to track it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -290,13 +292,20 @@ impl Accounts {
         for proxy in self.proxies.values_mut() {
             let Some(stream) = proxy.stream else { continue };
             let own = proxy.known_vms();
-            let is_alone = || {
-                self.tracker
-                    .bookings()
-                    .all(|(id, ..)| own.contains(&id.source))
-            };
-            let last_ms = match (proxy.knows_its_own && self.counts_distinct, &proxy.told) {
-                (true, Some(_)) if is_alone() => LASTING_ALONE_MS,
+            // What others had booked is to be taken back at once, too.
+            if self
+                .tracker
+                .bookings()
+                .any(|(id, ..)| !own.contains(&id.source))
+            {
+                proxy.crowded_ms = Some(now_ms);
+            }
+            let is_alone = proxy
+                .crowded_ms
+                .is_none_or(|at| now_ms.saturating_sub(at) >= ALONE_MS);
+            let is_right = proxy.knows_its_own && self.counts_distinct && is_alone;
+            let last_ms = match proxy.told {
+                Some(_) if is_right => LASTING_ALONE_MS,
                 _ => 0,
             };
             let mut prefixes = prefix::live(&self.tracker, &self.owners, &own).into_iter();

@@ -28,6 +28,8 @@ pub(super) struct Proxy {
     since_ms: u64,
     /// Whether its VMs know of each other's live prompts.
     pub(super) knows_its_own: bool,
+    /// When others than its VMs had last booked anything.
+    pub(super) crowded_ms: Option<u64>,
     /// What it was told last on this stream.
     pub(super) told: Option<Vec<PoolLoads>>,
     /// By position of the pool in the table.
