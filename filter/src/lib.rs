@@ -13,6 +13,7 @@
 //! - [`request`], [`hold`], [`choose`], [`routed`], [`record`]: the life of a request.
 //! - [`world`], [`fleet`], [`lanes`], [`correction`]: pages, worker table and load as this VM sees
 //!   them.
+//! - [`board`]: the live prompts of all VMs.
 //! - [`bookings`], [`outbox`]: what this VM has added to the load, and its reports of it.
 //! - [`bridge`], [`relay`]: the one VM of a process that copies the sidecar's writes into shared
 //!   data and passes the reports of all VMs on to it.
@@ -32,6 +33,7 @@
 #[cfg(target_arch = "wasm32")]
 mod abi;
 pub mod answer;
+pub mod board;
 pub mod bookings;
 pub mod bridge;
 #[cfg(feature = "chaos")]

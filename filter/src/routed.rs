@@ -85,6 +85,7 @@ impl Routed {
             booking,
             prefix,
             trust,
+            read_ns,
             mut weighed,
             ..
         } = choice;
@@ -97,7 +98,7 @@ impl Routed {
                 prefix,
                 hashes: ask.hashes.get(known..).unwrap_or_default().to_vec(),
                 evidence: Some(report::Evidence {
-                    at_ns: router.host.unix_ns(),
+                    at_ns: read_ns,
                     reason: reason.name().to_owned(),
                     tokens: ask.tokens,
                     #[allow(clippy::cast_possible_truncation)]
@@ -298,7 +299,8 @@ impl Routed {
             (Some(booking), None) => bookings.free(host, metrics, booking),
             (None, Some(place)) => {
                 let Demand { tokens, .. } = self.demand;
-                let booking = bookings.hold(host, place, tracking, tokens, self.demand.blocks());
+                let size = (tokens, self.demand.blocks());
+                let booking = bookings.hold(host, metrics, place, tracking, size, None);
                 let told = Told::default();
                 self.booking = Some(booking.open(bookings, host, metrics, told));
             }

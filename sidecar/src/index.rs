@@ -51,7 +51,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{self, Config};
-use crate::decision::Decisions;
+use crate::decision::{Decisions, Past};
 use crate::dump::Line;
 use crate::ejection::Ejection;
 use crate::ingest::{Arrival, Plane};
@@ -91,6 +91,8 @@ const RECOVERY: Duration = Duration::from_secs(15);
 const REPORTS_FROM: u8 = 2;
 /// Protocol version from which on filters take out of the lanes what they are told to.
 const WRITE_OFFS_FROM: u8 = 3;
+/// Protocol version from which on the VMs of a proxy know of each other's live prompts.
+const BOARDS_FROM: u8 = 3;
 /// Most times of reception of one flush.
 const MAX_RECEIVED: usize = 1024;
 
@@ -103,6 +105,8 @@ pub struct Service {
     tables: Vec<Arc<table::Pool>>,
     accounts: Accounts,
     decisions: Decisions,
+    /// Decisions that wait to be judged, and the load up to them.
+    past: Past<decisions::Question>,
     /// Predicted blocks, by pool.
     predictions: BTreeMap<usize, Approximate>,
     /// Blocks that may be gone, by pool and slot.
@@ -188,6 +192,7 @@ impl Service {
             tables: Vec::new(),
             accounts: Accounts::new(config.load).numbering_from(unix_ms()),
             decisions: Decisions::default(),
+            past: Past::new(Accounts::replica(config.load.tracking)),
             predictions: BTreeMap::new(),
             doubts: HashMap::new(),
             strangers: strangers::Strangers::default(),
@@ -366,7 +371,9 @@ impl Service {
         let id = self.publisher.subscribe(who, version, out, &self.index)?;
         if version >= REPORTS_FROM {
             // Envoy may hold what an earlier run said about load.
-            self.accounts.connected(proxy, id, self.now_ms());
+            let knows_its_own = version >= BOARDS_FROM;
+            self.accounts
+                .connected(proxy, id, knows_its_own, self.now_ms());
             if version >= WRITE_OFFS_FROM {
                 self.accounts.writes_off(id);
             }
@@ -460,6 +467,9 @@ impl Service {
         self.expire_predictions();
         self.strangers.sweep(Instant::now());
         self.sweep_dumps();
+        self.remember(unix_ns());
+        self.judge_due();
+        self.past.sweep(self.now_ms());
         self.check_ready();
         self.save_step();
         if tick.is_multiple_of(BEAT_TICKS) {
@@ -525,8 +535,12 @@ async fn at(instant: Option<Instant>) {
 }
 
 fn unix_ms() -> u64 {
+    unix_ns() / 1_000_000
+}
+
+fn unix_ns() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+    since.map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
 }
 
 /// Random bits of the system; the sidecar can't do without.

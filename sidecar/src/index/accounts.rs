@@ -9,7 +9,7 @@ use kv_core::report::{Booked, Failure, Report, Step, Sum};
 use kv_core::table;
 use tokio::time::{Duration, Instant};
 
-use super::{Service, unix_ms};
+use super::{Service, unix_ms, unix_ns};
 use crate::decision::Origin;
 use crate::load::{Outcome, Prompt, ProxyId};
 use crate::metrics::Kind;
@@ -35,6 +35,8 @@ impl Service {
             fenced.inc_by(reports.len() as u64);
             return;
         };
+        // What has changed besides.
+        self.remember(unix_ns());
         for report in reports {
             let kind = match self.accounts.report(stream, &report, now_ms) {
                 None | Some(Continuity::Repeated) => "repeated",
@@ -46,6 +48,15 @@ impl Service {
             if kind == "repeated" {
                 continue;
             }
+            let arrived_ns = unix_ns();
+            let time = |at_ns: u64| {
+                if at_ns == 0 {
+                    arrived_ns
+                } else {
+                    at_ns.min(arrived_ns)
+                }
+            };
+            self.remember(time(report.at_ns));
             if report.complete {
                 self.report_for_peers(report.vm);
             }
@@ -53,25 +64,36 @@ impl Service {
                 proxy: proxy.clone(),
                 vm: report.vm,
             };
-            for step in &report.steps {
-                let outcome = self.step(&origin, step, now_ms);
+            for (at_ns, step) in report.timed() {
+                let outcome = self.step(&origin, step, time(at_ns), now_ms);
                 self.step_for_peers(report.vm, step);
                 let kind = outcome.kind();
                 self.metrics.steps.get_or_create(&Kind { kind }).inc();
             }
         }
+        self.judge_due();
         self.announce();
         self.loads_due();
     }
 
-    fn step(&mut self, origin: &Origin, step: &Step, now_ms: u64) -> Outcome {
+    /// What has changed happened at this time.
+    pub(super) fn remember(&mut self, at_ns: u64) {
+        let now_ms = self.now_ms();
+        for change in self.accounts.take_journal() {
+            self.past.change(change, at_ns, now_ms);
+        }
+    }
+
+    fn step(&mut self, origin: &Origin, step: &Step, mut at_ns: u64, now_ms: u64) -> Outcome {
         let vm = origin.vm;
         self.before_step(vm, step, now_ms);
         let outcome = match step {
             Step::Book(booked) => {
                 let prompt = self.prompt(booked);
                 if let Some(evidence) = &booked.evidence {
-                    self.judge(origin.clone(), booked, evidence, &prompt);
+                    // One that was held against later loads stands since then.
+                    at_ns = at_ns.max(evidence.at_ns.min(unix_ns()));
+                    self.take_decision(origin.clone(), booked, evidence, &prompt, now_ms);
                 }
                 let is_told = prompt.start == 0 && self.is_predicted(booked.owner);
                 let told = is_told.then(|| prompt.hashes.clone());
@@ -87,6 +109,7 @@ impl Service {
             }
             _ => self.accounts.step(vm, step, now_ms),
         };
+        self.remember(at_ns);
         self.learn(vm, step, outcome);
         if let Step::Move { request, to } = step
             && outcome == Outcome::Moved
@@ -291,7 +314,7 @@ impl Service {
     pub(super) fn publish_loads(&mut self) {
         let begun = Instant::now();
         self.loads_at = None;
-        for news in self.accounts.news() {
+        for news in self.accounts.news(self.now_ms()) {
             self.loads_version = unix_ms().max(self.loads_version + 1);
             let loads = Loads {
                 epoch: self.epoch,
@@ -305,6 +328,9 @@ impl Service {
         }
         let pause = LOADS_PAUSE.max(LOADS_SHARE * begun.elapsed());
         self.loads_from = Instant::now() + pause;
+        if self.accounts.is_unsettled() {
+            self.loads_due();
+        }
     }
 
     /// Milliseconds since the start.

@@ -160,6 +160,7 @@ impl Vm {
             complete: false,
             sums: touched.iter().map(|owner| self.sums[owner]).collect(),
             steps: std::mem::take(&mut self.steps),
+            ..Report::default()
         }
     }
 
@@ -175,6 +176,7 @@ impl Vm {
             complete: true,
             sums: self.sums.values().copied().collect(),
             steps: self.live.values().map(book).collect(),
+            ..Report::default()
         }
     }
 }
