@@ -4,6 +4,7 @@ use super::*;
 use crate::event::{EventData, Removed, Stored, StoredBlock};
 use crate::hash::chain;
 use crate::naive::Naive;
+use crate::overlap::Overlap;
 use crate::reader::{Reader, View};
 use crate::rng::Rng;
 
@@ -86,6 +87,8 @@ impl History {
             level: 0,
             group,
             max_orphans: 1 << 20,
+            max_bytes: usize::MAX,
+            max_page_bytes: usize::MAX,
         };
         let mut index = Index::new(config);
         assert_eq!(index.add_pool(SECRET), 0);
@@ -272,6 +275,8 @@ fn small() -> Index {
         level: 2,
         group: 4,
         max_orphans: 8,
+            max_bytes: usize::MAX,
+            max_page_bytes: usize::MAX,
     });
     index.add_pool(SECRET);
     index
@@ -413,6 +418,8 @@ fn a_dump_rebuilds_an_owner_hidden_blocks_included() {
             level: 3,
             group: 8,
             max_orphans: 0,
+            max_bytes: usize::MAX,
+            max_page_bytes: usize::MAX,
         };
         let mut copy = Index::new(config);
         copy.add_pool(SECRET);
@@ -443,6 +450,8 @@ fn ten_thousand_continuations_of_one_prompt_keep_pages_small() {
         level: 4,
         group: 32,
         max_orphans: 0,
+            max_bytes: usize::MAX,
+            max_page_bytes: usize::MAX,
     };
     let mut index = Index::new(config);
     index.add_pool(SECRET);
