@@ -84,10 +84,14 @@ impl Index {
         let mut hand = hand(tree, owners, space, slot);
         let before = hand.owner.bytes();
         for hash in hashes {
-            match hand.take(*hash, tier) {
+            let taken = hand.take(*hash, tier);
+            // A block that is held may be in stores that wait as well: it must not come back with
+            // them.
+            let waited = hand.owner.waiting.remove(*hash, tier);
+            match taken {
                 Taken::Left => applied.removed += 1,
                 Taken::Kept => applied.duplicates += 1,
-                Taken::Unknown if hand.owner.waiting.remove(*hash, tier) => applied.removed += 1,
+                Taken::Unknown if waited => applied.removed += 1,
                 Taken::Unknown => applied.unknown += 1,
             }
         }

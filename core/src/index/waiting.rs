@@ -135,31 +135,33 @@ impl Waiting {
         self.store_bytes -= bytes(orphan);
     }
 
-    /// Removes a block of a waiting store from a tier. Whether there was one.
+    /// Removes a block from every store that waits with it for a tier. Whether there was one.
     pub(super) fn remove(&mut self, hash: u64, tier: Tier) -> bool {
-        let key = self.hasher.hash_one(hash);
-        let stores = &self.stores;
-        let orphan = |entry: &Entry| {
-            let stores = stores.get(&entry.parent)?;
-            let number = |(number, _): &(u64, Orphan)| *number;
-            let at = stores.binary_search_by_key(&entry.number, number).ok()?;
-            stores.get(at).map(|(_, orphan)| (at, orphan))
-        };
-        let is_it = |entry: &Entry| {
-            entry.hash == hash && orphan(entry).is_some_and(|(_, o)| o.tier == tier)
-        };
-        let Some(entry) = self.blocks.find(key, is_it).copied() else {
+        if self.blocks.is_empty() {
             return false;
-        };
-        let at = orphan(&entry).map(|(at, _)| at);
-        if let Ok(found) = self.blocks.find_entry(key, |other| *other == entry) {
-            found.remove();
         }
-        let stores = self.stores.get_mut(&entry.parent);
-        let store = at.and_then(|at| stores?.get_mut(at));
-        let mut blocks = store.into_iter().flat_map(|(_, orphan)| &mut orphan.blocks);
-        let block = blocks.find(|block| block.hash == hash && !block.gone);
-        block.map(|block| block.gone = true).is_some()
+        let key = self.hasher.hash_one(hash);
+        let entries = self.blocks.iter_hash(key).filter(|e| e.hash == hash);
+        let entries: Vec<Entry> = entries.copied().collect();
+        let mut found = false;
+        for entry in entries {
+            let stores = self.stores.get_mut(&entry.parent);
+            let number = |(number, _): &(u64, Orphan)| *number;
+            let store = stores.and_then(|stores| {
+                let at = stores.binary_search_by_key(&entry.number, number).ok()?;
+                stores.get_mut(at)
+            });
+            let Some((_, orphan)) = store.filter(|(_, orphan)| orphan.tier == tier) else {
+                continue;
+            };
+            let same = orphan.blocks.iter_mut().filter(|block| block.hash == hash);
+            same.for_each(|block| block.gone = true);
+            if let Ok(gone) = self.blocks.find_entry(key, |other| *other == entry) {
+                gone.remove();
+            }
+            found = true;
+        }
+        found
     }
 
     /// Bytes taken from the allocator.
