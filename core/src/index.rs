@@ -7,6 +7,8 @@
 //! - engine hashes are looked up per owner and never compared between owners.
 
 mod bounds;
+#[cfg(test)]
+mod check;
 mod cut;
 mod directory;
 mod dump;
@@ -98,6 +100,8 @@ pub struct IndexStats {
     pub level: u8,
     /// Bytes of the pages as last written.
     pub page_bytes: usize,
+    /// Bytes of the pages and their keys in Envoy.
+    pub envoy_bytes: usize,
     /// Pages that must be written.
     pub dirty_pages: usize,
     /// Units that did not fit into their page.
@@ -254,6 +258,7 @@ impl Index {
             pages: directory.pages(),
             level: directory.level(),
             page_bytes: directory.bytes(),
+            envoy_bytes: directory.envoy_bytes(),
             dirty_pages: directory.dirty(),
             left_out_units: directory.left_out(),
             orphans: self.orphans,

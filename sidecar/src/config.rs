@@ -47,6 +47,10 @@ pub struct Config {
     pub filter_wasm: PathBuf,
     /// Where events come from.
     pub nats: Option<Nats>,
+    /// Memory of the index, in bytes.
+    pub index_bytes: usize,
+    /// Memory of the pages in each Envoy, in bytes.
+    pub page_bytes: usize,
     /// How load is tracked.
     pub load: load::Settings,
     /// What holds for all pools.

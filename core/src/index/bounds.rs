@@ -16,8 +16,6 @@ use crate::id::Slot;
 
 /// Bytes that a waiting block takes, the tables included.
 const ORPHAN_BYTES: usize = 96;
-/// Bytes that Envoy keeps for a page beside its image.
-pub(super) const PAGE_KEY_BYTES: usize = 94;
 /// Part of the memory that waiting stores may take.
 const ORPHAN_SHARE: usize = 8;
 /// Part of the limit that is kept free, for what is taken but not in use.
@@ -104,15 +102,14 @@ impl Index {
     /// Drops leaves if the pages have grown too large; those that they were on shrink with the
     /// flushes that follow.
     pub(super) fn bound_pages(&mut self) {
-        let directory = &self.tree.units.directory;
-        let pages = usize::try_from(directory.pages()).unwrap_or(usize::MAX);
-        let bytes = directory.bytes() + PAGE_KEY_BYTES * pages;
+        let bytes = self.tree.units.directory.envoy_bytes();
         let excess = bytes.saturating_sub(self.max_page_bytes);
         if excess == 0 || self.is_dirty() {
             return;
         }
         let blocks = self.tree.blocks;
-        let step = (blocks / bytes.max(1) * excess).max(1 + blocks / PAGE_STEP);
+        let share = excess as f64 / bytes as f64;
+        let step = (blocks as f64 * share) as usize + 1 + blocks / PAGE_STEP;
         for _ in 0..step {
             if !self.evict() {
                 break;

@@ -9,6 +9,8 @@ use crate::page::page_id;
 
 /// Pages grow in number while their mean size is above this.
 const MEAN_BYTES: usize = 1024;
+/// Bytes that Envoy keeps for a page beside its image.
+const KEY_BYTES: usize = 94;
 /// Page ids stay below `2^MAX_LEVEL`.
 const MAX_LEVEL: u8 = 24;
 
@@ -88,6 +90,11 @@ impl Directory {
 
     pub(super) fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// Bytes of the pages and their keys in Envoy.
+    pub(super) fn envoy_bytes(&self) -> usize {
+        self.bytes + KEY_BYTES * self.pages.len()
     }
 
     /// Bytes taken from the allocator.

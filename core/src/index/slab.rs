@@ -6,7 +6,7 @@ pub(super) const NIL: u32 = u32::MAX;
 
 /// Items to a chunk.
 const CHUNK: usize = 1 << CHUNK_BITS;
-const CHUNK_BITS: u32 = 10;
+const CHUNK_BITS: u32 = 8;
 
 /// A slab. Numbers are handed out by [`Slab::insert`] and stay valid until [`Slab::remove`] or
 /// [`Slab::compact`].

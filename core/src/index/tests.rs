@@ -1,3 +1,5 @@
+mod bounds;
+
 use std::collections::HashMap;
 
 use super::*;
@@ -201,6 +203,7 @@ fn run(seed: u64, group: u8, slots: u16, length: usize, alphabet: u64, steps: us
         if step % 10 == 0 {
             envoy.flush_changes(&mut history.index);
             history.check(&mut envoy);
+            history.index.tree.check();
         }
         if history.index.stats().blocks > largest.blocks {
             largest = history.index.stats();

@@ -82,6 +82,8 @@ impl Check {
             state_dir: file.state_dir.clone(),
             filter_wasm: file.filter_wasm.clone(),
             nats: file.nats.as_ref().map(|nats| self.nats(nats)),
+            index_bytes: bytes(file.index_bytes),
+            page_bytes: bytes(file.page_bytes),
             load: load::Settings {
                 tracking: Tracking {
                     prefill_tokens: file.router_track_prefill_tokens,
@@ -282,6 +284,11 @@ impl Check {
     fn refuse(&mut self, path: impl Into<String>, value: impl std::fmt::Display, why: &str) {
         self.problems.push(Problem::value(path, value, why));
     }
+}
+
+/// More than the machine could address is no limit.
+fn bytes(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
 }
 
 /// Seconds as milliseconds; the schema bounds them.
