@@ -18,7 +18,8 @@ use crate::id::Slot;
 const ORPHAN_BYTES: usize = 96;
 /// Part of the memory that waiting stores may take.
 const ORPHAN_SHARE: usize = 8;
-/// Part of the limit that is kept free, for what is taken but not in use.
+/// Part of the limit that is kept free, for what is taken but not in use. Half of it is for what
+/// the account misses, such as an event being applied.
 const SPARE: usize = 16;
 /// Least part of the blocks that a flush drops when the pages are too large.
 const PAGE_STEP: usize = 64;
@@ -93,7 +94,7 @@ impl Index {
         }
         // What is taken and not in use is given back, though not for the sake of a few blocks.
         let has_gone = self.evicted_since_compaction > self.tree.blocks / SPARE;
-        if has_gone && self.bytes() > self.max_bytes {
+        if has_gone && self.bytes() > self.max_bytes - self.max_bytes / SPARE / 2 {
             self.evicted_since_compaction = 0;
             self.compact();
         }

@@ -29,6 +29,9 @@ impl Index {
             gone: false,
         };
         let blocks = stored.blocks.iter().map(waiting).collect();
+        if stored.blocks.is_empty() {
+            return;
+        }
         let mut work = vec![(stored.parent_hash, Orphan { tier, blocks })];
         let mut is_adoption = false;
         let (tree, owners) = (&mut self.tree, &mut self.owners);

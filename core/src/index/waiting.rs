@@ -76,7 +76,9 @@ impl Waiting {
         }
         self.len += orphan.blocks.len();
         self.store_bytes += bytes(&orphan);
-        let stores = self.stores.entry(parent).or_default();
+        // Most parents are waited for by one store.
+        let stores = self.stores.entry(parent);
+        let stores = stores.or_insert_with(|| VecDeque::with_capacity(1));
         stores.push_back((number, orphan));
     }
 
