@@ -71,6 +71,18 @@ test: tools filter filter-chaos ## every test: unit, property, wasm32 under Node
 	@echo '==> core on wasm32 under Node (a minute the first time)'
 	@envoy/tools/wasm-cargo test -p kv-core
 
+.PHONY: test-memory
+test-memory: preflight ## 24 million random events into an index of 256 MiB (some minutes)
+	@cargo test --quiet --release -p kv-core --test memory -- --ignored --nocapture
+
+# A workspace of its own: nothing of the product depends on what it is compared with.
+PEERS := cargo run --quiet --release --manifest-path tests/parity/Cargo.toml --target-dir target/parity --bin
+
+.PHONY: bench-index-peers
+bench-index-peers: preflight ## speed and memory of the index beside those of Dynamo's crates
+	@$(PEERS) index_memory
+	@$(PEERS) index_speed
+
 .PHONY: bench
 bench: ## every bench, one after the other: tables here, JSON in target/bench
 	@for name in $(patsubst benches/src/bin/%.rs,%,$(wildcard benches/src/bin/*.rs)); do \

@@ -116,7 +116,11 @@ impl Feed {
     ///
     /// # Errors
     /// When NATS is gone.
-    pub async fn step(&mut self, stores: Vec<Store>, removals: &[(u64, u64)]) -> anyhow::Result<()> {
+    pub async fn step(
+        &mut self,
+        stores: Vec<Store>,
+        removals: &[(u64, u64)],
+    ) -> anyhow::Result<()> {
         for store in stores {
             let event = self.event(store);
             self.batch.push(event);

@@ -59,7 +59,12 @@ fn flush(index: &mut Index) {
 fn the_index_takes_what_it_says() {
     let _alone = alone();
     // (blocks to a prompt, owners of a prompt, whether engines name blocks alike)
-    let shapes = [(1_u64, 1_u64, true), (20, 1, true), (300, 4, true), (60, 4, false)];
+    let shapes = [
+        (1_u64, 1_u64, true),
+        (20, 1, true),
+        (300, 4, true),
+        (60, 4, false),
+    ];
     for (length, owners, alike) in shapes {
         let region = Region::new(ALLOCATOR);
         let mut index = index(usize::MAX);
@@ -83,8 +88,14 @@ fn the_index_takes_what_it_says() {
         // Its own account includes what a system's allocator adds to each piece, which the counting
         // one does not see.
         let own = stats.bytes;
-        assert!(own > taken * 95 / 100, "{own} told, {taken} taken: {stats:?}");
-        assert!(own < taken * 130 / 100, "{own} told, {taken} taken: {stats:?}");
+        assert!(
+            own > taken * 95 / 100,
+            "{own} told, {taken} taken: {stats:?}"
+        );
+        assert!(
+            own < taken * 130 / 100,
+            "{own} told, {taken} taken: {stats:?}"
+        );
     }
 }
 
@@ -138,7 +149,10 @@ fn most_taken(events: usize, limit: usize) -> usize {
     }
     let stats = index.stats();
     assert!(stats.evicted_blocks > 0, "the limit was reached: {stats:?}");
-    assert!(stats.blocks > limit / 400, "it is full of blocks: {stats:?}");
+    assert!(
+        stats.blocks > limit / 400,
+        "it is full of blocks: {stats:?}"
+    );
     println!("at most {most} bytes: {stats:?}");
     most
 }

@@ -131,7 +131,12 @@ async fn main() -> anyhow::Result<()> {
             credits.under.into(),
         ]);
         let at = |what: &str| format!("{what} at {rate} stores/s");
-        report.at_most(&at("lookups credited too much"), credits.over as f64, 0.0, "");
+        report.at_most(
+            &at("lookups credited too much"),
+            credits.over as f64,
+            0.0,
+            "",
+        );
         if rate > 10_000 {
             report.at_most(&at("event to visible p50"), outside[0], 5.0, "ms");
             report.at_most(&at("event to visible p99"), outside[1], 20.0, "ms");

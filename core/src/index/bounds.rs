@@ -162,14 +162,22 @@ impl Tree {
     fn bytes(&self) -> usize {
         let tables = self.by_sequence.bytes() + self.by_name.bytes();
         let sets = self.raw.bytes() + self.eff.bytes();
-        self.runs.bytes() + self.block_bytes() + tables + sets + self.units.bytes()
+        self.runs.bytes()
+            + self.block_bytes()
+            + tables
+            + sets
+            + self.units.bytes()
             + self.leaves.bytes()
     }
 
     fn used_bytes(&self) -> usize {
         let tables = self.by_sequence.used_bytes() + self.by_name.used_bytes();
         let sets = self.raw.used_bytes() + self.eff.used_bytes();
-        self.runs.used_bytes() + self.block_bytes() + tables + sets + self.units.used_bytes()
+        self.runs.used_bytes()
+            + self.block_bytes()
+            + tables
+            + sets
+            + self.units.used_bytes()
             + self.leaves.bytes()
     }
 

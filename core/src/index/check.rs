@@ -31,10 +31,16 @@ impl Tree {
             let children: Vec<_> = self.children(id).collect();
             for child in &children {
                 let below = self.run(*child);
-                assert_eq!((below.parent, below.depth), (id, run.depth + run.blocks.len() as u32));
+                assert_eq!(
+                    (below.parent, below.depth),
+                    (id, run.depth + run.blocks.len() as u32)
+                );
                 let last = run.place(id, run.blocks.len() - 1);
                 let first = below.blocks[0].sequence;
-                assert_eq!(self.next(run.space, last, first), Next::There(below.place(*child, 0)));
+                assert_eq!(
+                    self.next(run.space, last, first),
+                    Next::There(below.place(*child, 0))
+                );
             }
             if let [only] = children.as_slice() {
                 let below = self.run(*only);

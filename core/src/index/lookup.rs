@@ -145,7 +145,13 @@ impl Index {
             probe.at += same.take_while(|(a, b)| a == b).count().saturating_sub(1);
             let next = prompt.get(probe.at + 1);
             let is_end = probe.at + 1 == at + run.blocks.len();
-            let first = |id| self.tree.run(id).blocks.first().map(|block| &block.sequence);
+            let first = |id| {
+                self.tree
+                    .run(id)
+                    .blocks
+                    .first()
+                    .map(|block| &block.sequence)
+            };
             let goes_elsewhere = |child| first(child) != next;
             let branches_here = if is_end {
                 self.tree.children(probe.place.run()).any(goes_elsewhere)

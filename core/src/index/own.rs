@@ -111,7 +111,9 @@ impl Names {
             return None;
         }
         let is_it = |id: &u32| self.at(*id).is_some_and(|name| name.hash == hash);
-        self.by_hash.find(self.hasher.hash_one(hash), is_it).copied()
+        self.by_hash
+            .find(self.hasher.hash_one(hash), is_it)
+            .copied()
     }
 
     /// Drops a name; the last one takes its number.

@@ -84,7 +84,9 @@ impl<T: Default> Slab<T> {
     /// Bytes taken from the allocator.
     pub(super) fn bytes(&self) -> usize {
         let items = self.chunks.len() * CHUNK * size_of::<T>();
-        items + self.chunks.capacity() * size_of::<Vec<T>>() + self.free.capacity() * size_of::<u32>()
+        items
+            + self.chunks.capacity() * size_of::<Vec<T>>()
+            + self.free.capacity() * size_of::<u32>()
     }
 
     /// Bytes of the items in use.

@@ -195,7 +195,9 @@ impl Hand<'_> {
             let name = UNNAMED;
             let block = Block { sequence, name };
             self.owner.held += 1;
-            let place = self.tree.add(space, at, block, Some((self.slot, bit)), more);
+            let place = self
+                .tree
+                .add(space, at, block, Some((self.slot, bit)), more);
             self.rename(hash, applied);
             self.owner.own.add(hash, sequence, bit);
             return self.tree.find(space, sequence).unwrap_or(place);
@@ -222,7 +224,8 @@ impl Hand<'_> {
         }
         self.owner.held += 1;
         let block = Block { sequence, name };
-        self.tree.add(self.space, at, block, Some((self.slot, low)), more)
+        self.tree
+            .add(self.space, at, block, Some((self.slot, low)), more)
     }
 
     /// Lets go of the block that has a name, because another one gets it.

@@ -199,7 +199,11 @@ impl Tree {
     /// The block with this sequence hash after a place.
     pub(super) fn next(&self, space: Space, at: Place, sequence: u64) -> Next {
         let run = self.run(at.run());
-        let following = if at == Place::ROOT { 0 } else { self.index(at) + 1 };
+        let following = if at == Place::ROOT {
+            0
+        } else {
+            self.index(at) + 1
+        };
         if let Some(block) = run.blocks.get(following)
             && block.sequence == sequence
         {
@@ -332,7 +336,8 @@ impl Tree {
             run.space
                 .name_key(secrets, run.blocks.get(at).map_or(0, |b| b.name))
         };
-        self.by_name.insert(space.name_key(secrets, name), place, key);
+        self.by_name
+            .insert(space.name_key(secrets, name), place, key);
     }
 
     /// Takes a block out of the tables.
@@ -436,8 +441,7 @@ impl Tree {
             let (eff, unit) = (run.eff, run.unit);
             let before = self.eff.get(eff, slot.0);
             if before != tier {
-                let is_loss =
-                    tier.is_none_or(|tier| before.is_some_and(|before| before < tier));
+                let is_loss = tier.is_none_or(|tier| before.is_some_and(|before| before < tier));
                 self.runs.at_mut(id).eff = self.eff.replace(eff, slot.0, tier);
                 self.units.touch(unit, is_loss);
                 let mut child = self.run(id).child;

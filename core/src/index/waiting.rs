@@ -175,6 +175,7 @@ impl Waiting {
     pub(super) fn compact(&mut self) {
         self.stores.shrink_to_fit();
         let hasher = &self.hasher;
-        self.blocks.shrink_to_fit(|entry| hasher.hash_one(entry.hash));
+        self.blocks
+            .shrink_to_fit(|entry| hasher.hash_one(entry.hash));
     }
 }

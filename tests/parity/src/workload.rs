@@ -5,10 +5,10 @@
 
 use std::sync::Arc;
 
+use dynamo_kv_router::RadixTree;
 use dynamo_kv_router::indexer::concurrent_radix_tree_compressed::ConcurrentRadixTreeCompressed;
 use dynamo_kv_router::indexer::positional::PositionalIndexer;
 use dynamo_kv_router::indexer::{SyncIndexer, ThreadPoolIndexer};
-use dynamo_kv_router::RadixTree;
 use dynamo_kv_router::protocols::{LocalBlockHash, RouterEvent};
 use kv_core::event::{EventData, Removed, Stored, StoredBlock};
 use kv_core::hash::chain;
@@ -49,7 +49,9 @@ impl Prompt {
         while prompt.tokens.len() < to {
             let block = rng.next_u64();
             let last = prompt.sequence.last();
-            prompt.sequence.push(last.map_or(block, |last| chain(*last, block)));
+            prompt
+                .sequence
+                .push(last.map_or(block, |last| chain(*last, block)));
             prompt.tokens.push(block);
         }
         prompt
@@ -116,7 +118,9 @@ impl Workload {
     }
 
     fn ranks(&self, prompt: usize) -> impl Iterator<Item = u64> + use<> {
-        let Shape { workers, copies, .. } = self.shape;
+        let Shape {
+            workers, copies, ..
+        } = self.shape;
         (0..copies).map(move |copy| (prompt * copies + copy) as u64 % workers as u64)
     }
 
@@ -196,7 +200,9 @@ impl<T: SyncIndexer> Pool<T> {
 
     fn apply(&self, events: Vec<RouterEvent>) {
         for event in events {
-            self.indexer.enqueue_event(event).expect("the thread takes events");
+            self.indexer
+                .enqueue_event(event)
+                .expect("the thread takes events");
         }
         self.runtime.block_on(self.indexer.flush());
     }
@@ -296,13 +302,22 @@ impl Subject {
     /// Looks every prompt up and returns the sum of all depths found.
     pub fn find(&self, queries: Queries) -> u64 {
         let sum = |scores: dynamo_kv_router::protocols::OverlapScores| {
-            scores.scores.values().map(|depth| u64::from(*depth)).sum::<u64>()
+            scores
+                .scores
+                .values()
+                .map(|depth| u64::from(*depth))
+                .sum::<u64>()
         };
         match (self, queries) {
             (Self::Ours(index, pool), Queries::Ours(prompts)) => {
                 let found = prompts.iter().map(|prompt| index.overlaps(*pool, prompt));
                 found
-                    .map(|found| found.iter().map(|(_, o)| u64::from(o.depth[0])).sum::<u64>())
+                    .map(|found| {
+                        found
+                            .iter()
+                            .map(|(_, o)| u64::from(o.depth[0]))
+                            .sum::<u64>()
+                    })
                     .sum()
             }
             (Self::Radix(tree), Queries::Theirs(prompts)) => {
@@ -311,11 +326,17 @@ impl Subject {
             }
             (Self::Compressed(pool), Queries::Theirs(prompts)) => {
                 let backend = pool.indexer.backend();
-                prompts.iter().map(|p| sum(backend.find_matches(p, false))).sum()
+                prompts
+                    .iter()
+                    .map(|p| sum(backend.find_matches(p, false)))
+                    .sum()
             }
             (Self::Positional(pool), Queries::Theirs(prompts)) => {
                 let backend = pool.indexer.backend();
-                prompts.iter().map(|p| sum(backend.find_matches(p, false))).sum()
+                prompts
+                    .iter()
+                    .map(|p| sum(backend.find_matches(p, false)))
+                    .sum()
             }
             _ => unreachable!("prompts of another subject"),
         }

@@ -64,11 +64,21 @@ fn what_is_in_use_stays() {
     let kept = held(&index, &used);
     for _ in 0..300 {
         let before = index.chain(0, sequence(&used)[kept as usize - 1]);
-        index.touch(0, *before.and_then(|chain| chain.last().copied()).as_ref().unwrap());
+        index.touch(
+            0,
+            *before
+                .and_then(|chain| chain.last().copied())
+                .as_ref()
+                .unwrap(),
+        );
         end = fill(&mut index, end, 20);
     }
     assert_eq!(held(&index, &used), kept);
-    assert_eq!(held(&index, &prompt(1, 20)), 0, "it was used before all others");
+    assert_eq!(
+        held(&index, &prompt(1, 20)),
+        0,
+        "it was used before all others"
+    );
 }
 
 #[test]
@@ -162,7 +172,9 @@ fn a_full_index_credits_no_owner_with_what_it_lacks() {
             }
             envoy.flush_changes(&mut history.index);
             history.index.tree.check();
-            let prompts: Vec<_> = (0..5).map(|_| History::sequence(&history.tokens())).collect();
+            let prompts: Vec<_> = (0..5)
+                .map(|_| History::sequence(&history.tokens()))
+                .collect();
             let most = history.naive.overlaps(0, &prompts);
             for (prompt, most) in prompts.iter().zip(most) {
                 let found = history.index.overlaps(0, prompt);

@@ -127,5 +127,8 @@ fn main() {
             println!();
         }
     }
-    println!("\nours is below the best of the others in {missed} of {} cells", 9 * 6);
+    println!(
+        "\nours is below the best of the others in {missed} of {} cells",
+        9 * 6
+    );
 }
