@@ -37,6 +37,7 @@ use directory::Directory;
 use space::Space;
 use tree::Tree;
 use unit::Units;
+use waiting::OrphanBlock;
 
 /// Bytes that an allocator takes for a box beside what is in it.
 const BOX_BYTES: usize = 16;
@@ -147,6 +148,8 @@ pub struct Index {
     /// Blocks that wait.
     orphans: usize,
     queue: bounds::Queue,
+    /// Room for the blocks of a store.
+    scratch: Vec<OrphanBlock>,
     /// Bytes of all owners' own.
     owner_bytes: usize,
     max_orphans: usize,
@@ -168,6 +171,7 @@ impl Index {
             epoch: config.epoch,
             orphans: 0,
             queue: bounds::Queue::default(),
+            scratch: Vec::new(),
             owner_bytes: 0,
             max_orphans: config.max_orphans,
             max_bytes: config.max_bytes,

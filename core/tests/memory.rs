@@ -113,7 +113,11 @@ fn most_taken(events: usize, limit: usize) -> usize {
         let (of, name) = recent[at];
         let tier = Tier::from_index(rng.below(4));
         // Chains of large events at times, single blocks at others.
-        let longest = if event / (events / 8) % 2 == 0 { 2 } else { 40 };
+        let longest = if (event / (events / 8)).is_multiple_of(2) {
+            2
+        } else {
+            40
+        };
         let (slot, data) = match rng.below(16) {
             0..3 => {
                 let block_hashes = vec![name];

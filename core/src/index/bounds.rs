@@ -105,7 +105,9 @@ impl Index {
     pub(super) fn bound_pages(&mut self) {
         let bytes = self.tree.units.directory.envoy_bytes();
         let excess = bytes.saturating_sub(self.max_page_bytes);
-        if excess == 0 || self.is_dirty() {
+        // What has been evicted shows only when its pages have been encoded.
+        let is_late = excess > self.max_page_bytes / SPARE;
+        if excess == 0 || self.is_dirty() && !is_late {
             return;
         }
         let blocks = self.tree.blocks;

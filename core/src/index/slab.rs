@@ -29,7 +29,7 @@ impl<T: Default> Slab<T> {
             return id;
         }
         let id = self.numbers;
-        if id as usize % CHUNK == 0 {
+        if (id as usize).is_multiple_of(CHUNK) {
             self.chunks.push(Vec::with_capacity(CHUNK));
         }
         if let Some(chunk) = self.chunks.last_mut() {

@@ -28,22 +28,26 @@ impl Index {
             tokens_hash: block.tokens_hash,
             gone: false,
         };
-        let blocks = stored.blocks.iter().map(waiting).collect();
         if stored.blocks.is_empty() {
             return;
         }
-        let mut work = vec![(stored.parent_hash, Orphan { tier, blocks })];
+        let mut blocks = std::mem::take(&mut self.scratch);
+        blocks.clear();
+        blocks.extend(stored.blocks.iter().map(waiting));
+        let mut next = Some((stored.parent_hash, Orphan { tier, blocks }));
+        let mut adopted = Vec::new();
         let mut is_adoption = false;
         let (tree, owners) = (&mut self.tree, &mut self.owners);
         let mut hand = hand(tree, owners, space, slot);
         let before = hand.owner.bytes();
-        while let Some((parent, orphan)) = work.pop() {
+        while let Some((parent, mut orphan)) = next {
             let at = match parent {
                 None => Some(Place::ROOT),
                 Some(hash) => hand.known(hash).map(|known| known.place),
             };
             match (at, parent) {
                 (None, Some(parent)) => {
+                    orphan.blocks.shrink_to_fit();
                     let blocks = orphan.blocks.len();
                     self.orphans += blocks;
                     applied.orphaned += count(blocks);
@@ -55,16 +59,17 @@ impl Index {
                     hand.attach(at, &orphan, applied, is_adoption);
                     if !hand.owner.waiting.is_empty() {
                         for block in orphan.blocks.iter().filter(|block| !block.gone) {
-                            let adopted = hand.owner.waiting.take(block.hash);
-                            for adopted in adopted {
-                                self.orphans -= adopted.blocks.len();
-                                work.push((Some(block.hash), adopted));
+                            for store in hand.owner.waiting.take(block.hash) {
+                                self.orphans -= store.blocks.len();
+                                adopted.push((Some(block.hash), store));
                             }
                         }
                     }
                     is_adoption = true;
+                    self.scratch = orphan.blocks;
                 }
             }
+            next = adopted.pop();
         }
         let after = hand.owner.bytes();
         self.owner_bytes = self.owner_bytes + after - before;
