@@ -8,6 +8,9 @@ use super::space::Space;
 use crate::id::{Family, Slot};
 use crate::overlap::Overlap;
 
+/// Blocks between two looked up within which runs are followed rather than looked up.
+const STRIDE: usize = 256;
+
 /// A block of a prompt, as found: `set` is `EMPTY` where there is nothing.
 #[derive(Clone, Copy)]
 struct Probe {
@@ -23,35 +26,19 @@ impl Index {
     pub fn overlaps(&self, pool: usize, prompt: &[u64]) -> Vec<(Slot, Overlap)> {
         let space = Space::new(pool, Family::Dynamo);
         let mut found = Vec::new();
-        let Some(last) = prompt.len().checked_sub(1) else {
+        if prompt.is_empty() {
             return found;
-        };
-        let mut lower = self.probe(space, prompt, 0);
-        // What has been looked at further on, the nearest at the end. Where two blocks of a prompt
-        // have one set, so has every block between, because sets are closed.
-        let mut upper = Vec::with_capacity(16);
-        if last > 0 && lower.set != EMPTY {
-            upper.push(self.probe(space, prompt, last));
         }
-        while lower.set != EMPTY {
-            let Some(next) = upper.last().copied() else {
-                self.mark(&mut found, lower);
-                break;
-            };
-            if next.set == lower.set {
-                lower = next;
-                upper.pop();
-                continue;
-            }
-            self.advance(prompt, &mut lower, next.at);
-            if lower.at + 1 == next.at {
-                self.mark(&mut found, lower);
-                lower = next;
-                upper.pop();
-                continue;
-            }
-            let middle = lower.at + (next.at - lower.at) / 2;
-            upper.push(self.probe(space, prompt, middle));
+        let first = self.probe(space, prompt, 0);
+        if first.set == EMPTY {
+            return found;
+        }
+        let mut steps = Vec::new();
+        let last = self.deepest(space, prompt, first);
+        self.descents(space, prompt, first, last, &mut steps);
+        steps.push((last.set, last.at + 1));
+        for (set, depth) in steps {
+            self.mark(&mut found, set, depth);
         }
         found
     }
@@ -63,27 +50,82 @@ impl Index {
         Probe { at, place, set }
     }
 
-    /// Goes on to the end of the run, as far as that is before `end` and the prompt follows it.
-    fn advance(&self, prompt: &[u64], probe: &mut Probe, end: usize) {
-        let id = probe.place.run();
-        let run = self.tree.run(id);
-        let from = self.tree.index(probe.place);
-        let left = run.blocks.len().saturating_sub(from + 1);
-        let by = left.min(end.saturating_sub(probe.at + 1));
-        let follows = |by: usize| {
-            let block = run.blocks.get(from + by).map(|block| block.sequence);
-            block.is_some() && block.as_ref() == prompt.get(probe.at + by)
-        };
-        if by > 0 && follows(by) {
-            probe.place = run.place(id, from + by);
-            probe.at += by;
+    /// The last block of a prompt that some owner holds from the root on.
+    fn deepest(&self, space: Space, prompt: &[u64], first: Probe) -> Probe {
+        let group = self.tree.units.room(0);
+        // Groups begin with runs, so their first blocks are looked up, the last one first.
+        let mut lower = first;
+        let mut end = prompt.len().div_ceil(group);
+        let mut middle = end - 1;
+        while middle * group > lower.at {
+            let probe = self.probe(space, prompt, middle * group);
+            if probe.set == EMPTY {
+                end = middle;
+            } else {
+                lower = probe;
+            }
+            middle = (lower.at / group).midpoint(end);
+        }
+        loop {
+            let run = self.tree.run(lower.place.run());
+            let from = self.tree.index(lower.place);
+            let here = run.blocks.iter().skip(from).map(|block| &block.sequence);
+            let same = here.zip(prompt.iter().skip(lower.at));
+            let by = same.take_while(|(a, b)| a == b).count().saturating_sub(1);
+            lower.place = run.place(lower.place.run(), from + by);
+            lower.at += by;
+            if from + by + 1 < run.blocks.len() || lower.at + 1 == prompt.len() {
+                return lower;
+            }
+            let next = self.probe(space, prompt, lower.at + 1);
+            if next.set == EMPTY {
+                return lower;
+            }
+            lower = next;
+        }
+    }
+
+    /// Where owners are lost between two blocks of a prompt: the sets of which all blocks above
+    /// have one, with the depth at which it ends, ascending. Where two blocks have one set, so has
+    /// every block between, because sets are closed.
+    fn descents(
+        &self,
+        space: Space,
+        prompt: &[u64],
+        upper: Probe,
+        lower: Probe,
+        steps: &mut Vec<(SetId, usize)>,
+    ) {
+        if upper.set == lower.set {
+            return;
+        }
+        let group = self.tree.units.room(0);
+        let between = lower.at - upper.at;
+        if between > STRIDE.max(2 * group) {
+            let middle = self.probe(space, prompt, (upper.at + between / 2) / group * group);
+            self.descents(space, prompt, upper, middle, steps);
+            self.descents(space, prompt, middle, lower, steps);
+            return;
+        }
+        let from = steps.len();
+        let (mut set, mut at) = (lower.set, lower.place.run());
+        while set != upper.set && at != NIL {
+            let run = self.tree.run(at);
+            if run.eff != set {
+                set = run.eff;
+                steps.push((set, run.depth as usize + run.blocks.len()));
+            }
+            at = run.parent;
+        }
+        if let Some(ascending) = steps.get_mut(from..) {
+            ascending.reverse();
         }
     }
 
     /// Notes the owners of a set, which is that of a prompt up to a block.
-    fn mark(&self, found: &mut Vec<(Slot, Overlap)>, probe: Probe) {
-        let depth = super::store::count(probe.at + 1);
-        for member in self.tree.eff.members(probe.set) {
+    fn mark(&self, found: &mut Vec<(Slot, Overlap)>, set: SetId, depth: usize) {
+        let depth = super::store::count(depth);
+        for member in self.tree.eff.members(set) {
             let (slot, tier) = (Slot(member >> 2), usize::from(member & 3));
             let at = match found.last() {
                 Some((last, _)) if *last >= slot => {
