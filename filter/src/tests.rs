@@ -70,6 +70,8 @@ impl Site {
             level: 2,
             group: 8,
             max_orphans: 0,
+            max_bytes: usize::MAX,
+            max_page_bytes: usize::MAX,
         });
         for pool in &table.pools {
             index.add_pool(pool.key);

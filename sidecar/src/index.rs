@@ -172,6 +172,8 @@ impl Service {
             level,
             group: GROUP,
             max_orphans: MAX_ORPHANS,
+            max_bytes: config.index_bytes,
+            max_page_bytes: config.page_bytes,
         });
         let head = Head {
             epoch,

@@ -33,6 +33,8 @@ fn empty() -> (Index, usize) {
         level: 6,
         group: GROUP,
         max_orphans: 0,
+        max_bytes: usize::MAX,
+        max_page_bytes: usize::MAX,
     };
     let mut index = Index::new(config);
     let pool = index.add_pool(POOL_KEY);

@@ -2,17 +2,42 @@
 
 use hashbrown::HashMap;
 
+use super::owner::known;
 use super::slab::NIL;
-use super::{Held, Index};
-use crate::id::{Slot, Tier};
+use super::space::Space;
+use super::tree::{Run, SHARED, TIERS};
+use super::{Applied, Held, Index};
+use crate::id::{Family, Slot, Tier};
 
 impl Index {
     /// The engine's names of all blocks that an owner holds, in no order. With [`Index::held`] they
     /// make a dump in parts.
     #[must_use]
     pub fn names(&self, pool: usize, slot: Slot) -> Vec<u64> {
-        let owner = self.owners.get(&(pool, slot));
-        owner.map_or_else(Vec::new, |owner| owner.names().map(|n| n.hash).collect())
+        self.names_on(Space::new(pool, Family::Dynamo), slot, TIERS)
+    }
+
+    /// The names of all blocks that an owner has on some of these tiers.
+    fn names_on(&self, space: Space, slot: Slot, tiers: u16) -> Vec<u64> {
+        let Some(owner) = self.owners.get(&(space, slot)) else {
+            return Vec::new();
+        };
+        let mut names = Vec::new();
+        for id in self.runs_of(space, slot) {
+            let run = self.tree.run(id);
+            let low = self.tree.raw.get(run.raw, slot.0).unwrap_or(0);
+            if low & tiers == 0 {
+                continue;
+            }
+            if low & SHARED != 0 {
+                names.extend(run.blocks.iter().map(|block| block.name));
+                continue;
+            }
+            let own = run.blocks.iter().flat_map(|b| owner.own.of(b.sequence));
+            let own = own.filter(|name| name.tiers & tiers != 0);
+            names.extend(own.map(|name| name.hash));
+        }
+        names
     }
 
     /// The blocks of these names as an owner holds them at this moment, and after each the links
@@ -20,28 +45,39 @@ impl Index {
     /// ([`parents_first`]), and a link may come twice.
     #[must_use]
     pub fn held(&self, pool: usize, slot: Slot, names: &[u64]) -> Vec<Held> {
-        let Some(owner) = self.owners.get(&(pool, slot)) else {
+        let space = Space::new(pool, Family::Dynamo);
+        let Some(owner) = self.owners.get(&(space, slot)) else {
             return Vec::new();
         };
+        let tree = &self.tree;
         let mut part = Vec::with_capacity(names.len());
-        for name in names.iter().filter_map(|hash| owner.name(*hash)) {
-            let node = self.tree.node(name.node);
+        for name in names {
+            let Some(known) = known(tree, owner, space, slot, *name) else {
+                continue;
+            };
+            let run = tree.run(known.place.run());
+            let at = tree.index(known.place);
             part.push(Held {
-                sequence: node.sequence,
-                parent: self.sequence(node.parent),
-                name: Some(name.hash),
-                tiers: name.tiers,
+                sequence: tree.block(known.place).sequence,
+                parent: self.before(run, at),
+                name: Some(*name),
+                // Tiers are four.
+                tiers: u8::try_from(known.tiers).unwrap_or(0),
             });
-            let mut at = node.parent;
-            while at != NIL && self.tree.tiers(at, slot) == 0 {
-                let link = self.tree.node(at);
-                part.push(Held {
-                    sequence: link.sequence,
-                    parent: self.sequence(link.parent),
+            let mut above = run.parent;
+            while above != NIL {
+                let run = tree.run(above);
+                if tree.raw.get(run.raw, slot.0).is_some() {
+                    break;
+                }
+                let links = run.blocks.iter().enumerate().rev();
+                part.extend(links.map(|(at, block)| Held {
+                    sequence: block.sequence,
+                    parent: self.before(run, at),
                     name: None,
                     tiers: 0,
-                });
-                at = link.parent;
+                }));
+                above = run.parent;
             }
         }
         part
@@ -50,29 +86,26 @@ impl Index {
     /// Whether an owner holds a block, on whatever tier and whatever is missing before it.
     #[must_use]
     pub fn holds(&self, pool: usize, slot: Slot, sequence: u64) -> bool {
-        let node = u16::try_from(pool)
-            .ok()
-            .and_then(|pool| self.tree.find(pool, sequence));
-        node.is_some_and(|node| self.tree.tiers(node, slot) != 0)
+        let place = self.tree.find(Space::new(pool, Family::Dynamo), sequence);
+        place.is_some_and(|place| self.tree.low(place, slot).is_some())
     }
 
     /// Drops all blocks of an owner from one tier and returns how many it held there.
     pub fn clear_tier(&mut self, pool: usize, slot: Slot, tier: Tier) -> u32 {
-        let bit = 1_u8 << tier.index();
-        let Some(owner) = self.owners.get(&(pool, slot)) else {
-            return 0;
-        };
-        let on_tier = owner.names().filter(|name| name.tiers & bit != 0);
-        let names: Vec<u64> = on_tier.map(|name| name.hash).collect();
-        let mut applied = super::Applied::default();
-        for name in names {
-            self.remove(pool, slot, tier, name, &mut applied);
-        }
+        let space = Space::new(pool, Family::Dynamo);
+        let names = self.names_on(space, slot, 1 << tier.index());
+        let mut applied = Applied::default();
+        self.remove(space, slot, tier, &names, &mut applied);
         applied.removed
     }
 
-    fn sequence(&self, node: u32) -> Option<u64> {
-        (node != NIL).then(|| self.tree.node(node).sequence)
+    /// Sequence hash of the block before one of a run.
+    fn before(&self, run: &Run, at: usize) -> Option<u64> {
+        let block = match at.checked_sub(1) {
+            Some(before) => run.blocks.get(before),
+            None => self.tree.run(run.parent).blocks.last(),
+        };
+        block.map(|block| block.sequence)
     }
 }
 
@@ -121,6 +154,8 @@ mod tests {
             level: 2,
             group: 8,
             max_orphans: 100,
+            max_bytes: usize::MAX,
+            max_page_bytes: usize::MAX,
         });
         index.add_pool(7);
         index

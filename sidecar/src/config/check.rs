@@ -99,6 +99,8 @@ impl Check {
             indexer: file.indexer.as_ref().map(|indexer| self.indexer(indexer)),
             dynamo_zmq: self.dynamo_zmq(&file.dynamo_zmq),
             event_bytes_per_second: file.event_bytes_per_second,
+            index_bytes: bytes(file.index_bytes),
+            page_bytes: bytes(file.page_bytes),
             load: load::Settings {
                 tracking,
                 expiry_ms: milliseconds(file.active_request_expiry_secs),
@@ -360,6 +362,11 @@ impl Check {
     ) {
         self.problems.push(Problem::value(path, value, why));
     }
+}
+
+/// More than the machine could address is no limit.
+fn bytes(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
 }
 
 /// Seconds as milliseconds; the schema bounds them.

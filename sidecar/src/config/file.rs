@@ -59,6 +59,13 @@ pub struct File {
     /// refused. Needs a restart.
     #[schemars(range(min = 65_536))]
     pub event_bytes_per_second: u64,
+    /// Memory of the index, in bytes. When it is full, what has not been used for longest goes
+    /// first. Needs a restart.
+    #[schemars(range(min = 1_048_576))]
+    pub index_bytes: u64,
+    /// Memory of the pages in each Envoy, in bytes, likewise.
+    #[schemars(range(min = 65_536))]
+    pub page_bytes: u64,
     /// Requests with a longer body are routed by load and not buffered.
     #[schemars(range(min = 1, max = 67_108_864))]
     pub body_limit_bytes: u64,
@@ -107,6 +114,8 @@ impl Default for File {
             indexer: None,
             dynamo_zmq: Vec::new(),
             event_bytes_per_second: 64 << 20,
+            index_bytes: 1 << 30,
+            page_bytes: 256 << 20,
             body_limit_bytes: 16 << 20,
             token_limit: 1_500_000,
             decision_header: false,

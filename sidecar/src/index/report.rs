@@ -332,6 +332,10 @@ impl Service {
         self.metrics.orphans.set(stats.orphans as i64);
         self.metrics.left_out_units.set(stats.left_out_units as i64);
         self.metrics.pages.set(i64::from(stats.pages));
+        self.metrics.index_bytes.set(stats.bytes as i64);
+        self.metrics.page_bytes.set(stats.envoy_bytes as i64);
+        let evicted = &self.metrics.evicted;
+        evicted.inc_by(stats.evicted_blocks.saturating_sub(evicted.get()));
         let owners = self.roster.workers().flat_map(|w| w.owners.iter());
         let partial = owners.filter(|o| o.knowledge != Knowledge::Whole).count();
         self.metrics.partial_owners.set(partial as i64);
