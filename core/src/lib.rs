@@ -19,6 +19,7 @@ pub mod approximate;
 pub mod cost;
 pub mod decide;
 pub mod event;
+pub mod family;
 pub mod hash;
 pub mod head;
 pub mod id;
