@@ -109,3 +109,15 @@ pub enum Family {
     /// `LMCache`: chained BLAKE3 of a chunk's token ids.
     LmCache = 5,
 }
+
+impl Family {
+    /// All families, Dynamo's first.
+    pub const ALL: [Self; 6] = [
+        Self::Dynamo,
+        Self::FlexKv,
+        Self::HiCache,
+        Self::VllmSha256Cbor,
+        Self::VllmXxhashCbor,
+        Self::LmCache,
+    ];
+}

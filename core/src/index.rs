@@ -6,11 +6,13 @@
 //!   no harm;
 //! - engine hashes are looked up per owner and never compared between owners.
 
+mod announced;
 mod directory;
 mod owner;
 mod publish;
 mod sets;
 mod slab;
+mod space;
 mod tree;
 mod unit;
 
@@ -20,12 +22,14 @@ use hashbrown::HashMap;
 use serde::{Deserialize, Serialize};
 
 use crate::event::{EventData, Stored};
-use crate::id::{Slot, Tier};
+use crate::id::{Family, Slot, Tier};
 use crate::overlap::Overlap;
+use announced::Announced;
 use directory::Directory;
 use owner::{Orphan, OrphanBlock, Owner, Unnamed};
 use sets::EMPTY;
 use slab::NIL;
+use space::Space;
 use tree::Tree;
 use unit::Units;
 
@@ -63,6 +67,8 @@ pub struct Applied {
     pub renamed: u32,
     /// Blocks dropped because another block has their sequence hash.
     pub collisions: u32,
+    /// Blocks given up because their owner announced more than it can hold.
+    pub expired: u32,
 }
 
 /// Size of an index.
@@ -102,6 +108,8 @@ pub struct PageWrite {
 /// A block of an owner in a dump.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Held {
+    /// What the hashes are.
+    pub family: Family,
     /// Sequence hash.
     pub sequence: u64,
     /// Sequence hash of the block before it.
@@ -116,7 +124,10 @@ pub struct Held {
 #[derive(Debug)]
 pub struct Index {
     tree: Tree,
-    owners: HashMap<(usize, Slot), Owner>,
+    owners: HashMap<(Space, Slot), Owner>,
+    /// Most names of an owner, for families whose caches forget blocks without a word.
+    limits: HashMap<Space, usize>,
+    announced: HashMap<(Space, Slot), Announced>,
     epoch: u32,
     orphans: usize,
     max_orphans: usize,
@@ -130,6 +141,8 @@ impl Index {
         Self {
             tree: Tree::new(Units::new(group, Directory::new(config.level))),
             owners: HashMap::new(),
+            limits: HashMap::new(),
+            announced: HashMap::new(),
             epoch: config.epoch,
             orphans: 0,
             max_orphans: config.max_orphans,
@@ -141,26 +154,98 @@ impl Index {
         self.tree.add_pool(key)
     }
 
-    /// Applies an event of one owner.
+    /// Bounds the blocks that any one owner of a pool holds of a family. Beyond it those that were
+    /// not announced for longest are given up.
+    pub fn limit(&mut self, pool: usize, family: Family, blocks: usize) {
+        self.limits.insert(Space::new(pool, family), blocks);
+    }
+
+    /// Applies an event of one owner whose hashes are Dynamo's.
     pub fn apply(&mut self, pool: usize, slot: Slot, tier: Tier, data: &EventData) -> Applied {
+        self.apply_family(pool, Family::Dynamo, slot, tier, data)
+    }
+
+    /// Applies an event of one owner about its blocks of one family. Of any family but Dynamo's,
+    /// the `tokens_hash` of a stored block is its hash in that family.
+    pub fn apply_family(
+        &mut self,
+        pool: usize,
+        family: Family,
+        slot: Slot,
+        tier: Tier,
+        data: &EventData,
+    ) -> Applied {
         let mut applied = Applied::default();
+        let space = Space::new(pool, family);
         match data {
-            EventData::Stored(stored) => self.store(pool, slot, tier, stored, &mut applied),
+            EventData::Stored(stored) if family.is_flat() => {
+                self.store_each(space, slot, tier, stored, &mut applied);
+            }
+            EventData::Stored(stored) => self.store(space, slot, tier, stored, &mut applied),
             EventData::Removed(removed) => {
                 for hash in &removed.block_hashes {
-                    self.remove(pool, slot, tier, *hash, &mut applied);
+                    self.remove(space, slot, tier, *hash, &mut applied);
                 }
             }
             EventData::Cleared => {
-                applied.removed = self.remove_owner(pool, slot);
+                applied.removed = self.clear(space, slot);
             }
+        }
+        if let Some(most) = self.limits.get(&space) {
+            self.expire(space, slot, data, *most, &mut applied);
         }
         applied
     }
 
+    /// Notes what an event announced, and gives up what is too much.
+    fn expire(
+        &mut self,
+        space: Space,
+        slot: Slot,
+        data: &EventData,
+        most: usize,
+        applied: &mut Applied,
+    ) {
+        let announced = self.announced.entry((space, slot)).or_default();
+        match data {
+            EventData::Stored(stored) => {
+                // Backwards: of one announcement the end goes first.
+                for block in stored.blocks.iter().rev() {
+                    announced.touch(block.block_hash);
+                }
+            }
+            EventData::Removed(removed) => {
+                let owner = self.owners.get(&(space, slot));
+                let is_held = |hash| owner.is_some_and(|owner| owner.name(hash).is_some());
+                for hash in removed.block_hashes.iter().filter(|hash| !is_held(**hash)) {
+                    announced.forget(*hash);
+                }
+            }
+            EventData::Cleared => {}
+        }
+        let surplus = |index: &Self| index.announced.get(&(space, slot))?.surplus(most);
+        while let Some(hash) = surplus(self) {
+            for tier in Tier::ALL {
+                self.unname(space, slot, tier, hash);
+            }
+            if let Some(announced) = self.announced.get_mut(&(space, slot)) {
+                announced.forget(hash);
+            }
+            applied.expired = applied.expired.saturating_add(1);
+        }
+    }
+
     /// Drops all blocks of an owner and returns how many it held.
     pub fn remove_owner(&mut self, pool: usize, slot: Slot) -> u32 {
-        let Some(owner) = self.owners.remove(&(pool, slot)) else {
+        let families = Family::ALL.into_iter();
+        families.fold(0, |sum: u32, family| {
+            sum.saturating_add(self.clear(Space::new(pool, family), slot))
+        })
+    }
+
+    fn clear(&mut self, space: Space, slot: Slot) -> u32 {
+        self.announced.remove(&(space, slot));
+        let Some(owner) = self.owners.remove(&(space, slot)) else {
             return 0;
         };
         self.orphans -= owner.waiting();
@@ -176,7 +261,7 @@ impl Index {
 
     fn store(
         &mut self,
-        pool: usize,
+        space: Space,
         slot: Slot,
         tier: Tier,
         stored: &Stored,
@@ -192,7 +277,7 @@ impl Index {
         let mut work = vec![first];
         let mut is_adoption = false;
         while let Some((parent, orphan)) = work.pop() {
-            let owner = self.owners.entry((pool, slot)).or_default();
+            let owner = self.owners.entry((space, slot)).or_default();
             let at = match parent {
                 None => Some(NIL),
                 Some(hash) => owner.name(hash).map(|name| name.node),
@@ -209,7 +294,7 @@ impl Index {
                 }
                 continue;
             };
-            for (hash, adopted) in self.attach(pool, slot, at, &orphan, applied, is_adoption) {
+            for (hash, adopted) in self.attach(space, slot, at, &orphan, applied, is_adoption) {
                 self.orphans -= adopted.blocks.len();
                 work.push((Some(hash), adopted));
             }
@@ -217,22 +302,44 @@ impl Index {
         }
     }
 
+    /// Stores blocks that stand alone.
+    fn store_each(
+        &mut self,
+        space: Space,
+        slot: Slot,
+        tier: Tier,
+        stored: &Stored,
+        applied: &mut Applied,
+    ) {
+        for block in &stored.blocks {
+            let alone = Orphan {
+                tier,
+                blocks: vec![OrphanBlock {
+                    hash: block.block_hash,
+                    tokens_hash: block.tokens_hash,
+                    gone: false,
+                }],
+            };
+            // Nothing waits for a block that stands alone.
+            self.attach(space, slot, NIL, &alone, applied, false);
+        }
+    }
+
     /// Stores a chain of blocks below a node. Returns the stores that waited for one of them.
     fn attach(
         &mut self,
-        pool: usize,
+        space: Space,
         slot: Slot,
         parent: u32,
         chain: &Orphan,
         applied: &mut Applied,
         is_adoption: bool,
     ) -> Vec<(u64, Orphan)> {
-        let pool_number = u16::try_from(pool).unwrap_or(u16::MAX);
         let bit = 1_u16 << chain.tier.index();
         let mut adopted = Vec::new();
         let mut at = parent;
         for block in &chain.blocks {
-            let Some(node) = self.tree.below(pool_number, at, block.tokens_hash) else {
+            let Some(node) = self.tree.below(space, at, block.tokens_hash) else {
                 applied.collisions += 1;
                 break;
             };
@@ -240,7 +347,7 @@ impl Index {
             if block.gone {
                 continue;
             }
-            let owner = self.owners.entry((pool, slot)).or_default();
+            let owner = self.owners.entry((space, slot)).or_default();
             let named = owner.name(block.hash);
             let is_same =
                 named.is_some_and(|name| name.node == node && u16::from(name.tiers) & bit != 0);
@@ -254,10 +361,10 @@ impl Index {
                 if named.is_some_and(|name| name.node != node) {
                     applied.renamed += 1;
                     for tier in Tier::ALL {
-                        self.unname(pool, slot, tier, block.hash);
+                        self.unname(space, slot, tier, block.hash);
                     }
                 }
-                let owner = self.owners.entry((pool, slot)).or_default();
+                let owner = self.owners.entry((space, slot)).or_default();
                 owner.add(block.hash, node, chain.tier, is_held);
                 match (is_held, is_adoption) {
                     (true, _) => applied.duplicates += 1,
@@ -265,7 +372,7 @@ impl Index {
                     (false, true) => applied.adopted += 1,
                 }
             }
-            let owner = self.owners.entry((pool, slot)).or_default();
+            let owner = self.owners.entry((space, slot)).or_default();
             let waiting = owner.waiting_for(block.hash);
             adopted.extend(waiting.into_iter().map(|orphan| (block.hash, orphan)));
         }
@@ -277,12 +384,12 @@ impl Index {
         adopted
     }
 
-    fn remove(&mut self, pool: usize, slot: Slot, tier: Tier, hash: u64, applied: &mut Applied) {
-        match self.unname(pool, slot, tier, hash) {
+    fn remove(&mut self, space: Space, slot: Slot, tier: Tier, hash: u64, applied: &mut Applied) {
+        match self.unname(space, slot, tier, hash) {
             Unnamed::Left(_) => applied.removed += 1,
             Unnamed::Kept => applied.duplicates += 1,
             Unnamed::Unknown => {
-                let owner = self.owners.get_mut(&(pool, slot));
+                let owner = self.owners.get_mut(&(space, slot));
                 if owner.is_some_and(|owner| owner.remove_waiting(hash, tier)) {
                     applied.removed += 1;
                 } else {
@@ -292,8 +399,8 @@ impl Index {
         }
     }
 
-    fn unname(&mut self, pool: usize, slot: Slot, tier: Tier, hash: u64) -> Unnamed {
-        let Some(owner) = self.owners.get_mut(&(pool, slot)) else {
+    fn unname(&mut self, space: Space, slot: Slot, tier: Tier, hash: u64) -> Unnamed {
+        let Some(owner) = self.owners.get_mut(&(space, slot)) else {
             return Unnamed::Unknown;
         };
         let outcome = owner.remove(hash, tier);
@@ -308,7 +415,13 @@ impl Index {
     /// nothing are left out. Ascending by slot.
     #[must_use]
     pub fn overlaps(&self, pool: usize, prompt: &[u64]) -> Vec<(Slot, Overlap)> {
-        let pool = u16::try_from(pool).unwrap_or(u16::MAX);
+        self.overlaps_in(pool, Family::Dynamo, prompt)
+    }
+
+    /// The same of a chained family, by the hashes that [`crate::family`] makes of the prompt.
+    #[must_use]
+    pub fn overlaps_in(&self, pool: usize, family: Family, prompt: &[u64]) -> Vec<(Slot, Overlap)> {
+        let space = Space::new(pool, family);
         let mut found: Vec<(Slot, Overlap)> = Vec::new();
         let mut mark = |set, depth| {
             for member in self.tree.eff.members(set) {
@@ -327,7 +440,10 @@ impl Index {
         };
         let (mut set, mut depth) = (EMPTY, 0);
         for sequence in prompt {
-            let node = self.tree.find(pool, *sequence).map(|id| self.tree.node(id));
+            let node = self
+                .tree
+                .find(space, *sequence)
+                .map(|id| self.tree.node(id));
             let Some(eff) = node.map(|n| n.eff).filter(|eff| *eff != EMPTY) else {
                 break;
             };
@@ -341,11 +457,25 @@ impl Index {
         found
     }
 
+    /// Who holds the block of a flat family that has this hash, and where at best. Ascending by
+    /// slot.
+    pub fn holders(
+        &self,
+        pool: usize,
+        family: Family,
+        hash: u64,
+    ) -> impl Iterator<Item = (Slot, Tier)> + '_ {
+        let node = self.tree.find(Space::new(pool, family), hash);
+        let set = node.map_or(EMPTY, |id| self.tree.node(id).eff);
+        let members = self.tree.eff.members(set).iter();
+        members.map(|m| (Slot(m >> 2), Tier::from_index(usize::from(m & 3))))
+    }
+
     /// Sequence hashes from a prompt's first block to the one with this hash; `None` for a block
     /// that the index does not have.
     #[must_use]
     pub fn chain(&self, pool: usize, hash: u64) -> Option<Vec<u64>> {
-        let mut at = self.tree.find(u16::try_from(pool).ok()?, hash)?;
+        let mut at = self.tree.find(Space::new(pool, Family::Dynamo), hash)?;
         let mut chain = Vec::new();
         while at != NIL {
             let node = self.tree.node(at);
@@ -360,8 +490,8 @@ impl Index {
     /// at most `most`.
     #[must_use]
     pub fn branches(&self, pool: usize, prompt: &[u64], most: usize) -> Vec<u32> {
-        let pool = u16::try_from(pool).unwrap_or(u16::MAX);
-        let nodes = prompt.iter().map_while(|hash| self.tree.find(pool, *hash));
+        let space = Space::new(pool, Family::Dynamo);
+        let nodes = prompt.iter().map_while(|hash| self.tree.find(space, *hash));
         let nodes: Vec<u32> = nodes.collect();
         let numbered = (0_u32..).zip(nodes.iter().enumerate());
         let branch = |(position, (at, node)): (u32, (usize, &u32))| {
@@ -427,13 +557,23 @@ impl Index {
     /// Blocks that an owner holds.
     #[must_use]
     pub fn owner_blocks(&self, pool: usize, slot: Slot) -> usize {
-        self.owners.get(&(pool, slot)).map_or(0, Owner::len)
+        let owner = |family| self.owners.get(&(Space::new(pool, family), slot));
+        Family::ALL
+            .into_iter()
+            .filter_map(owner)
+            .map(Owner::len)
+            .sum()
     }
 
-    /// All blocks of an owner, parents first. Waiting stores are not part of it.
+    /// All blocks of an owner, family by family, parents first. Waiting stores are not part of it.
     #[must_use]
     pub fn dump(&self, pool: usize, slot: Slot) -> Vec<Held> {
-        let Some(owner) = self.owners.get(&(pool, slot)) else {
+        let dump = |family| self.dump_in(Space::new(pool, family), slot);
+        Family::ALL.into_iter().flat_map(dump).collect()
+    }
+
+    fn dump_in(&self, space: Space, slot: Slot) -> Vec<Held> {
+        let Some(owner) = self.owners.get(&(space, slot)) else {
             return Vec::new();
         };
         let mut blocks: HashMap<u32, Vec<Option<owner::Name>>> = HashMap::new();
@@ -456,6 +596,7 @@ impl Index {
             let parent = (node.parent != NIL).then(|| self.tree.node(node.parent).sequence);
             for name in blocks.remove(&id).unwrap_or_default() {
                 dump.push(Held {
+                    family: space.family,
                     sequence: node.sequence,
                     parent,
                     name: name.map(|n| n.hash),
@@ -470,27 +611,30 @@ impl Index {
     /// that it uses twice, are dropped and counted as collisions.
     pub fn restore(&mut self, pool: usize, slot: Slot, dump: &[Held]) -> Applied {
         let mut applied = Applied::default();
-        let pool_number = u16::try_from(pool).unwrap_or(u16::MAX);
         let mut links = Vec::new();
         for held in dump {
+            let space = Space::new(pool, held.family);
             let parent = match held.parent {
                 None => Some(NIL),
-                Some(parent) => self.tree.find(pool_number, parent),
+                Some(parent) => self.tree.find(space, parent),
             };
-            let node = parent
-                .and_then(|parent| self.tree.with_sequence(pool_number, parent, held.sequence));
+            let node =
+                parent.and_then(|parent| self.tree.with_sequence(space, parent, held.sequence));
             let Some(node) = node else {
                 applied.collisions += 1;
                 continue;
             };
             let Some(name) = held.name else {
-                links.push(held.sequence);
+                links.push((space, held.sequence));
                 continue;
             };
-            let owner = self.owners.entry((pool, slot)).or_default();
+            let owner = self.owners.entry((space, slot)).or_default();
             if owner.name(name).is_some() {
                 applied.collisions += 1;
                 continue;
+            }
+            if self.limits.contains_key(&space) {
+                self.announced.entry((space, slot)).or_default().touch(name);
             }
             for tier in Tier::ALL {
                 let bit = 1_u16 << tier.index();
@@ -498,14 +642,14 @@ impl Index {
                     continue;
                 }
                 let tiers = self.tree.tiers(node, slot);
-                let owner = self.owners.entry((pool, slot)).or_default();
+                let owner = self.owners.entry((space, slot)).or_default();
                 owner.add(name, node, tier, tiers & bit != 0);
                 self.tree.hold(node, slot, tiers | bit);
                 applied.stored += 1;
             }
         }
-        for sequence in links.into_iter().rev() {
-            if let Some(node) = self.tree.find(pool_number, sequence) {
+        for (space, sequence) in links.into_iter().rev() {
+            if let Some(node) = self.tree.find(space, sequence) {
                 let tiers = self.tree.tiers(node, slot);
                 self.tree.hold(node, slot, tiers);
             }

@@ -22,6 +22,7 @@ pub mod event;
 pub mod family;
 pub mod hash;
 pub mod head;
+pub mod holdings;
 pub mod id;
 pub mod index;
 pub mod key;

@@ -50,12 +50,14 @@ pub struct Policy {
     pub host_cache_hit_weight: f64,
     /// Credit for a block on the disk or external tier, in blocks.
     pub disk_cache_hit_weight: f64,
+    /// Credit for a block beyond a worker's own that a shared store has, in blocks.
+    pub shared_cache_multiplier: f64,
     /// Cost of one active request, in blocks.
     pub decode_active_request_weight: f64,
 }
 
 impl Default for Policy {
-    /// Dynamo's defaults.
+    /// Dynamo's defaults; its multiplier for shared stores is that of a pool which has one.
     fn default() -> Self {
         Self {
             mode: Mode::Kv,
@@ -64,6 +66,7 @@ impl Default for Policy {
             overlap_score_credit: 1.0,
             host_cache_hit_weight: 0.75,
             disk_cache_hit_weight: 0.25,
+            shared_cache_multiplier: 0.5,
             decode_active_request_weight: 0.0,
         }
     }

@@ -130,6 +130,8 @@ pub struct Weighed {
     pub owner: OwnerId,
     /// Blocks held by tier.
     pub overlap: [u32; Tier::COUNT],
+    /// Blocks beyond them in a shared store.
+    pub shared_cache: u32,
     /// Prefill tokens there.
     pub prefill_tokens: u32,
     /// Blocks in use there.

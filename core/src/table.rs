@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::family::Scheme;
 use crate::id::{OwnerId, Role, Slot};
 use crate::key;
 use crate::policy::Policy;
@@ -43,10 +44,14 @@ pub struct Pool {
     pub lora_adapters: Vec<String>,
     /// Tokens to a block.
     pub block_size: u32,
+    /// Families in which blocks are looked up besides Dynamo's.
+    pub families: Vec<Scheme>,
     /// How to choose.
     pub policy: Policy,
     /// The owners, by slot.
     pub owners: Vec<Owner>,
+    /// Slots of stores that all workers share.
+    pub stores: Vec<Slot>,
 }
 
 /// A (worker, dp rank) of a pool.
@@ -123,7 +128,9 @@ impl Pool {
     /// Slots in use are below this.
     #[must_use]
     pub fn slots(&self) -> usize {
-        self.owners.last().map_or(0, |o| o.slot.index() + 1)
+        let owners = self.owners.last().map(|owner| owner.slot);
+        let last = owners.into_iter().chain(self.stores.iter().copied()).max();
+        last.map_or(0, |slot| slot.index() + 1)
     }
 }
 
@@ -204,5 +211,10 @@ mod tests {
         assert_eq!(table.pools[1].owner(Slot(5)).unwrap().id.rank, 1);
         assert!(table.pools[1].owner(Slot(4)).is_none());
         assert_eq!(table.pools[1].slots(), 6);
+        let pool = Pool {
+            stores: vec![Slot(9)],
+            ..table.pools[1].clone()
+        };
+        assert_eq!(pool.slots(), 10);
     }
 }

@@ -174,7 +174,7 @@ fn split(tree: &mut Tree, id: UnitId, position: u8) {
     parent.below = u32::try_from(roots.len()).unwrap_or(u32::MAX);
     for root in roots {
         let node = tree.node(root);
-        let (key, depth) = (tree.key(node.pool, node.sequence), node.depth);
+        let (key, depth) = (tree.key(node.space, node.sequence), node.depth);
         let new = tree.units.begin(root, key, depth);
         let mut below = 0;
         let mut stack = vec![root];

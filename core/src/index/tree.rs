@@ -9,10 +9,10 @@ use hashbrown::HashTable;
 
 use super::sets::{EMPTY, SetId, Sets};
 use super::slab::{NIL, Slab};
+use super::space::Space;
 use super::unit::{UnitId, Units};
 use crate::hash::chain;
-use crate::id::{Family, Slot};
-use crate::page::unit_key;
+use crate::id::Slot;
 
 /// Number of a node.
 pub(super) type NodeId = u32;
@@ -31,7 +31,7 @@ pub(super) struct Node {
     /// The unit this block belongs to.
     pub(super) unit: UnitId,
     pub(super) depth: u32,
-    pub(super) pool: u16,
+    pub(super) space: Space,
 }
 
 impl Default for Node {
@@ -46,7 +46,7 @@ impl Default for Node {
             eff: EMPTY,
             unit: NIL,
             depth: 0,
-            pool: 0,
+            space: Space::default(),
         }
     }
 }
@@ -100,41 +100,40 @@ impl Tree {
     }
 
     /// The key under which a block's unit is found if the block is its first: also what identifies
-    /// the block, because pools must not share blocks.
-    pub(super) fn key(&self, pool: u16, sequence: u64) -> u64 {
-        let secret = self.pool_keys.get(usize::from(pool)).copied().unwrap_or(0);
-        unit_key(sequence, secret, Family::Dynamo)
+    /// the block, because neither pools nor families may share blocks.
+    pub(super) fn key(&self, space: Space, sequence: u64) -> u64 {
+        space.key(&self.pool_keys, sequence)
     }
 
     /// The node of a sequence hash.
-    pub(super) fn find(&self, pool: u16, sequence: u64) -> Option<NodeId> {
+    pub(super) fn find(&self, space: Space, sequence: u64) -> Option<NodeId> {
         let same = |id: &NodeId| {
             let node = self.node(*id);
-            node.sequence == sequence && node.pool == pool
+            node.sequence == sequence && node.space == space
         };
-        self.by_key.find(self.key(pool, sequence), same).copied()
+        self.by_key.find(self.key(space, sequence), same).copied()
     }
 
     /// The node of the block with this token hash below `parent` (`NIL` at the root), made if it
     /// isn't there. `None` when another block has its sequence hash.
-    pub(super) fn below(&mut self, pool: u16, parent: NodeId, tokens: u64) -> Option<NodeId> {
+    pub(super) fn below(&mut self, space: Space, parent: NodeId, tokens: u64) -> Option<NodeId> {
         let sequence = if parent == NIL {
             tokens
         } else {
             chain(self.node(parent).sequence, tokens)
         };
-        self.with_sequence(pool, parent, sequence)
+        self.with_sequence(space, parent, sequence)
     }
 
     /// The node of a sequence hash below `parent`, made if it isn't there. `None` when another
     /// block has that hash.
     pub(super) fn with_sequence(
         &mut self,
-        pool: u16,
+        space: Space,
         parent: NodeId,
         sequence: u64,
     ) -> Option<NodeId> {
-        if let Some(id) = self.find(pool, sequence) {
+        if let Some(id) = self.find(space, sequence) {
             return (self.node(id).parent == parent).then_some(id);
         }
         let depth = if parent == NIL {
@@ -152,7 +151,7 @@ impl Tree {
             parent,
             next,
             depth,
-            pool,
+            space,
             ..Node::default()
         });
         if parent != NIL {
@@ -161,17 +160,12 @@ impl Tree {
         if next != NIL {
             self.nodes.at_mut(next).previous = id;
         }
-        let key = self.key(pool, sequence);
+        let key = self.key(space, sequence);
         let parent_unit = self.node(parent).unit;
         self.nodes.at_mut(id).unit = self.units.join(id, key, depth, parent_unit);
         let rehash = |id: &NodeId| {
             let node = self.nodes.at(*id);
-            let secret = self
-                .pool_keys
-                .get(usize::from(node.pool))
-                .copied()
-                .unwrap_or(0);
-            unit_key(node.sequence, secret, Family::Dynamo)
+            node.space.key(&self.pool_keys, node.sequence)
         };
         self.by_key.insert_unique(key, id, rehash);
         Some(id)
@@ -236,7 +230,7 @@ impl Tree {
             if node.raw != EMPTY || node.child != NIL {
                 return;
             }
-            let key = self.key(node.pool, node.sequence);
+            let key = self.key(node.space, node.sequence);
             if let Ok(entry) = self.by_key.find_entry(key, |other| *other == id) {
                 entry.remove();
             }

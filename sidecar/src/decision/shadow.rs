@@ -286,7 +286,7 @@ pub(super) fn overlap(seen: &Weighed) -> Overlap {
         sum = sum.saturating_add(blocks);
         *depth = sum;
     }
-    Overlap { depth }
+    Overlap::new(depth)
 }
 
 /// The load that the filter saw; all requests count as waiting.

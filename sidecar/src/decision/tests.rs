@@ -26,7 +26,7 @@ fn field(mode: Mode, workers: &[(u32, u64)]) -> Field {
         accepting: true,
     });
     let standing = |(held, blocks): &(u32, u64)| Standing {
-        overlap: Overlap { depth: [*held; 4] },
+        overlap: Overlap::new([*held; 4]),
         load: ActiveLoad {
             blocks: *blocks,
             decoding: u32::try_from(*blocks).unwrap(),
