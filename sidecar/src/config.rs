@@ -6,6 +6,7 @@
 
 mod check;
 mod error;
+mod events;
 mod file;
 mod layer;
 mod schema;
@@ -18,10 +19,12 @@ use kv_core::id::{OwnerId, Role, WorkerId};
 use kv_core::policy::Policy;
 use kv_core::table::Settings;
 
+use crate::ingest::engine::media::Media;
 use crate::ingest::subject::Template;
 use crate::load;
 
 pub use error::{ConfigErrors, Problem};
+pub use events::{Events, FamilyUse, ZmqAddress};
 pub use file::{File, Tls};
 pub use layer::{Layer, Origin};
 pub use schema::schema;
@@ -100,12 +103,16 @@ pub struct Pool {
     pub kv_events: bool,
     /// How long a predicted block is believed in, milliseconds.
     pub ttl_ms: u64,
+    /// Tiers by the names of media that engines use.
+    pub media: Media,
+    /// Hash families of events without token ids.
+    pub families: Vec<FamilyUse>,
     /// The workers.
     pub workers: Vec<Worker>,
 }
 
 /// One engine instance.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Worker {
     /// Its id, unique over all pools.
     pub id: WorkerId,
@@ -115,6 +122,8 @@ pub struct Worker {
     pub role: Role,
     /// Its data-parallel ranks.
     pub ranks: u32,
+    /// The stream of events that it publishes itself.
+    pub events: Option<Events>,
 }
 
 impl Worker {
@@ -179,7 +188,7 @@ impl Config {
         differs("nats", self.nats != next.nats);
         let load = "router_track_*, router_assume_kv_reuse, active_request_expiry_secs";
         differs(load, self.load != next.load);
-        let pools = "pools: their names, order, kv_cache_block_size and kv_events";
+        let pools = "pools: their names, order, kv_cache_block_size, kv_events, media and families";
         differs(pools, self.shape() != next.shape());
         keys
     }
@@ -199,10 +208,10 @@ impl Config {
         }
     }
 
-    fn shape(&self) -> Vec<(&str, u32, bool)> {
+    fn shape(&self) -> Vec<(&str, u32, bool, &Media, &[FamilyUse])> {
         let pools = self.pools.iter();
         pools
-            .map(|p| (p.name.as_str(), p.block_size, p.kv_events))
+            .map(|p| (&*p.name, p.block_size, p.kv_events, &p.media, &*p.families))
             .collect()
     }
 }

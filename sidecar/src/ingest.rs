@@ -4,6 +4,7 @@
 
 pub mod batch;
 pub mod decode;
+pub mod engine;
 pub mod nats;
 pub mod subject;
 

@@ -293,9 +293,19 @@ fn every_key_is_documented_with_its_default() {
         .iter()
         .filter(|(_, default)| **default == "required");
     let required: Vec<&str> = required.map(|(key, _)| *key).collect();
-    let expected = ["nats.dynamo.component", "nats.dynamo.namespace", "nats.url"];
-    assert_eq!(required[..3], expected);
-    assert_eq!(required[3..], ["workers[].endpoint", "workers[].id"]);
+    let expected = [
+        "families[].family",
+        "families[].media",
+        "nats.dynamo.component",
+        "nats.dynamo.namespace",
+        "nats.url",
+        "workers[].endpoint",
+        "workers[].events.http.token_file",
+        "workers[].events.trtllm.url",
+        "workers[].events.zmq.endpoint",
+        "workers[].id",
+    ];
+    assert_eq!(required, expected);
 }
 
 #[test]

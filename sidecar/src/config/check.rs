@@ -35,6 +35,7 @@ pub(super) fn check(
         names: HashMap::new(),
         workers: HashMap::new(),
         endpoints: HashMap::new(),
+        streams: HashMap::new(),
         served: HashMap::new(),
     };
     let config = check.file(file);
@@ -46,11 +47,12 @@ pub(super) fn check(
 }
 
 /// Problems so far, and at which path each unique value was first seen.
-struct Check {
+pub(super) struct Check {
     problems: Vec<Problem>,
     names: HashMap<String, String>,
     workers: HashMap<u64, String>,
     endpoints: HashMap<SocketAddr, String>,
+    pub(super) streams: HashMap<String, String>,
     served: HashMap<String, String>,
 }
 
@@ -218,11 +220,17 @@ impl Check {
                 endpoint,
                 role: worker.role,
                 ranks: worker.data_parallel_size,
+                events: worker.events.as_ref().and_then(|events| {
+                    self.events(events, worker.data_parallel_size, &path("events"))
+                }),
             }
         });
         let workers = workers.collect();
+        let media = self.media(pool, prefix);
         Pool {
             workers,
+            families: self.families(pool, &media, prefix),
+            media,
             name: pool.name.clone(),
             models: pool.models.clone(),
             lora_adapters: pool.lora_adapters.clone(),
@@ -272,14 +280,19 @@ impl Check {
         }
     }
 
-    fn readable(&mut self, path: &str, file: Option<&Path>) {
+    pub(super) fn readable(&mut self, path: &str, file: Option<&Path>) {
         let Some(file) = file else { return };
         if let Err(e) = std::fs::File::open(file) {
             self.refuse(path, file.display(), &format!("can't be read ({e})"));
         }
     }
 
-    fn refuse(&mut self, path: impl Into<String>, value: impl std::fmt::Display, why: &str) {
+    pub(super) fn refuse(
+        &mut self,
+        path: impl Into<String>,
+        value: impl std::fmt::Display,
+        why: &str,
+    ) {
         self.problems.push(Problem::value(path, value, why));
     }
 }

@@ -1,9 +1,10 @@
 //! The configuration file as it is written. Each key's documentation is also its description in
 //! the JSON Schema.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use kv_core::id::Role;
+use kv_core::id::{Family, Role, Tier};
 use kv_core::policy::Mode;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -142,6 +143,13 @@ pub struct Pool {
     /// `--router-decode-active-request-weight`.
     #[schemars(range(min = 0.0, max = 1_000_000.0))]
     pub decode_active_request_weight: f64,
+    /// Names of media in engines' events, beyond the usual ones, and the tiers they stand for.
+    /// Upper and lower case are the same. Needs a restart.
+    #[schemars(extend("maxProperties" = 64))]
+    pub media: BTreeMap<String, Tier>,
+    /// What the hashes are in events without token ids. Needs a restart.
+    #[schemars(length(max = 8))]
+    pub families: Vec<FamilyUse>,
     /// The workers.
     pub workers: Vec<Worker>,
 }
@@ -164,6 +172,8 @@ impl Default for Pool {
             host_cache_hit_weight: policy.host_cache_hit_weight,
             disk_cache_hit_weight: policy.disk_cache_hit_weight,
             decode_active_request_weight: policy.decode_active_request_weight,
+            media: BTreeMap::new(),
+            families: Vec::new(),
             workers: Vec::new(),
         }
     }
@@ -187,10 +197,91 @@ pub struct Worker {
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 1024))]
     pub data_parallel_size: u32,
+    /// The stream of events that it publishes itself. Without it the worker's events are what NATS
+    /// brings for its id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Events")]
+    pub events: Option<Events>,
 }
 
 fn one() -> u32 {
     1
+}
+
+/// A worker's own stream of events: one of the three.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Events {
+    /// It is subscribed to over ZMQ: vLLM, SGLang, TensorRT-LLM, Dynamo's consolidator.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Zmq")]
+    pub zmq: Option<Zmq>,
+    /// It is polled: TensorRT-LLM's HTTP server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "TrtLlm")]
+    pub trtllm: Option<TrtLlm>,
+    /// It posts its events to the sidecar's HTTP API.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Http")]
+    pub http: Option<Http>,
+}
+
+/// Where an engine publishes over ZMQ.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Zmq {
+    /// `tcp://host:port` of rank 0's PUB socket. Rank r is at port + r.
+    #[schemars(required)]
+    pub endpoint: Option<String>,
+    /// Topic to subscribe to; empty takes all.
+    #[serde(default)]
+    pub topic: String,
+    /// `tcp://host:port` of rank 0's replay socket. Rank r is at port + r.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "String")]
+    pub replay_endpoint: Option<String>,
+}
+
+/// Where TensorRT-LLM's events are polled. Reading takes them away: one reader alone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TrtLlm {
+    /// `http://host:port/kv_cache_events`.
+    #[schemars(required)]
+    pub url: Option<String>,
+    /// Milliseconds between polls.
+    #[serde(default = "fifty")]
+    #[schemars(range(min = 1, max = 60_000))]
+    pub poll_ms: u64,
+}
+
+fn fifty() -> u64 {
+    50
+}
+
+/// How an engine that posts its events shows who it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Http {
+    /// File with the token that it sends as `Authorization: Bearer`.
+    #[schemars(required)]
+    pub token_file: Option<PathBuf>,
+}
+
+/// Hashes that events without token ids carry, by the medium they are about.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FamilyUse {
+    /// How they are computed: any but `dynamo`.
+    #[schemars(required)]
+    pub family: Option<Family>,
+    /// Names of media, each in one family at most.
+    #[schemars(required, length(min = 1, max = 64))]
+    pub media: Option<Vec<String>>,
+    /// Tokens to a hash, a multiple of `kv_cache_block_size`, which it is unless given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "u32", range(min = 1, max = 65_536))]
+    pub block_size: Option<u32>,
 }
 
 /// The NATS server and the planes to read there.

@@ -165,7 +165,7 @@ impl Pool {
             let (json, repair, ask_from) =
                 old.map_or_else(Default::default, |w| (w.json, w.repair, w.ask_from));
             let worker = Worker {
-                config: *config,
+                config: config.clone(),
                 json,
                 repair,
                 ask_from,

@@ -1,0 +1,3 @@
+//! Events as engines publish them themselves.
+
+pub mod media;
