@@ -56,6 +56,7 @@ fn evidence(workers: &[(u64, u32, u32)]) -> Evidence {
     let weighed = |(worker, held, blocks): &(u64, u32, u32)| Weighed {
         owner: id(*worker),
         overlap: [*held, 0, 0, 0],
+        shared_cache: 0,
         prefill_tokens: 0,
         active_blocks: *blocks,
         shared_blocks: 0,
@@ -234,6 +235,7 @@ fn the_formula_shows_each_term() {
     let seen = Weighed {
         owner: id(1),
         overlap: [10, 5, 0, 0],
+        shared_cache: 0,
         prefill_tokens: 1_448,
         active_blocks: 15,
         shared_blocks: 0,

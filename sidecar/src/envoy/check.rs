@@ -3,6 +3,7 @@
 use std::fmt;
 use std::path::Path;
 
+use kv_core::id::Role;
 use serde_json::{Map, Value};
 
 use super::{CLUSTER_LIMIT, DESTINATION, LABELS, SIDECAR_CLUSTER, WASM_TYPE};
@@ -242,7 +243,8 @@ impl Checker<'_> {
                 (None, None) => is_known = false,
             }
         }
-        for worker in self.config.pools.iter().flat_map(|p| &p.workers) {
+        let workers = self.config.pools.iter().flat_map(|p| &p.workers);
+        for worker in workers.filter(|w| w.role != Role::Store) {
             if is_known && !hosts.contains(&worker.endpoint) {
                 let (id, endpoint) = (worker.id, worker.endpoint);
                 self.lack("clusters", format!("none has worker {id} at {endpoint}"));

@@ -4,6 +4,8 @@
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf, absolute};
 
+use kv_core::id::Role;
+
 use super::{FILTER, SIDECAR_CLUSTER, WASM_TYPE, cluster, quoted};
 use crate::config::{Config, Pool};
 use crate::state::replace;
@@ -103,7 +105,9 @@ impl Files {
 /// The endpoints of a pool, in the order of the configuration.
 #[must_use]
 pub fn endpoints_of(pool: &Pool) -> Vec<SocketAddr> {
-    pool.workers.iter().map(|w| w.endpoint).collect()
+    let workers = pool.workers.iter();
+    let engines = workers.filter(|w| w.role != Role::Store);
+    engines.map(|w| w.endpoint).collect()
 }
 
 /// An unchanged file is left alone: Envoy would start the filter's VMs anew for nothing.

@@ -18,7 +18,7 @@ impl Service {
         prompt: &Prompt,
     ) {
         let pool = usize::from(booked.owner.pool);
-        let Some(field) = self.field(pool, &prompt.hashes) else {
+        let Some(field) = self.field(pool, &prompt.hashes, &[]) else {
             return;
         };
         log(&field, evidence);

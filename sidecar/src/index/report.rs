@@ -65,7 +65,7 @@ impl Counts {
 }
 
 /// Blocks of an event by what was done with them.
-pub(super) fn by_kind(applied: &Applied) -> [(&'static str, u32); 9] {
+pub(super) fn by_kind(applied: &Applied) -> [(&'static str, u32); 10] {
     [
         ("stored", applied.stored),
         ("duplicate", applied.duplicates),
@@ -76,6 +76,7 @@ pub(super) fn by_kind(applied: &Applied) -> [(&'static str, u32); 9] {
         ("orphan_dropped", applied.orphans_dropped),
         ("renamed", applied.renamed),
         ("collision", applied.collisions),
+        ("expired", applied.expired),
     ]
 }
 
@@ -259,7 +260,10 @@ impl Service {
                     worker: id.worker,
                     rank: id.rank,
                     slot: owner.slot.0,
-                    endpoint: worker.config.endpoint.to_string(),
+                    endpoint: match worker.config.role {
+                        Role::Store => String::new(),
+                        _ => worker.config.endpoint.to_string(),
+                    },
                     role: worker.config.role,
                     accepting: true,
                     blocks: self.index.owner_blocks(number.into(), owner.slot),

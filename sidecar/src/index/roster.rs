@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use kv_core::id::{DpRank, OwnerId, Slot, WorkerId};
+use kv_core::family::Scheme;
+use kv_core::id::{DpRank, OwnerId, Role, Slot, WorkerId};
 use kv_core::table;
 use tokio::time::Instant;
 
@@ -178,16 +179,27 @@ impl Pool {
     /// The pool in the worker table.
     #[must_use]
     pub(super) fn table(&self) -> table::Pool {
-        let mut owners: Vec<table::Owner> = self.workers.values().flat_map(Worker::table).collect();
+        let is_engine = |worker: &&Worker| worker.config.role != Role::Store;
+        let engines = self.workers.values().filter(is_engine);
+        let mut owners: Vec<table::Owner> = engines.flat_map(Worker::table).collect();
         owners.sort_unstable_by_key(|owner| owner.slot);
+        let stores = self.workers.values().filter(|worker| !is_engine(worker));
+        let stores = stores.flat_map(|worker| worker.owners.iter().map(|owner| owner.slot));
+        let families = self.config.families.iter().map(|used| Scheme {
+            family: used.family,
+            block_size: used.block_size,
+            hash_seed: used.hash_seed.clone(),
+        });
         table::Pool {
             name: self.config.name.clone(),
             key: self.key,
             models: self.config.models.clone(),
             lora_adapters: self.config.lora_adapters.clone(),
             block_size: self.config.block_size,
+            families: families.collect(),
             policy: self.config.policy,
             owners,
+            stores: stores.collect(),
         }
     }
 }

@@ -146,7 +146,12 @@ impl Service {
                 Some(state) => (state.key, state.slots, state.owners),
                 None => (random_u64(), super::Slots::default(), Vec::new()),
             };
-            self.index.add_pool(key);
+            let number = self.index.add_pool(key);
+            for used in &pool.families {
+                if let Some(most) = used.max_blocks {
+                    self.index.limit(number, used.family, most as usize);
+                }
+            }
             self.roster.add(pool.clone(), key, slots);
             kept.push(owners);
         }
