@@ -51,6 +51,12 @@ impl Lease {
     pub(crate) fn len(&self) -> usize {
         self.blocks.len()
     }
+
+    /// Leading blocks that are named.
+    #[must_use]
+    pub(crate) fn named(&self) -> usize {
+        self.named
+    }
 }
 
 // === impl Cache ===

@@ -13,9 +13,11 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::api;
 use crate::chain::Key;
+use crate::flexkv;
 use crate::metrics::{Counters, Gauges};
 use crate::publish::{EventPlane, PublishError, Publisher};
 use crate::scheduler::Limits;
+use crate::stream::Stream;
 
 pub(crate) use self::state::Shared;
 
@@ -39,6 +41,10 @@ pub struct Config {
     pub instant: bool,
     /// Where events go; `None` publishes none.
     pub events: Option<EventPlane>,
+    /// Where the engine publishes events itself, as vLLM does over ZMQ; port 0 takes a free one.
+    pub stream: Option<SocketAddr>,
+    /// Levels under the cache.
+    pub flexkv: Option<flexkv::Config>,
 }
 
 impl Default for Config {
@@ -58,6 +64,8 @@ impl Default for Config {
             },
             instant: false,
             events: None,
+            stream: None,
+            flexkv: None,
         }
     }
 }
@@ -158,6 +166,15 @@ impl Engine {
             shared.attach(publisher);
             tasks.extend(senders);
         }
+        if let Some(bind) = shared.config.stream {
+            let listen = |source| StartError::Listen {
+                address: bind,
+                source,
+            };
+            let block_size = shared.config.limits.block_size;
+            let stream = Stream::bind(bind, block_size, stop.clone()).await;
+            shared.publish_on(stream.map_err(listen)?);
+        }
         tasks.push(tokio::spawn(state::run_steps(
             Arc::clone(&shared),
             stop.clone(),
@@ -187,6 +204,12 @@ impl Engine {
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Where the engine publishes events itself.
+    #[must_use]
+    pub fn stream_address(&self) -> Option<SocketAddr> {
+        self.shared.stream_address()
     }
 
     /// The engine's id.
@@ -238,6 +261,7 @@ impl Engine {
         let chain = self.shared.chain_of(tokens);
         let keys = chain.keys();
         self.shared.change(|scheduler| {
+            scheduler.note_tokens(keys, tokens);
             let cache = scheduler.cache_mut();
             let Some((mut lease, _)) = cache.admit(keys, keys.len()) else {
                 return false;

@@ -39,6 +39,7 @@ async fn engine(args: EngineArgs) -> anyhow::Result<ExitCode> {
         serde_json::json!({
             "worker_id": engine.worker_id(),
             "address": engine.address().to_string(),
+            "zmq": engine.stream_address().map(|address| address.to_string()),
         })
     );
     tokio::select! {

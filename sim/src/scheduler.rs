@@ -3,7 +3,9 @@
 //! A step first serves the running sequences in order of arrival, then admits waiting ones, until
 //! the token budget is spent. Long prefills are cut into chunks and share steps with decodes. Of a
 //! cached prompt at least one token is computed again. A running sequence that finds no block
-//! preempts the newest one, which starts over; a waiting one waits.
+//! preempts the newest one, which starts over; a waiting one waits. With `FlexKV`, what its levels
+//! have of a prompt beyond the cache is loaded as the sequence is admitted, which the step takes
+//! longer for, and what a sequence has computed is stored there at its end.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -11,8 +13,10 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 
 use crate::cache::{Cache, Lease};
-use crate::chain::Chain;
+use crate::chain::{Chain, Key};
+use crate::flexkv::FlexKv;
 use crate::metrics::Counters;
+use crate::stream::TokensOf;
 use crate::token::Answer;
 
 /// Limits and speed of one engine.
@@ -51,6 +55,8 @@ pub(crate) struct Sequence {
     max_tokens: usize,
     answer: Answer,
     chain: Chain,
+    /// `FlexKV`'s hashes of the prompt.
+    outside: Vec<u64>,
     lease: Lease,
     computed: usize,
     planned: usize,
@@ -67,6 +73,11 @@ pub(crate) struct Scheduler {
     waiting: VecDeque<Sequence>,
     running: Vec<Sequence>,
     counters: Counters,
+    flexkv: Option<FlexKv>,
+    /// Kept where events carry token ids.
+    tokens_of: Option<TokensOf>,
+    /// Time of the loads of the step under way.
+    loading: Duration,
 }
 
 // === impl Sequence ===
@@ -90,6 +101,7 @@ impl Sequence {
             tokens: prompt,
             max_tokens,
             chain,
+            outside: Vec::new(),
             lease: Lease::default(),
             computed: 0,
             planned: 0,
@@ -120,7 +132,40 @@ impl Scheduler {
             waiting: VecDeque::new(),
             running: Vec::new(),
             counters: Counters::default(),
+            flexkv: None,
+            tokens_of: None,
+            loading: Duration::ZERO,
         }
+    }
+
+    /// Puts further levels under the cache.
+    pub(crate) fn offload_to(&mut self, flexkv: FlexKv) {
+        self.flexkv = Some(flexkv);
+    }
+
+    /// The levels under the cache.
+    pub(crate) fn flexkv_mut(&mut self) -> Option<&mut FlexKv> {
+        self.flexkv.as_mut()
+    }
+
+    /// Keeps the token ids of named blocks from here on.
+    pub(crate) fn keep_tokens(&mut self) {
+        self.tokens_of = Some(TokensOf::new());
+    }
+
+    /// Token ids of named blocks, where they are kept.
+    pub(crate) fn tokens_of(&mut self) -> Option<&mut TokensOf> {
+        self.tokens_of.as_mut()
+    }
+
+    /// Notes the token ids of blocks that the cache names.
+    pub(crate) fn note_tokens(&mut self, keys: &[Key], tokens: &[u32]) {
+        note_tokens(
+            self.tokens_of.as_mut(),
+            keys,
+            tokens,
+            self.limits.block_size,
+        );
     }
 
     /// The cache.
@@ -153,7 +198,10 @@ impl Scheduler {
     }
 
     /// Queues a request.
-    pub(crate) fn submit(&mut self, sequence: Sequence) {
+    pub(crate) fn submit(&mut self, mut sequence: Sequence) {
+        if let Some(flexkv) = &self.flexkv {
+            sequence.outside = flexkv.hashes(&sequence.tokens);
+        }
         self.waiting.push_back(sequence);
     }
 
@@ -182,6 +230,7 @@ impl Scheduler {
         };
         Some(
             self.limits.step
+                + std::mem::take(&mut self.loading)
                 + part(self.limits.prefill_per_token, prefill)
                 + part(self.limits.decode_per_seq, decodes),
         )
@@ -193,6 +242,10 @@ impl Scheduler {
         while at < self.running.len() {
             if self.finish_step_of(at, now) {
                 let done = self.running.remove(at);
+                if let Some(flexkv) = &mut self.flexkv {
+                    let hashes = flexkv.hashes(&done.tokens[..done.computed]);
+                    flexkv.store(&hashes);
+                }
                 self.cache.release(done.lease);
             } else {
                 at += 1;
@@ -234,7 +287,8 @@ impl Scheduler {
             if self.cache.grow(&mut sequence.lease, missing) {
                 sequence.planned = planned;
                 *budget -= planned;
-                name_planned(&mut self.cache, sequence, self.limits.block_size);
+                let tokens_of = self.tokens_of.as_mut();
+                name_planned(&mut self.cache, sequence, self.limits.block_size, tokens_of);
                 at += 1;
             } else {
                 preempted = true;
@@ -262,7 +316,11 @@ impl Scheduler {
             let block_size = self.limits.block_size;
             let reusable = (next.tokens.len() - 1) / block_size;
             let keys = &next.chain.keys()[..reusable.min(next.chain.keys().len())];
-            let cached = self.cache.overlap(keys) * block_size;
+            let hits = self.cache.overlap(keys);
+            let outside = next.outside.get(hits..keys.len()).unwrap_or(&[]);
+            let flexkv = self.flexkv.as_ref();
+            let (loaded, time) = flexkv.map_or((0, Duration::ZERO), |f| f.find(outside));
+            let cached = (hits + loaded) * block_size;
             let planned = (next.tokens.len() - cached).min(*budget);
             let needed = blocks_for(cached + planned, block_size);
             let Some((lease, _)) = self.cache.admit(keys, needed) else {
@@ -275,12 +333,14 @@ impl Scheduler {
             sequence.computed = cached;
             sequence.planned = planned;
             *budget -= planned;
+            self.loading += time;
             if sequence.cached_tokens.is_none() {
                 sequence.cached_tokens = Some(cached);
                 self.counters.prefix_queries += sequence.prompt_len as u64;
                 self.counters.prefix_hits += cached as u64;
             }
-            name_planned(&mut self.cache, &mut sequence, block_size);
+            let tokens_of = self.tokens_of.as_mut();
+            name_planned(&mut self.cache, &mut sequence, block_size, tokens_of);
             self.running.push(sequence);
         }
     }
@@ -316,10 +376,27 @@ impl Scheduler {
     }
 }
 
-fn name_planned(cache: &mut Cache, sequence: &mut Sequence, block_size: usize) {
+fn name_planned(
+    cache: &mut Cache,
+    sequence: &mut Sequence,
+    block_size: usize,
+    tokens_of: Option<&mut TokensOf>,
+) {
     let full = (sequence.computed + sequence.planned) / block_size;
     let keys = sequence.chain.keys();
-    cache.commit(&mut sequence.lease, &keys[..full.min(keys.len())]);
+    let keys = &keys[..full.min(keys.len())];
+    let named = sequence.lease.named().min(keys.len());
+    cache.commit(&mut sequence.lease, keys);
+    let tokens = &sequence.tokens[named * block_size..];
+    note_tokens(tokens_of, &keys[named..], tokens, block_size);
+}
+
+fn note_tokens(tokens_of: Option<&mut TokensOf>, keys: &[Key], tokens: &[u32], block_size: usize) {
+    if let Some(tokens_of) = tokens_of {
+        for (key, block) in keys.iter().zip(tokens.chunks_exact(block_size)) {
+            tokens_of.insert(key.engine_hash, block.to_vec());
+        }
+    }
 }
 
 /// Blocks that hold `tokens` tokens.

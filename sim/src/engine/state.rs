@@ -1,20 +1,23 @@
 //! The state of a running engine and the clock that drives it.
 
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use kv_core::event::{RouterEvent, SnapshotPart};
+use kv_core::event::{EventData, RouterEvent, SnapshotPart};
 use kv_core::hash::Seed;
 use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use super::{Config, Refusal};
 use crate::chain::{Chain, Key};
+use crate::flexkv::FlexKv;
 use crate::metrics::{self, Counters, Gauges};
 use crate::publish::Publisher;
 use crate::scheduler::{Output, Scheduler, Sequence, blocks_for};
 use crate::snapshot;
+use crate::stream::Stream;
 
 /// Requests that wait before the engine refuses more.
 const MAX_WAITING: usize = 16_384;
@@ -40,6 +43,9 @@ struct Core {
     last_event_id: u64,
     unpublished: Vec<RouterEvent>,
     publisher: Option<Publisher>,
+    stream: Option<Stream>,
+    /// What the stream has not been told.
+    untold: Vec<EventData>,
     stopped: bool,
 }
 
@@ -47,7 +53,13 @@ struct Core {
 
 impl Shared {
     pub(super) fn new(config: Config) -> Self {
-        let scheduler = Scheduler::new(config.limits.clone(), config.blocks);
+        let mut scheduler = Scheduler::new(config.limits.clone(), config.blocks);
+        if let Some(flexkv) = &config.flexkv {
+            scheduler.offload_to(FlexKv::new(flexkv, config.limits.block_size));
+        }
+        if config.stream.is_some() {
+            scheduler.keep_tokens();
+        }
         Self {
             config,
             core: Mutex::new(Core {
@@ -55,6 +67,8 @@ impl Shared {
                 last_event_id: 0,
                 unpublished: Vec::new(),
                 publisher: None,
+                stream: None,
+                untold: Vec::new(),
                 stopped: false,
             }),
             wake: Notify::new(),
@@ -124,6 +138,14 @@ impl Shared {
         self.lock().publisher = Some(publisher);
     }
 
+    pub(super) fn publish_on(&self, stream: Stream) {
+        self.lock().stream = Some(stream);
+    }
+
+    pub(super) fn stream_address(&self) -> Option<SocketAddr> {
+        self.lock().stream.as_ref().map(Stream::address)
+    }
+
     pub(super) fn counters(&self) -> Counters {
         self.lock().scheduler.counters().clone()
     }
@@ -182,6 +204,8 @@ impl Shared {
         // Events first: who has a token may rely on its blocks being on their way.
         core.publish();
         core.scheduler.end_step(self.started.elapsed());
+        // What finished sequences left outside.
+        core.publish();
     }
 
     fn lock(&self) -> MutexGuard<'_, Core> {
@@ -195,6 +219,9 @@ impl Core {
     fn number_changes(&mut self, worker_id: u64) {
         for data in self.scheduler.cache_mut().take_changes() {
             self.last_event_id += 1;
+            if self.stream.is_some() {
+                self.untold.push(data.clone());
+            }
             if self.publisher.is_some() {
                 let event = snapshot::event(worker_id, self.last_event_id, data);
                 self.unpublished.push(event);
@@ -207,6 +234,11 @@ impl Core {
             && !self.unpublished.is_empty()
         {
             publisher.publish(std::mem::take(&mut self.unpublished));
+        }
+        let flexkv = self.scheduler.flexkv_mut();
+        let outside = flexkv.map(FlexKv::take_changes).unwrap_or_default();
+        if let Some((stream, tokens_of)) = self.stream.as_mut().zip(self.scheduler.tokens_of()) {
+            stream.publish(std::mem::take(&mut self.untold), outside, tokens_of);
         }
     }
 }
