@@ -19,7 +19,7 @@ use kv_core::id::{OwnerId, Role, WorkerId};
 use kv_core::policy::Policy;
 use kv_core::table::Settings;
 
-use crate::ingest::engine::media::Media;
+use crate::ingest::engine::{self, media::Media};
 use crate::ingest::subject::Template;
 use crate::load;
 
@@ -107,6 +107,8 @@ pub struct Pool {
     pub media: Media,
     /// Hash families of events without token ids.
     pub families: Vec<FamilyUse>,
+    /// The model's placeholder token of images, where requests have it replaced.
+    pub image_token: Option<u32>,
     /// The workers.
     pub workers: Vec<Worker>,
 }
@@ -188,7 +190,8 @@ impl Config {
         differs("nats", self.nats != next.nats);
         let load = "router_track_*, router_assume_kv_reuse, active_request_expiry_secs";
         differs(load, self.load != next.load);
-        let pools = "pools: their names, order, kv_cache_block_size, kv_events, media and families";
+        let pools = "pools: their names, order, kv_cache_block_size, kv_events, media, \
+                     families and image_token_id";
         differs(pools, self.shape() != next.shape());
         keys
     }
@@ -208,10 +211,10 @@ impl Config {
         }
     }
 
-    fn shape(&self) -> Vec<(&str, u32, bool, &Media, &[FamilyUse])> {
+    fn shape(&self) -> Vec<(&str, bool, engine::Settings)> {
         let pools = self.pools.iter();
         pools
-            .map(|p| (&*p.name, p.block_size, p.kv_events, &p.media, &*p.families))
+            .map(|p| (&*p.name, p.kv_events, engine::Settings::of(p)))
             .collect()
     }
 }

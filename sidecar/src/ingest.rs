@@ -59,6 +59,44 @@ pub enum Rejection {
     EventsOff,
     /// A part of a snapshot that nobody asked for.
     UnaskedSnapshot,
+    /// A message of more than [`engine::MAX_BATCH_BYTES`].
+    BatchTooLarge,
+    /// An event past [`engine::MAX_BATCH_EVENTS`] of its message.
+    TooManyEvents,
+    /// An event of a name that isn't known.
+    UnknownEvent,
+    /// An event that says of itself that it is to be ignored.
+    Ignored,
+    /// Blocks that lie elsewhere than at the worker.
+    NotLocal,
+    /// Blocks that belong to something other than the worker.
+    Ownership,
+    /// A medium whose tier isn't known.
+    UnknownMedium,
+    /// A kind of attention that a prefix cache is not about.
+    AttentionKind,
+    /// A kind of attention that isn't known.
+    UnknownAttentionKind,
+    /// A group whose kind of attention a prefix cache is not about.
+    AttentionGroup,
+    /// A group whose kind of attention no event has named.
+    UnlearnedGroup,
+    /// A cache of a smaller attention window than another one of the rank.
+    AttentionWindow,
+    /// The parent's name was used under two salts, so this one's isn't known.
+    AmbiguousSalt,
+    /// A block size that is no multiple of the pool's, or not that of the medium's family.
+    BlockSizeMismatch,
+    /// No token ids, and no family that says what the hashes are.
+    NoTokens,
+    /// Fewer token ids than its blocks have; those before are stored.
+    TooFewTokens,
+    /// A hash twice in one chain; the blocks before are stored.
+    RepeatedHash,
+    /// A block that isn't full; those before are stored.
+    PartialBlock,
+    /// A block that changed its level without having been stored.
+    UnknownBlock,
 }
 
 impl Rejection {
@@ -76,6 +114,25 @@ impl Rejection {
             Self::DuplicateId => "duplicate_id",
             Self::EventsOff => "events_off",
             Self::UnaskedSnapshot => "unasked_snapshot",
+            Self::BatchTooLarge => "batch_too_large",
+            Self::TooManyEvents => "too_many_events",
+            Self::UnknownEvent => "unknown_event",
+            Self::Ignored => "ignored",
+            Self::NotLocal => "not_local",
+            Self::Ownership => "ownership",
+            Self::UnknownMedium => "unknown_medium",
+            Self::AttentionKind => "attention_kind",
+            Self::UnknownAttentionKind => "unknown_attention_kind",
+            Self::AttentionGroup => "attention_group",
+            Self::UnlearnedGroup => "unlearned_group",
+            Self::AttentionWindow => "attention_window",
+            Self::AmbiguousSalt => "ambiguous_salt",
+            Self::BlockSizeMismatch => "block_size_mismatch",
+            Self::NoTokens => "no_tokens",
+            Self::TooFewTokens => "too_few_tokens",
+            Self::RepeatedHash => "repeated_hash",
+            Self::PartialBlock => "partial_block",
+            Self::UnknownBlock => "unknown_block",
         }
     }
 }

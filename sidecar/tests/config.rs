@@ -199,7 +199,9 @@ fn a_reload_takes_workers_and_policies_and_names_what_needs_a_restart() {
     let needed = before.restart_needed(&resized);
     assert_eq!(
         needed,
-        ["pools: their names, order, kv_cache_block_size, kv_events, media and families"]
+        [
+            "pools: their names, order, kv_cache_block_size, kv_events, media, families and image_token_id"
+        ]
     );
     assert_eq!(before.reloaded(resized).pools, before.pools);
 }
@@ -292,7 +294,9 @@ fn a_worker_may_have_a_stream_of_its_own() {
 fn media_and_families_of_a_running_sidecar_stay() {
     let before = Config::parse(WITH_EVENTS, &[]).unwrap();
     let after = Config::parse(&WITH_EVENTS.replace("external", "disk"), &[]).unwrap();
-    let keys = ["pools: their names, order, kv_cache_block_size, kv_events, media and families"];
+    let keys = [
+        "pools: their names, order, kv_cache_block_size, kv_events, media, families and image_token_id",
+    ];
     assert_eq!(before.restart_needed(&after), keys);
     assert_eq!(before.reloaded(after), before);
 }

@@ -247,6 +247,7 @@ impl Check {
             workers,
             families: self.families(pool, &media, prefix),
             media,
+            image_token: pool.image_token_id,
             name: pool.name.clone(),
             models: pool.models.clone(),
             lora_adapters: pool.lora_adapters.clone(),

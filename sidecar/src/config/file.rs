@@ -154,6 +154,11 @@ pub struct Pool {
     /// What the hashes are in events without token ids. Needs a restart.
     #[schemars(length(max = 8))]
     pub families: Vec<FamilyUse>,
+    /// The model's placeholder token of images, where requests have another id in its place that
+    /// stands for the image, as Dynamo's frontend puts there. Needs a restart.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "u32")]
+    pub image_token_id: Option<u32>,
     /// The workers.
     pub workers: Vec<Worker>,
 }
@@ -179,6 +184,7 @@ impl Default for Pool {
             decode_active_request_weight: policy.decode_active_request_weight,
             media: BTreeMap::new(),
             families: Vec::new(),
+            image_token_id: None,
             workers: Vec::new(),
         }
     }
