@@ -6,6 +6,7 @@
 //!   no harm;
 //! - engine hashes are looked up per owner and never compared between owners.
 
+mod announced;
 mod bounds;
 #[cfg(test)]
 mod check;
@@ -84,6 +85,8 @@ pub struct Applied {
     pub renamed: u32,
     /// Blocks dropped because another block has their sequence hash.
     pub collisions: u32,
+    /// Blocks given up because their owner announced more than it can hold.
+    pub expired: u32,
 }
 
 /// Size of an index.
@@ -131,6 +134,8 @@ pub struct PageWrite {
 /// A block of an owner in a dump.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Held {
+    /// What the hashes are.
+    pub family: Family,
     /// Sequence hash.
     pub sequence: u64,
     /// Sequence hash of the block before it.
@@ -146,6 +151,8 @@ pub struct Held {
 pub struct Index {
     tree: Tree,
     owners: store::Owners,
+    /// Most names of an owner, for families whose caches forget blocks without a word.
+    limits: HashMap<Space, usize>,
     epoch: u32,
     /// Blocks that wait.
     orphans: usize,
@@ -170,6 +177,7 @@ impl Index {
         Self {
             tree: Tree::new(Units::new(group, Directory::new(config.level))),
             owners: HashMap::new(),
+            limits: HashMap::new(),
             epoch: config.epoch,
             orphans: 0,
             queue: bounds::Queue::default(),
@@ -189,24 +197,47 @@ impl Index {
         self.tree.add_pool(key)
     }
 
-    /// Applies an event of one owner.
+    /// Applies an event of one owner whose hashes are Dynamo's.
     pub fn apply(&mut self, pool: usize, slot: Slot, tier: Tier, data: &EventData) -> Applied {
+        self.apply_family(pool, Family::Dynamo, slot, tier, data)
+    }
+
+    /// Applies an event of one owner about its blocks of one family. Of any family but Dynamo's,
+    /// the `tokens_hash` of a stored block is its hash in that family.
+    pub fn apply_family(
+        &mut self,
+        pool: usize,
+        family: Family,
+        slot: Slot,
+        tier: Tier,
+        data: &EventData,
+    ) -> Applied {
         let mut applied = Applied::default();
-        let space = Space::new(pool, Family::Dynamo);
+        let space = Space::new(pool, family);
         match data {
+            EventData::Stored(stored) if family.is_flat() => {
+                self.store_each(space, slot, tier, stored, &mut applied);
+            }
             EventData::Stored(stored) => self.store(space, slot, tier, stored, &mut applied),
             EventData::Removed(removed) => {
                 self.remove(space, slot, tier, &removed.block_hashes, &mut applied);
             }
-            EventData::Cleared => applied.removed = self.remove_owner(pool, slot),
+            EventData::Cleared => applied.removed = self.clear(space, slot),
         }
+        self.expire(space, slot, data, &mut applied);
         self.bound();
         applied
     }
 
     /// Drops all blocks of an owner and returns how many it held.
     pub fn remove_owner(&mut self, pool: usize, slot: Slot) -> u32 {
-        let space = Space::new(pool, Family::Dynamo);
+        let families = Family::ALL.into_iter();
+        families.fold(0, |sum: u32, family| {
+            sum.saturating_add(self.clear(Space::new(pool, family), slot))
+        })
+    }
+
+    fn clear(&mut self, space: Space, slot: Slot) -> u32 {
         let Some(owner) = self.owners.remove(&(space, slot)) else {
             return 0;
         };
@@ -277,8 +308,9 @@ impl Index {
     /// Blocks that an owner holds.
     #[must_use]
     pub fn owner_blocks(&self, pool: usize, slot: Slot) -> usize {
-        let owner = self.owners.get(&(Space::new(pool, Family::Dynamo), slot));
-        owner.map_or(0, |owner| owner.held)
+        let owner = |family| self.owners.get(&(Space::new(pool, family), slot));
+        let owners = Family::ALL.into_iter().filter_map(owner);
+        owners.map(|owner| owner.held).sum()
     }
 }
 

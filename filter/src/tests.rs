@@ -282,6 +282,7 @@ fn the_fixture_publishes_what_a_reader_finds() {
         group: head.group,
         epoch: EPOCH,
         pool_key: 0x1234_5678_9abc_def1,
+        family: kv_core::id::Family::Dynamo,
         slots: 2,
     };
     reader.gallop(&view, &hashes, |id| {

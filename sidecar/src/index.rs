@@ -337,9 +337,10 @@ impl Service {
             Control::Overlaps {
                 pool,
                 prompt,
+                families,
                 reply,
             } => {
-                let _ = reply.send(self.field(pool, &prompt));
+                let _ = reply.send(self.field(pool, &prompt, &families));
             }
             Control::Table(reply) => {
                 let _ = reply.send(self.table());

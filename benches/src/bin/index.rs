@@ -245,6 +245,7 @@ fn lookups(report: &mut Report, conversations: &[Conversation]) {
         group: GROUP,
         epoch: 1,
         pool_key: POOL_KEY,
+        family: kv_core::id::Family::Dynamo,
         slots: OWNERS + 1,
     };
     let mut table = Table::new(

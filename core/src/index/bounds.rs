@@ -6,6 +6,7 @@
 
 use std::collections::VecDeque;
 
+use super::owner::Owner;
 use super::places::{MAX_RUNS, Places};
 use super::slab::NIL;
 use super::space::Space;
@@ -127,7 +128,7 @@ impl Index {
             return false;
         };
         let run = tree.runs.at(id);
-        let sequence = run.blocks.last().map_or(0, |block| block.sequence);
+        let Block { sequence, name } = run.blocks.last().copied().unwrap_or_default();
         let members = tree.raw.members(run.raw);
         for member in members {
             let slot = Slot(member >> tree.raw.shift());
@@ -135,9 +136,20 @@ impl Index {
                 continue;
             };
             owner.held -= 1;
-            if member & SHARED == 0 {
-                owner.own.forget(sequence);
+            let before = owner.bytes();
+            let Owner { own, announced, .. } = owner;
+            if let Some(announced) = announced {
+                if member & SHARED == 0 {
+                    own.of(sequence)
+                        .for_each(|name| announced.forget(name.hash));
+                } else {
+                    announced.forget(name);
+                }
             }
+            if member & SHARED == 0 {
+                own.forget(sequence);
+            }
+            self.owner_bytes = self.owner_bytes + owner.bytes() - before;
         }
         tree.held -= members.len();
         self.evicted_owner_blocks += members.len() as u64;

@@ -11,10 +11,14 @@ use super::{Applied, Held, Index};
 use crate::id::{Family, Slot};
 
 impl Index {
-    /// All blocks of an owner, parents first. Waiting stores are not part of it.
+    /// All blocks of an owner, family by family, parents first. Waiting stores are not part of it.
     #[must_use]
     pub fn dump(&self, pool: usize, slot: Slot) -> Vec<Held> {
-        let space = Space::new(pool, Family::Dynamo);
+        let dump = |family| self.dump_in(Space::new(pool, family), slot);
+        Family::ALL.into_iter().flat_map(dump).collect()
+    }
+
+    fn dump_in(&self, space: Space, slot: Slot) -> Vec<Held> {
         let Some(owner) = self.owners.get(&(space, slot)) else {
             return Vec::new();
         };
@@ -38,6 +42,7 @@ impl Index {
             let mut parent = before.map(|block| block.sequence);
             for block in &run.blocks {
                 let held = |name, tiers: u16| Held {
+                    family: space.family(),
                     sequence: block.sequence,
                     parent,
                     name,
@@ -72,7 +77,16 @@ impl Index {
     /// that it uses twice, are dropped and counted as collisions.
     pub fn restore(&mut self, pool: usize, slot: Slot, dump: &[Held]) -> Applied {
         let mut applied = Applied::default();
-        let space = Space::new(pool, Family::Dynamo);
+        for part in dump.chunk_by(|a, b| a.family == b.family) {
+            let family = part.first().map_or(Family::Dynamo, |held| held.family);
+            self.restore_in(Space::new(pool, family), slot, part, &mut applied);
+        }
+        self.bound();
+        applied
+    }
+
+    fn restore_in(&mut self, space: Space, slot: Slot, dump: &[Held], applied: &mut Applied) {
+        let is_limited = self.limits.contains_key(&space);
         let (tree, owners) = (&mut self.tree, &mut self.owners);
         let mut hand = hand(tree, owners, space, slot);
         let before = hand.owner.bytes();
@@ -114,6 +128,10 @@ impl Index {
             if tiers == 0 {
                 continue;
             }
+            if is_limited {
+                let announced = &mut hand.owner.announced;
+                announced.get_or_insert_default().touch(name);
+            }
             match next {
                 Next::There(place) => hand.give(place, name, tiers),
                 _ => {
@@ -133,7 +151,5 @@ impl Index {
         }
         let after = hand.owner.bytes();
         self.owner_bytes = self.owner_bytes + after - before;
-        self.bound();
-        applied
     }
 }

@@ -6,15 +6,20 @@ use super::owner::known;
 use super::slab::NIL;
 use super::space::Space;
 use super::tree::{Run, SHARED, TIERS};
-use super::{Applied, Held, Index};
+use super::{Held, Index};
+use crate::event::{EventData, Removed};
 use crate::id::{Family, Slot, Tier};
 
 impl Index {
-    /// The engine's names of all blocks that an owner holds, in no order. With [`Index::held`] they
-    /// make a dump in parts.
+    /// The engine's names of all blocks that an owner holds, with their families, in no order. With
+    /// [`Index::held`] they make a dump in parts.
     #[must_use]
-    pub fn names(&self, pool: usize, slot: Slot) -> Vec<u64> {
-        self.names_on(Space::new(pool, Family::Dynamo), slot, TIERS)
+    pub fn names(&self, pool: usize, slot: Slot) -> Vec<(Family, u64)> {
+        let names = |family| {
+            let names = self.names_on(Space::new(pool, family), slot, TIERS);
+            names.into_iter().map(move |name| (family, name))
+        };
+        Family::ALL.into_iter().flat_map(names).collect()
     }
 
     /// The names of all blocks that an owner has on some of these tiers.
@@ -44,20 +49,20 @@ impl Index {
     /// above it that the owner lost; names that it has no more are left out. Parts are in no order
     /// ([`parents_first`]), and a link may come twice.
     #[must_use]
-    pub fn held(&self, pool: usize, slot: Slot, names: &[u64]) -> Vec<Held> {
-        let space = Space::new(pool, Family::Dynamo);
-        let Some(owner) = self.owners.get(&(space, slot)) else {
-            return Vec::new();
-        };
+    pub fn held(&self, pool: usize, slot: Slot, names: &[(Family, u64)]) -> Vec<Held> {
         let tree = &self.tree;
         let mut part = Vec::with_capacity(names.len());
-        for name in names {
-            let Some(known) = known(tree, owner, space, slot, *name) else {
+        for (family, name) in names {
+            let space = Space::new(pool, *family);
+            let owner = self.owners.get(&(space, slot));
+            let known = owner.and_then(|owner| known(tree, owner, space, slot, *name));
+            let Some(known) = known else {
                 continue;
             };
             let run = tree.run(known.place.run());
             let at = tree.index(known.place);
             part.push(Held {
+                family: *family,
                 sequence: tree.block(known.place).sequence,
                 parent: self.before(run, at),
                 name: Some(*name),
@@ -72,6 +77,7 @@ impl Index {
                 }
                 let links = run.blocks.iter().enumerate().rev();
                 part.extend(links.map(|(at, block)| Held {
+                    family: *family,
                     sequence: block.sequence,
                     parent: self.before(run, at),
                     name: None,
@@ -83,7 +89,7 @@ impl Index {
         part
     }
 
-    /// Whether an owner holds a block, on whatever tier and whatever is missing before it.
+    /// Whether an owner holds a block of Dynamo's family, on whatever tier and whatever is missing before it.
     #[must_use]
     pub fn holds(&self, pool: usize, slot: Slot, sequence: u64) -> bool {
         let place = self.tree.find(Space::new(pool, Family::Dynamo), sequence);
@@ -92,11 +98,16 @@ impl Index {
 
     /// Drops all blocks of an owner from one tier and returns how many it held there.
     pub fn clear_tier(&mut self, pool: usize, slot: Slot, tier: Tier) -> u32 {
-        let space = Space::new(pool, Family::Dynamo);
-        let names = self.names_on(space, slot, 1 << tier.index());
-        let mut applied = Applied::default();
-        self.remove(space, slot, tier, &names, &mut applied);
-        applied.removed
+        let mut removed: u32 = 0;
+        for family in Family::ALL {
+            let names = self.names_on(Space::new(pool, family), slot, 1 << tier.index());
+            let data = EventData::Removed(Removed {
+                block_hashes: names,
+            });
+            let applied = self.apply_family(pool, family, slot, tier, &data);
+            removed = removed.saturating_add(applied.removed);
+        }
+        removed
     }
 
     /// Sequence hash of the block before one of a run.
@@ -109,15 +120,16 @@ impl Index {
     }
 }
 
-/// Puts the parts of a dump in the order that [`Index::restore`] takes: parents before children.
-/// Blocks whose parent is not among them come first.
+/// Puts the parts of a dump in the order that [`Index::restore`] takes: family by family, parents
+/// before children. Of a family, blocks whose parent is not among them come first.
 pub fn parents_first(blocks: &mut [Held]) {
-    let parents: HashMap<u64, Option<u64>> =
-        blocks.iter().map(|b| (b.sequence, b.parent)).collect();
-    let mut depths: HashMap<u64, u32> = HashMap::with_capacity(parents.len());
+    let key = |block: &Held| (block.family, block.sequence);
+    let parent = |block: &Held| block.parent.map(|parent| (block.family, parent));
+    let parents: HashMap<_, _> = blocks.iter().map(|b| (key(b), parent(b))).collect();
+    let mut depths: HashMap<_, u32> = HashMap::with_capacity(parents.len());
     let mut above = Vec::new();
     for block in blocks.iter() {
-        let mut at = Some(block.sequence);
+        let mut at = Some(key(block));
         let mut depth = 0;
         // A circle, which no index makes, ends where it began.
         while let Some(sequence) = at.filter(|_| above.len() <= parents.len()) {
@@ -136,14 +148,14 @@ pub fn parents_first(blocks: &mut [Held]) {
             depth += 1;
         }
     }
-    blocks.sort_by_cached_key(|block| depths.get(&block.sequence).copied());
+    blocks.sort_by_cached_key(|block| (block.family, depths.get(&key(block)).copied()));
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::{Index, IndexConfig};
     use super::*;
-    use crate::event::{EventData, Removed, Stored, StoredBlock};
+    use crate::event::{Stored, StoredBlock};
     use crate::rng::Rng;
 
     const SLOT: Slot = Slot(3);
@@ -244,6 +256,7 @@ mod tests {
     #[test]
     fn a_circle_of_parents_ends() {
         let block = |sequence, parent| Held {
+            family: Family::Dynamo,
             sequence,
             parent: Some(parent),
             name: Some(sequence),

@@ -5,7 +5,7 @@ use super::places::Place;
 use super::sets::{EMPTY, SetId};
 use super::slab::NIL;
 use super::space::Space;
-use crate::id::{Family, Slot};
+use crate::id::{Family, Slot, Tier};
 use crate::overlap::Overlap;
 
 /// Blocks between two looked up within which runs are followed rather than looked up.
@@ -24,7 +24,13 @@ impl Index {
     /// nothing are left out. Ascending by slot.
     #[must_use]
     pub fn overlaps(&self, pool: usize, prompt: &[u64]) -> Vec<(Slot, Overlap)> {
-        let space = Space::new(pool, Family::Dynamo);
+        self.overlaps_in(pool, Family::Dynamo, prompt)
+    }
+
+    /// The same of a chained family, by the hashes that [`crate::family`] makes of the prompt.
+    #[must_use]
+    pub fn overlaps_in(&self, pool: usize, family: Family, prompt: &[u64]) -> Vec<(Slot, Overlap)> {
+        let space = Space::new(pool, family);
         let mut found = Vec::new();
         if prompt.is_empty() {
             return found;
@@ -41,6 +47,19 @@ impl Index {
             self.mark(&mut found, set, depth);
         }
         found
+    }
+
+    /// Who holds the block of a flat family that has this hash, and where at best. Ascending by
+    /// slot.
+    pub fn holders(
+        &self,
+        pool: usize,
+        family: Family,
+        hash: u64,
+    ) -> impl Iterator<Item = (Slot, Tier)> + '_ {
+        let set = self.probe(Space::new(pool, family), &[hash], 0).set;
+        let members = self.tree.eff.members(set).iter();
+        members.map(|m| (Slot(m >> 2), Tier::from_index(usize::from(m & 3))))
     }
 
     fn probe(&self, space: Space, prompt: &[u64], at: usize) -> Probe {

@@ -4,6 +4,7 @@
 //! A name that is kept with its block counts for those owners only whose member in `raw` is marked
 //! [`SHARED`]; the names of the others are their own.
 
+use super::announced::Announced;
 use super::own::Names;
 use super::places::Place;
 use super::space::Space;
@@ -16,6 +17,8 @@ use crate::id::{Slot, Tier};
 pub(super) struct Owner {
     pub(super) own: Names,
     pub(super) waiting: Waiting,
+    /// Where its names are limited.
+    pub(super) announced: Option<Box<Announced>>,
     /// Blocks that it holds.
     pub(super) held: usize,
 }
@@ -23,7 +26,8 @@ pub(super) struct Owner {
 impl Owner {
     /// Bytes taken from the allocator.
     pub(super) fn bytes(&self) -> usize {
-        self.own.bytes() + self.waiting.bytes()
+        let announced = self.announced.as_ref().map_or(0, |a| a.bytes());
+        self.own.bytes() + self.waiting.bytes() + announced
     }
 }
 

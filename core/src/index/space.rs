@@ -17,6 +17,11 @@ impl Space {
         Self(pool << FAMILY_BITS | family as u16)
     }
 
+    pub(super) fn family(self) -> Family {
+        let family = usize::from(self.0 & ((1 << FAMILY_BITS) - 1));
+        Family::ALL.get(family).copied().unwrap_or_default()
+    }
+
     /// Key of a block by its sequence hash: that of the unit which it is the first of, too.
     pub(super) fn key(self, secrets: &[u64], sequence: u64) -> u64 {
         self.mix(self.secret(secrets), sequence)
@@ -33,8 +38,6 @@ impl Space {
     }
 
     fn mix(self, secret: u64, hash: u64) -> u64 {
-        let all = Family::ALL;
-        let family = all.get(usize::from(self.0 & ((1 << FAMILY_BITS) - 1)));
-        unit_key(hash, secret, family.copied().unwrap_or(Family::Dynamo))
+        unit_key(hash, secret, self.family())
     }
 }

@@ -8,7 +8,7 @@ use super::space::Space;
 use super::tree::{Block, Next, SHARED, TIERS, Tree, UNNAMED};
 use super::waiting::{Orphan, OrphanBlock};
 use super::{Applied, Index};
-use crate::event::Stored;
+use crate::event::{Stored, StoredBlock};
 use crate::id::{Slot, Tier};
 
 /// Owners by their space and slot.
@@ -23,11 +23,6 @@ impl Index {
         stored: &Stored,
         applied: &mut Applied,
     ) {
-        let waiting = |block: &crate::event::StoredBlock| OrphanBlock {
-            hash: block.block_hash,
-            tokens_hash: block.tokens_hash,
-            gone: false,
-        };
         if stored.blocks.is_empty() {
             return;
         }
@@ -76,6 +71,28 @@ impl Index {
         self.bound_orphans(applied);
     }
 
+    /// Stores blocks that stand alone: nothing waits for one.
+    pub(super) fn store_each(
+        &mut self,
+        space: Space,
+        slot: Slot,
+        tier: Tier,
+        stored: &Stored,
+        applied: &mut Applied,
+    ) {
+        let blocks = std::mem::take(&mut self.scratch);
+        let mut alone = Orphan { tier, blocks };
+        let mut hand = hand(&mut self.tree, &mut self.owners, space, slot);
+        let before = hand.owner.bytes();
+        for block in &stored.blocks {
+            alone.blocks.clear();
+            alone.blocks.push(waiting(block));
+            hand.attach(Place::ROOT, &alone, applied, false);
+        }
+        self.scratch = alone.blocks;
+        self.owner_bytes = self.owner_bytes + hand.owner.bytes() - before;
+    }
+
     pub(super) fn remove(
         &mut self,
         space: Space,
@@ -105,6 +122,14 @@ impl Index {
         }
         let after = hand.owner.bytes();
         self.owner_bytes = self.owner_bytes + after - before;
+    }
+}
+
+fn waiting(block: &StoredBlock) -> OrphanBlock {
+    OrphanBlock {
+        hash: block.block_hash,
+        tokens_hash: block.tokens_hash,
+        gone: false,
     }
 }
 

@@ -57,6 +57,7 @@ impl Envoy {
             group: self.group,
             epoch: 7,
             pool_key: SECRET + pool as u64,
+            family: Family::Dynamo,
             slots: self.slots,
         };
         let fetch = |id| self.pages.get(&id).cloned();

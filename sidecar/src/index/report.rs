@@ -69,7 +69,7 @@ impl Counts {
 }
 
 /// Blocks of an event by what was done with them.
-pub(super) fn by_kind(applied: &Applied) -> [(&'static str, u32); 9] {
+pub(super) fn by_kind(applied: &Applied) -> [(&'static str, u32); 10] {
     [
         ("stored", applied.stored),
         ("duplicate", applied.duplicates),
@@ -80,6 +80,7 @@ pub(super) fn by_kind(applied: &Applied) -> [(&'static str, u32); 9] {
         ("orphan_dropped", applied.orphans_dropped),
         ("renamed", applied.renamed),
         ("collision", applied.collisions),
+        ("expired", applied.expired),
     ]
 }
 
