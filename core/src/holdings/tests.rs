@@ -5,7 +5,7 @@ use crate::event::{EventData, Removed, Stored, StoredBlock};
 use crate::family::{FamilyHasher, Namespace, Scheme};
 use crate::hash::{Hashing, Seed, sequence_hashes};
 use crate::id::{Family, Slot, Tier};
-use crate::index::{Index, IndexConfig};
+use crate::index::{Held, Index, IndexConfig, parents_first};
 use crate::naive::{Foreign, Naive};
 use crate::reader::{Reader, View};
 use crate::rng::Rng;
@@ -247,6 +247,24 @@ fn a_dump_rebuilds_an_owner_in_all_families() {
             .flatten()
             .any(|held| held.family == Family::LmCache)
     );
+    for (slot, dump) in (0..3).map(Slot).zip(&dumps) {
+        let names = fleet.index.names(POOL, slot);
+        let parts = names.chunks(7).rev();
+        let parts = parts.flat_map(|part| fleet.index.held(POOL, slot, part));
+        let mut parts: Vec<Held> = parts.collect();
+        let key = |held: &Held| (held.family, held.sequence, held.name);
+        let mut whole = dump.clone();
+        whole.sort_unstable_by_key(key);
+        parts.sort_unstable_by_key(key);
+        parts.dedup();
+        assert_eq!(parts, whole);
+        parents_first(&mut parts);
+        fleet.index.remove_owner(POOL, slot);
+        assert_eq!(fleet.index.restore(POOL, slot, &parts).collisions, 0);
+    }
+    for _ in 0..50 {
+        fleet.check();
+    }
     for (slot, dump) in (0..3).map(Slot).zip(dumps) {
         fleet.index.remove_owner(POOL, slot);
         assert_eq!(fleet.index.owner_blocks(POOL, slot), 0);

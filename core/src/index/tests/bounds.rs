@@ -200,3 +200,26 @@ fn a_full_index_credits_no_owner_with_what_it_lacks() {
         assert_eq!((stats.blocks, stats.owner_blocks, stats.orphans), (0, 0, 0));
     }
 }
+
+#[test]
+fn what_was_evicted_does_not_count_against_the_limit_of_its_family() {
+    let mut index = limited(1 << 20, usize::MAX);
+    index.limit(0, Family::FlexKv, 50);
+    let chain = |number| -> Vec<(u64, u64)> { prompt(number, 40) };
+    let announce = |index: &mut Index, number| {
+        let all = stored(None, &chain(number));
+        index.apply_family(0, Family::FlexKv, Slot(0), Tier::Host, &all)
+    };
+    announce(&mut index, 1 << 20);
+    let of_family = |index: &Index| {
+        let names = index.names(0, Slot(0));
+        names.iter().filter(|(f, _)| *f == Family::FlexKv).count()
+    };
+    let mut end = 0;
+    while of_family(&index) > 0 {
+        end = fill(&mut index, end, 20);
+    }
+    assert_eq!(announce(&mut index, 2 << 20).expired, 0);
+    assert_eq!(of_family(&index), 40);
+    assert_eq!(announce(&mut index, 3 << 20).expired, 30);
+}

@@ -56,6 +56,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_digest_in_bytes_is_shortened_as_its_family_does() {
+        let digest = Value::Bytes((1..=32).collect::<Vec<u8>>().into());
+        let (first, last) = (0x0102_0304_0506_0708, 0x191a_1b1c_1d1e_1f20);
+        assert_eq!(hash(&digest, None), Some(last));
+        for (family, expected) in [
+            (Family::LmCache, first),
+            (Family::HiCache, first),
+            (Family::VllmSha256Cbor, last),
+            (Family::VllmXxhashCbor, last),
+        ] {
+            assert_eq!(hash(&digest, Some(family)), Some(expected), "{family:?}");
+        }
+    }
+
+    #[test]
     fn hashes_in_every_form_are_the_same_bits() {
         let text = |text: &'static str| Value::Str(text.into());
         let bytes = |bytes: &'static [u8]| Value::Bytes(bytes.into());
