@@ -14,6 +14,7 @@ export ENVOY := $(TOOLS)/envoy
 export NATS_SERVER := $(TOOLS)/nats-server
 export KV_FILTER_WASM := $(CURDIR)/target/wasm32-unknown-unknown/wasm/kv_filter.wasm
 export KV_FILTER_CHAOS_WASM := $(CURDIR)/target/chaos/wasm32-unknown-unknown/wasm/kv_filter.wasm
+export KV_FILTER_OLDER_WASM := $(CURDIR)/target/older/wasm32-unknown-unknown/wasm/kv_filter.wasm
 
 CLIPPY := -D warnings
 
@@ -47,6 +48,17 @@ filter-chaos: preflight
 	@echo '==> building the filter that traps on request, for tests (half a minute the first time)'
 	@envoy/tools/wasm-cargo build -p kv-filter --features chaos --profile wasm --target-dir target/chaos
 
+# The last release of the filter that speaks the protocol before this one.
+OLDER := 187d639ccfa74551ee7ad5a7743439bafa2a3719
+.PHONY: filter-older
+filter-older: preflight
+	@echo '==> building an older filter, for tests of releases that differ (a minute the first time)'
+	@git cat-file -e $(OLDER) || { echo 'commit $(OLDER) is missing: fetch the whole history'; exit 1; }
+	@mkdir -p target/older/src
+	@test -f target/older/src/$(OLDER) || \
+		{ git archive $(OLDER) | tar -x -C target/older/src && touch target/older/src/$(OLDER); }
+	@envoy/tools/wasm-cargo build --manifest-path target/older/src/Cargo.toml -p kv-filter --profile wasm --target-dir target/older
+
 .PHONY: tools
 tools: preflight ## fetch Envoy, NATS and Node into .tools
 	@python3 -B envoy/tools/fetch.py
@@ -62,7 +74,7 @@ check: components ## format, lints and unit tests, seconds when warm
 	@cargo test --quiet --workspace --lib --bins
 
 .PHONY: test
-test: tools filter filter-chaos ## every test: unit, property, wasm32 under Node, end to end with real Envoy and NATS
+test: tools filter filter-chaos filter-older ## every test: unit, property, wasm32 under Node, end to end with real Envoy and NATS
 	@envoy/tools/wasm-test-runner
 	@echo '==> building the tests (three to five minutes the first time)'
 	@cargo test --quiet --workspace --no-run
@@ -70,6 +82,10 @@ test: tools filter filter-chaos ## every test: unit, property, wasm32 under Node
 	@cargo test --workspace
 	@echo '==> core on wasm32 under Node (a minute the first time)'
 	@envoy/tools/wasm-cargo test -p kv-core
+
+.PHONY: storm
+storm: tools filter filter-chaos ## a minute of ten times the load that engines can take
+	@KV_STORM_SECONDS=60 cargo test -p kv-tests --test storm -- an_overload
 
 .PHONY: bench
 bench: ## every bench, one after the other: tables here, JSON in target/bench

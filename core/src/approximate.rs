@@ -79,6 +79,15 @@ impl Approximate {
         Some((block.slot, block.hash))
     }
 
+    /// Forgets a block of an owner. Whether it was predicted.
+    pub fn remove(&mut self, slot: Slot, hash: u64) -> bool {
+        let id = self.by_hash.get(&(slot, hash)).copied();
+        id.is_some_and(|id| {
+            self.forget(id);
+            true
+        })
+    }
+
     /// Forgets an owner.
     pub fn remove_owner(&mut self, slot: Slot) {
         let of_owner = self.by_hash.iter().filter(|((s, _), _)| *s == slot);

@@ -6,6 +6,9 @@
 //!        + active_blocks + request_blocks - blocks of it in use there already
 //!        + decode_active_request_weight x active_requests
 //! ```
+//!
+//! Where prefill tokens are not tracked, the prefill term falls away, and the credit is taken off
+//! the blocks instead. Where blocks are not tracked, the request's own count for nothing.
 
 use crate::load::Load;
 use crate::overlap::Overlap;
@@ -39,7 +42,7 @@ impl Demand {
 /// The terms of a cost, in blocks.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Cost {
-    /// Prefill work: what is booked there plus this prompt, less the credit, scaled.
+    /// Prefill work, 0 where it is not tracked: what is booked there plus this prompt, less the credit, scaled.
     pub prefill: f64,
     /// Credit for cached blocks, before scaling.
     pub credit: f64,
@@ -67,10 +70,24 @@ impl Cost {
         let blocks = queued / f64::from(demand.block_size.max(1));
         // Prefixes in use are told a moment after the load that uses them has gone.
         let shared = shared_blocks.min(load.blocks);
+        let own = if policy.tracking.active_blocks {
+            demand.blocks().saturating_sub(shared)
+        } else {
+            0
+        };
+        let decode = f64::from(load.blocks) + f64::from(own);
+        let (prefill, decode) = if policy.tracking.prefill_tokens {
+            let prefill = policy.prefill_load_scale * (blocks - credit).max(0.0);
+            (prefill, decode)
+        } else if policy.overlap_score_credit > 0.0 {
+            (0.0, (decode - credit).max(0.0))
+        } else {
+            (0.0, decode)
+        };
         Self {
-            prefill: policy.prefill_load_scale * (blocks - credit).max(0.0),
+            prefill,
             credit,
-            decode: f64::from(load.blocks) + f64::from(demand.blocks().saturating_sub(shared)),
+            decode,
             requests: policy.decode_active_request_weight * f64::from(load.requests()),
         }
     }
@@ -88,6 +105,7 @@ mod tests {
     use crate::load::Load;
     use crate::overlap::Overlap;
     use crate::policy::Policy;
+    use crate::tracker::Tracking;
 
     const DEMAND: Demand = Demand {
         tokens: 64,
@@ -144,6 +162,32 @@ mod tests {
         };
         let cost = Cost::new(DEMAND, &overlap, &Load::default(), 0, &policy);
         assert_eq!((cost.prefill, cost.total()), (0.0, 4.0));
+    }
+
+    #[test]
+    fn what_is_not_tracked_does_not_count() {
+        let overlap = Overlap { depth: [3; 4] };
+        let load = Load {
+            prefill_tokens: 64,
+            blocks: 10,
+            ..Load::default()
+        };
+        let cost = |prefill_tokens, active_blocks, credit| {
+            let policy = Policy {
+                overlap_score_credit: credit,
+                tracking: Tracking {
+                    prefill_tokens,
+                    active_blocks,
+                    ..Tracking::default()
+                },
+                ..Policy::default()
+            };
+            Cost::new(DEMAND, &overlap, &load, 0, &policy).total()
+        };
+        assert_eq!(cost(true, true, 1.0), 5.0 + 14.0);
+        assert_eq!(cost(false, true, 1.0), 14.0 - 3.0);
+        assert_eq!(cost(false, true, 0.0), 14.0);
+        assert_eq!(cost(true, false, 1.0), 5.0 + 10.0);
     }
 
     #[test]

@@ -88,7 +88,7 @@ pub fn decide(
             .checked_rem(scored.len() as u64)
             .and_then(|i| usize::try_from(i).ok()),
         Mode::Random => (!scored.is_empty()).then(|| rng.below(scored.len())),
-        Mode::LeastLoaded => pick(&compared(), 0.0, rng),
+        Mode::LeastLoaded | Mode::Direct | Mode::DeviceAwareWeighted => pick(&compared(), 0.0, rng),
         Mode::PowerOfTwo => lesser_of_two(&compared(), rng),
     };
     (scored, chosen)
@@ -119,9 +119,12 @@ impl Scored {
     pub fn compared(&self, mode: Mode) -> f64 {
         match mode {
             Mode::Kv => self.cost.total(),
-            Mode::RoundRobin | Mode::Random | Mode::LeastLoaded | Mode::PowerOfTwo => {
-                f64::from(self.candidate.load.requests())
-            }
+            Mode::RoundRobin
+            | Mode::Random
+            | Mode::LeastLoaded
+            | Mode::PowerOfTwo
+            | Mode::Direct
+            | Mode::DeviceAwareWeighted => f64::from(self.candidate.load.requests()),
         }
     }
 }
@@ -133,8 +136,8 @@ impl Policy {
     pub fn takes_least(&self) -> bool {
         match self.mode {
             Mode::Kv => self.temperature <= 0.0,
-            Mode::LeastLoaded => true,
-            Mode::RoundRobin | Mode::Random | Mode::PowerOfTwo => false,
+            Mode::LeastLoaded | Mode::DeviceAwareWeighted => true,
+            Mode::RoundRobin | Mode::Random | Mode::PowerOfTwo | Mode::Direct => false,
         }
     }
 
@@ -270,7 +273,7 @@ impl<'a> Record<'a> {
 mod tests {
     use super::*;
     use crate::id::{OwnerId, Role, Slot};
-    use crate::table::Owner;
+    use crate::table::{Owner, Traits};
 
     fn candidates(overlaps: &[u32]) -> Vec<Candidate> {
         let make = |(owner, depth): (usize, &u32)| Candidate {
@@ -379,6 +382,7 @@ mod tests {
             role: Role::Aggregated,
             endpoint: format!("10.0.0.{i}:8000"),
             accepting: true,
+            traits: Traits::default(),
         });
         let pool = Pool {
             name: "p".into(),

@@ -73,6 +73,18 @@ impl Tier {
     }
 }
 
+/// What a worker computes with.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "lowercase")]
+pub enum Device {
+    /// A GPU or another accelerator.
+    #[default]
+    Accelerator,
+    /// The CPU.
+    Cpu,
+}
+
 /// What a worker does for a request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]

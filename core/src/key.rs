@@ -14,6 +14,8 @@ pub const TABLE: [u8; 2] = [FORMAT, b't'];
 pub const LOADS: [u8; 2] = [FORMAT, b'c'];
 /// Number of the bridge's current stream: VMs report whole when it changes.
 pub const STREAM: [u8; 2] = [FORMAT, b's'];
+/// Number of the last write-off that was taken out of the lanes ([`crate::loads::WriteOff`]).
+pub const WRITTEN_OFF: [u8; 2] = [FORMAT, b'w'];
 /// The bridge's lease ([`crate::lease`]).
 pub const LEASE: [u8; 2] = [FORMAT, b'l'];
 /// Time stamp of VMs that carry no traffic, the preferred bridges.

@@ -3,12 +3,15 @@
 //! Per owner the lanes hold the sum over all VMs that ever ran in the process. A VM reports its own
 //! sums whole, so a lost report is made good by the next. A VM that falls silent keeps its last
 //! sums here for ever; whatever it added after them shows up as a difference between ledger and
-//! lanes once both have been quiet, and is then entered as well.
+//! lanes once both have been quiet, and is then entered as well. What is left of nobody is written
+//! off: a live VM takes it out of the lanes, which is a part of its own sums from then on.
+
+use std::collections::BTreeMap;
 
 use hashbrown::HashMap;
 
 use crate::load::Load;
-use crate::report::{OwnerKey, Report};
+use crate::report::{OwnerKey, Report, Step, Sum};
 
 /// How long neither lanes nor reports of an owner may have changed before a difference between
 /// them counts as a leak.
@@ -59,13 +62,26 @@ pub enum Continuity {
     Repeated,
 }
 
+/// A VM that fell silent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retired {
+    /// Its nonce.
+    pub vm: u64,
+    /// Whether it had said that it would report little.
+    pub was_leaving: bool,
+}
+
 #[derive(Debug, Default)]
 struct Vm {
     sequence: u64,
     heard_ms: u64,
-    /// Whether its bookings count for nothing because it fell silent.
+    /// Whether its bookings count for nothing because it fell silent, or has none any more.
     is_retired: bool,
+    /// Whether it reports only what happens to the requests it has.
+    is_leaving: bool,
     sums: HashMap<OwnerKey, Lanes>,
+    /// The part of its sums that takes out what VMs before it had left.
+    written_off: HashMap<OwnerKey, Lanes>,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -104,11 +120,45 @@ impl Ledger {
                 self.owners.entry(sum.owner).or_default().quiet_since_ms = now_ms;
             }
         }
+        for step in &report.steps {
+            if let Step::WrittenOff(sum) = step {
+                let lanes = Lanes { a: sum.a, b: sum.b };
+                vm.written_off.insert(sum.owner, lanes);
+            }
+        }
+        if report.complete {
+            let mut steps = report.steps.iter();
+            vm.is_leaving = report.steps.contains(&Step::Leave);
+            vm.is_retired = vm.is_leaving && !steps.any(|step| matches!(step, Step::Book(_)));
+        }
         if is_next {
             Continuity::Next
         } else {
             Continuity::Gap
         }
+    }
+
+    /// What the lanes hold of nobody, by owner: sums of VMs that are gone, leaks, less what live
+    /// VMs have taken out for them.
+    #[must_use]
+    pub fn orphaned(&self) -> Vec<Sum> {
+        let mut orphaned: BTreeMap<OwnerKey, Lanes> = BTreeMap::new();
+        let settled = self.owners.iter().map(|(key, owner)| (key, &owner.settled));
+        let of_vms = self.vms.values().flat_map(|vm| {
+            let sums = if vm.is_retired {
+                &vm.sums
+            } else {
+                &vm.written_off
+            };
+            sums.iter()
+        });
+        for (owner, lanes) in settled.chain(of_vms) {
+            let sum = orphaned.entry(*owner).or_default();
+            *sum = sum.plus(*lanes);
+        }
+        orphaned.retain(|_, lanes| *lanes != Lanes::default());
+        let sum = |(owner, Lanes { a, b })| Sum { owner, a, b };
+        orphaned.into_iter().map(sum).collect()
     }
 
     /// What the lanes of an owner are known to hold.
@@ -141,14 +191,23 @@ impl Ledger {
         Some(leak)
     }
 
-    /// Retires VMs that were last heard before `before_ms`, and names them: their bookings are
-    /// nobody's. Their sums count on, and go on from there should they come back.
-    pub fn retire(&mut self, before_ms: u64) -> Vec<u64> {
+    /// Retires VMs that were last heard before `before_ms`, those that are leaving before
+    /// `leaving_before_ms`, and names them: their bookings are nobody's. Their sums count on, and
+    /// go on from there should they come back.
+    pub fn retire(&mut self, before_ms: u64, leaving_before_ms: u64) -> Vec<Retired> {
         let mut retired = Vec::new();
         for (id, vm) in &mut self.vms {
+            let before_ms = if vm.is_leaving {
+                leaving_before_ms
+            } else {
+                before_ms
+            };
             if !vm.is_retired && vm.heard_ms < before_ms {
                 vm.is_retired = true;
-                retired.push(*id);
+                retired.push(Retired {
+                    vm: *id,
+                    was_leaving: vm.is_leaving,
+                });
             }
         }
         self.settle();
@@ -192,6 +251,7 @@ impl Ledger {
         self.owners.retain(|owner, _| is_known(owner));
         for vm in self.vms.values_mut() {
             vm.sums.retain(|owner, _| is_known(owner));
+            vm.written_off.retain(|owner, _| is_known(owner));
         }
     }
 }
@@ -201,11 +261,16 @@ mod tests {
     use super::*;
     use crate::id::OwnerId;
     use crate::load::Leg;
-    use crate::report::Sum;
+    use crate::report::Booked;
 
     const OWNER: OwnerKey = OwnerKey {
         pool: 0,
         id: OwnerId { worker: 1, rank: 0 },
+    };
+
+    const MISSED: Retired = Retired {
+        vm: 1,
+        was_leaving: false,
     };
 
     /// A VM and the gauges it shares with others.
@@ -273,7 +338,7 @@ mod tests {
         vm.book(&mut gauges);
         ledger.report(&vm.report(), 0);
         vm.book(&mut gauges);
-        assert_eq!(ledger.retire(1), [1]);
+        assert_eq!(ledger.retire(1, 0), [MISSED]);
         assert_eq!(ledger.booked(&OWNER).load().waiting, 1);
         // The lanes show one more; it counts once all has been quiet for a while.
         assert_eq!(ledger.compare(OWNER, gauges, 1_000), None);
@@ -285,13 +350,112 @@ mod tests {
     }
 
     #[test]
+    fn what_a_dead_vm_left_is_written_off_by_a_live_one() {
+        let (mut ledger, mut gauges) = (Ledger::default(), Lanes::default());
+        let (mut dead, mut live) = (Vm::new(1), Vm::new(2));
+        dead.book(&mut gauges);
+        let mut leg = live.book(&mut gauges);
+        ledger.report(&dead.report(), 0);
+        ledger.report(&live.report(), 0);
+        assert_eq!(ledger.orphaned(), []);
+        // One booking more that nobody heard of.
+        dead.book(&mut gauges);
+        ledger.report(&live.report(), 1);
+        assert_eq!(ledger.retire(1, 0), [MISSED]);
+        assert_eq!(ledger.compare(OWNER, gauges, 1_000), None);
+        assert!(ledger.compare(OWNER, gauges, 4_000).is_some());
+        let left = ledger.orphaned();
+        assert_eq!(
+            Lanes {
+                a: left[0].a,
+                b: left[0].b
+            }
+            .load()
+            .waiting,
+            2
+        );
+        // The live one takes it out, twice: the bridge changed hands meanwhile.
+        let mut written_off = Sum::new(OWNER);
+        let mut write_off = |ledger: &mut Ledger, live: &mut Vm, gauges: &mut Lanes, sum: &Sum| {
+            live.add(sum.removal(), gauges);
+            written_off.add(sum.removal());
+            let report = Report {
+                steps: vec![Step::WrittenOff(written_off)],
+                ..live.report()
+            };
+            ledger.report(&report, 5_000);
+            assert_eq!(ledger.booked(&OWNER), *gauges);
+        };
+        write_off(&mut ledger, &mut live, &mut gauges, &left[0]);
+        assert_eq!(ledger.orphaned(), []);
+        write_off(&mut ledger, &mut live, &mut gauges, &left[0]);
+        let back = ledger.orphaned();
+        let (a, b) = (left[0].a.wrapping_neg(), left[0].b.wrapping_neg());
+        assert_eq!(back[0], Sum { a, b, ..left[0] });
+        write_off(&mut ledger, &mut live, &mut gauges, &back[0]);
+        assert_eq!(ledger.orphaned(), []);
+        // It ends properly: nothing is left of either.
+        live.add(leg.release(), &mut gauges);
+        let report = Report {
+            complete: true,
+            steps: vec![Step::WrittenOff(written_off), Step::Leave],
+            ..live.report()
+        };
+        ledger.report(&report, 6_000);
+        assert_eq!((gauges, ledger.booked(&OWNER)), Default::default());
+        assert_eq!((ledger.orphaned(), ledger.vms().count()), (vec![], 0));
+        assert!(ledger.retire(9_000, 9_000).is_empty(), "it is not missed");
+    }
+
+    #[test]
+    fn a_vm_that_leaves_is_not_missed_while_it_has_requests() {
+        let (mut ledger, mut gauges) = (Ledger::default(), Lanes::default());
+        let mut vm = Vm::new(1);
+        let mut leg = vm.book(&mut gauges);
+        let booked = Booked {
+            request: 1,
+            owner: OWNER,
+            decoding: false,
+            prefill_tokens: 100,
+            blocks: 7,
+            prefix: None,
+            hashes: Vec::new(),
+            evidence: None,
+        };
+        let leaving = Report {
+            complete: true,
+            steps: vec![Step::Book(Box::new(booked)), Step::Leave],
+            ..vm.report()
+        };
+        ledger.report(&leaving, 0);
+        assert!(ledger.retire(9_000, 0).is_empty());
+        assert_eq!(ledger.orphaned(), []);
+        vm.add(leg.release(), &mut gauges);
+        let left = Report {
+            complete: true,
+            steps: vec![Step::Leave],
+            ..vm.report()
+        };
+        ledger.report(&left, 9_000);
+        assert_eq!((ledger.vms().count(), ledger.booked(&OWNER)), (0, gauges));
+        assert!(ledger.retire(99_000, 99_000).is_empty());
+        // One that never comes to that is given up after a longer time.
+        ledger.report(&Report { vm: 2, ..leaving }, 0);
+        let given_up = Retired {
+            vm: 2,
+            was_leaving: true,
+        };
+        assert_eq!(ledger.retire(9_000, 1), [given_up]);
+    }
+
+    #[test]
     fn a_vm_that_comes_back_counts_once_and_lists_its_bookings_first() {
         let (mut ledger, mut gauges) = (Ledger::default(), Lanes::default());
         let mut vm = Vm::new(1);
         let mut leg = vm.book(&mut gauges);
         ledger.report(&vm.report(), 0);
-        assert_eq!(ledger.retire(1), [1]);
-        assert!(ledger.retire(1).is_empty());
+        assert_eq!(ledger.retire(1, 0), [MISSED]);
+        assert!(ledger.retire(1, 0).is_empty());
         assert_eq!(ledger.vms().count(), 0);
         vm.add(leg.first_token(), &mut gauges);
         assert_eq!(ledger.report(&vm.report(), 5), Continuity::Gap);
@@ -315,7 +479,7 @@ mod tests {
             vm.book(&mut gauges);
             ledger.report(&vm.report(), id);
         }
-        assert_eq!(ledger.retire(1_000).len(), 200);
+        assert_eq!(ledger.retire(1_000, 0).len(), 200);
         assert_eq!(ledger.vms.len(), MAX_SILENT);
         assert_eq!(ledger.booked(&OWNER), gauges);
     }

@@ -18,6 +18,7 @@
 pub mod approximate;
 pub mod cost;
 pub mod decide;
+pub mod device;
 pub mod event;
 pub mod hash;
 pub mod head;

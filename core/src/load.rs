@@ -103,6 +103,16 @@ impl Leg {
         }
     }
 
+    /// The answer has filled blocks.
+    pub fn grow(&mut self, blocks: u32) -> Delta {
+        let before = self.blocks;
+        self.blocks = before.saturating_add(blocks);
+        Delta {
+            a: 0,
+            b: i64::from(self.blocks - before) << 32,
+        }
+    }
+
     /// The request is over: takes back what is still booked. Zero the second time.
     pub fn release(&mut self) -> Delta {
         let a = match self.phase {
@@ -167,6 +177,8 @@ mod tests {
                 blocks: 70
             }
         );
+        gauges.add(leg.grow(2));
+        assert_eq!(gauges.load().blocks, 72);
         gauges.add(leg.release());
         gauges.add(leg.release());
         assert_eq!((gauges.0, gauges.1), (0, 0));

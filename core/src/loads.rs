@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::id::Slot;
 use crate::key;
 use crate::load::Load;
+use crate::report::Sum;
 use crate::tracker::ActiveLoad;
 
 /// Live prefixes of a pool, at most.
@@ -23,6 +24,17 @@ pub struct Loads {
     pub version: u64,
     /// By position of the pool in the table.
     pub pools: Vec<PoolLoads>,
+    /// What the lanes still hold of VMs that are gone.
+    pub write_off: WriteOff,
+}
+
+/// What one VM, the bridge's, is to take out of the lanes, once.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WriteOff {
+    /// Tells it from others; 0 for none.
+    pub number: u64,
+    /// What the lanes hold of nobody, by owner.
+    pub sums: Vec<Sum>,
 }
 
 /// Load of one pool's owners.
@@ -202,6 +214,7 @@ mod tests {
             epoch: 1,
             version: 2,
             pools: vec![pool.clone()],
+            write_off: WriteOff::default(),
         };
         assert_eq!(Loads::peek(&loads.encode()), Some((1, 2)));
         assert_eq!(Loads::decode(&loads.encode()), Some(loads));

@@ -3,6 +3,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::tracker::Tracking;
+
 /// How a worker is chosen.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -19,6 +21,10 @@ pub enum Mode {
     LeastLoaded,
     /// Of two workers at random, the one with fewer requests.
     PowerOfTwo,
+    /// The worker that the request names.
+    Direct,
+    /// The least loaded worker of one of two groups, by device.
+    DeviceAwareWeighted,
 }
 
 impl Mode {
@@ -31,6 +37,8 @@ impl Mode {
             Self::Random => "random",
             Self::LeastLoaded => "least-loaded",
             Self::PowerOfTwo => "power-of-two",
+            Self::Direct => "direct",
+            Self::DeviceAwareWeighted => "device-aware-weighted",
         }
     }
 }
@@ -52,6 +60,9 @@ pub struct Policy {
     pub disk_cache_hit_weight: f64,
     /// Cost of one active request, in blocks.
     pub decode_active_request_weight: f64,
+    /// Which parts of the load count. The worker table carries it apart.
+    #[serde(skip)]
+    pub tracking: Tracking,
 }
 
 impl Default for Policy {
@@ -65,6 +76,7 @@ impl Default for Policy {
             host_cache_hit_weight: 0.75,
             disk_cache_hit_weight: 0.25,
             decode_active_request_weight: 0.0,
+            tracking: Tracking::default(),
         }
     }
 }

@@ -60,6 +60,15 @@ impl Sum {
         self.a = self.a.wrapping_add_signed(delta.a);
         self.b = self.b.wrapping_add_signed(delta.b);
     }
+
+    /// The delta that takes it out of the lanes.
+    #[must_use]
+    pub fn removal(&self) -> Delta {
+        Delta {
+            a: 0_i64.wrapping_sub_unsigned(self.a),
+            b: 0_i64.wrapping_sub_unsigned(self.b),
+        }
+    }
 }
 
 /// Progress of a request, which its VM numbers.
@@ -84,6 +93,59 @@ pub enum Step {
         /// The request.
         request: u64,
     },
+    /// Its prefill is done as far as can be told: of an answer that comes whole, the first token
+    /// is not seen.
+    Prefilled {
+        /// The request.
+        request: u64,
+    },
+    /// Its answer has filled blocks.
+    Grown {
+        /// The request.
+        request: u64,
+        /// How many since it was last said.
+        blocks: u32,
+        /// Share of the expected answer that is still to come, by which the blocks that are its
+        /// alone count; 1 where none was expected.
+        left: f32,
+    },
+    /// A worker has failed it.
+    Failed {
+        /// The request; 0 for one that is not booked.
+        request: u64,
+        /// The worker, by an owner of it.
+        owner: OwnerKey,
+        /// How.
+        failure: Failure,
+    },
+    /// All that this VM has ever taken out of the lanes for VMs that are gone; a part of its sums.
+    WrittenOff(Sum),
+    /// The VM ends with the requests of its complete report: it tells how they go on and nothing
+    /// else, however long that takes.
+    Leave,
+}
+
+/// How a worker failed a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Failure {
+    /// It did not take it: no connection, or a reset before any answer.
+    Unreached,
+    /// It broke off its answer.
+    Broken,
+    /// It answered with a status of 500 or above.
+    Status,
+}
+
+impl Failure {
+    /// Label for metrics.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Unreached => "unreached",
+            Self::Broken => "broken",
+            Self::Status => "status",
+        }
+    }
 }
 
 /// A booking.

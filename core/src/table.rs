@@ -1,10 +1,16 @@
 //! The worker table: pools, their owners and policies, as the filter sees them.
+//!
+//! Encoded, what later releases added stands behind what earlier ones read ([`extension`]), so that
+//! an earlier filter reads a later sidecar's table.
+
+mod extension;
 
 use serde::{Deserialize, Serialize};
 
-use crate::id::{OwnerId, Role, Slot};
+use crate::id::{Device, OwnerId, Role, Slot};
 use crate::key;
 use crate::policy::Policy;
+use extension::Extension;
 
 /// Everything a decision needs besides pages, load and the request.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -47,6 +53,13 @@ pub struct Pool {
     pub policy: Policy,
     /// The owners, by slot.
     pub owners: Vec<Owner>,
+    /// Whether any client may name its worker.
+    #[serde(skip)]
+    pub trusts_hints: bool,
+    /// How many requests a worker with an accelerator takes for each of one without, in the mode
+    /// device-aware-weighted; 0 counts as 1.
+    #[serde(skip)]
+    pub device_ratio: u32,
 }
 
 /// A (worker, dp rank) of a pool.
@@ -62,6 +75,18 @@ pub struct Owner {
     pub endpoint: String,
     /// Whether requests may be sent to it.
     pub accepting: bool,
+    /// What else is known of it.
+    #[serde(skip)]
+    pub traits: Traits,
+}
+
+/// What a worker is, and what has been learned of it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Traits {
+    /// What it computes with.
+    pub device: Device,
+    /// Prompt tokens that it prefills in a second, queueing included; 0 where not known.
+    pub prefill_rate: u32,
 }
 
 /// Which pool serves a model, and as what.
@@ -79,13 +104,18 @@ impl Table {
     /// Version byte and the table.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
-        key::encode(self)
+        key::encode(&(self, Extension::of(self)))
     }
 
-    /// The inverse of [`Table::encode`]; `None` for another version or broken bytes.
+    /// The inverse of [`Table::encode`]; `None` for another version or broken bytes. What an
+    /// earlier release wrote lacks the extension.
     #[must_use]
     pub fn decode(bytes: &[u8]) -> Option<Self> {
-        key::decode(bytes)
+        let Some((mut table, extension)) = key::decode::<(Self, Extension)>(bytes) else {
+            return key::decode(bytes);
+        };
+        extension.extend(&mut table);
+        Some(table)
     }
 
     /// The pool for a request's model name; `None` only for an empty table.
@@ -129,8 +159,10 @@ impl Pool {
 
 #[cfg(test)]
 mod tests {
-    use super::{Owner, Pool, Served, Table};
-    use crate::id::{OwnerId, Role, Slot};
+    use super::{Owner, Pool, Served, Table, Traits};
+    use crate::id::{Device, OwnerId, Role, Slot};
+    use crate::key;
+    use crate::tracker::Tracking;
 
     fn table() -> Table {
         Table {
@@ -155,7 +187,13 @@ mod tests {
                         role: Role::Aggregated,
                         endpoint: "[::1]:8000".into(),
                         accepting: true,
+                        traits: Traits {
+                            device: Device::Cpu,
+                            prefill_rate: 9_000,
+                        },
                     }],
+                    trusts_hints: true,
+                    device_ratio: 8,
                     ..Pool::default()
                 },
             ],
@@ -171,6 +209,19 @@ mod tests {
         bytes[0] += 1;
         assert_eq!(Table::decode(&bytes), None);
         assert_eq!(Table::decode(&[]), None);
+    }
+
+    #[test]
+    fn tables_of_this_release_and_the_one_before_are_read_by_each_other() {
+        let mut table = table();
+        table.pools[1].policy.tracking.prefill_tokens = false;
+        let bytes = table.encode();
+        assert_eq!(Table::decode(&bytes).as_ref(), Some(&table));
+        // An earlier release reads as much as it knows and wrote no more.
+        let earlier = key::decode::<Table>(&bytes).unwrap();
+        assert_eq!(earlier.pools[1].owners[0].endpoint, "[::1]:8000");
+        assert_eq!(earlier.pools[1].policy.tracking, Tracking::default());
+        assert_eq!(Table::decode(&key::encode(&table)), Some(earlier));
     }
 
     #[test]

@@ -1,9 +1,12 @@
 //! The true load: every booking of every proxy, and what they add up to per owner.
 //!
 //! Blocks are counted once per owner however many requests share them; requests and prefill
-//! tokens are sums. Everything is synchronous; ids and time are arguments.
+//! tokens are sums. Of a request that told how long its answer would be, the blocks that are its
+//! alone count by the share of the answer that is still to come. Everything is synchronous; ids and
+//! time are arguments.
 
-use hashbrown::HashMap;
+use hashbrown::{HashMap, HashSet};
+use serde::{Deserialize, Serialize};
 
 use crate::load::Load;
 use crate::report::OwnerKey;
@@ -88,11 +91,13 @@ type Blocks = HashMap<u64, u32>;
 struct Entry {
     owner: OwnerKey,
     booking: Booking,
+    /// Share of its answer that is still to come.
+    left: f32,
     touched_ms: u64,
 }
 
 /// Which parts of the load count.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tracking {
     /// Prefill tokens (`--router-track-prefill-tokens`).
     pub prefill_tokens: bool,
@@ -100,6 +105,8 @@ pub struct Tracking {
     pub active_blocks: bool,
     /// Whether requests share blocks (`--router-assume-kv-reuse`).
     pub kv_reuse: bool,
+    /// Blocks that answers fill (`--router-track-output-blocks`).
+    pub output_blocks: bool,
 }
 
 impl Default for Tracking {
@@ -108,6 +115,7 @@ impl Default for Tracking {
             prefill_tokens: true,
             active_blocks: true,
             kv_reuse: true,
+            output_blocks: false,
         }
     }
 }
@@ -139,6 +147,8 @@ impl TrackError {
 pub struct Tracker {
     entries: HashMap<BookingId, Entry>,
     owners: HashMap<OwnerKey, Owner>,
+    /// Bookings whose own blocks do not count in full, by owner.
+    fading: HashMap<OwnerKey, HashSet<BookingId>>,
     /// Blocks in use on the owners of each pool.
     pools: HashMap<u16, Blocks>,
     tracking: Tracking,
@@ -152,6 +162,7 @@ impl Tracker {
         Self {
             entries: HashMap::new(),
             owners: HashMap::new(),
+            fading: HashMap::new(),
             pools: HashMap::new(),
             tracking,
             capacity,
@@ -192,6 +203,7 @@ impl Tracker {
         let entry = Entry {
             owner,
             booking,
+            left: 1.0,
             touched_ms: now_ms,
         };
         self.entries.insert(id, entry);
@@ -205,6 +217,8 @@ impl Tracker {
             return false;
         };
         release(&mut self.owners, pools, entry);
+        fade(&mut self.fading, entry.owner, id, 1.0);
+        fade(&mut self.fading, to, id, entry.left);
         entry.owner = to;
         entry.touched_ms = now_ms;
         self.owners.entry(to).or_default().add(&entry.booking);
@@ -225,15 +239,29 @@ impl Tracker {
         })
     }
 
-    /// The answer has grown by complete blocks of its own. Whether it is booked.
-    pub fn grow(&mut self, id: &BookingId, blocks: u32, now_ms: u64) -> bool {
-        self.change(id, now_ms, |entry, owners| {
-            let private = &mut entry.booking.private_blocks;
-            let before = *private;
-            *private = private.saturating_add(blocks);
-            let owner = owners.entry(entry.owner).or_default();
-            owner.load.blocks += u64::from(*private - before);
-        })
+    /// The answer has filled blocks, and this share of it is still to come. Whether it is booked.
+    /// Without output tracking nothing changes.
+    pub fn grow(&mut self, id: &BookingId, blocks: u32, left: f32, now_ms: u64) -> bool {
+        if !(self.tracking.output_blocks && self.tracking.active_blocks) {
+            return self.touch(id, now_ms);
+        }
+        let fading = &mut self.fading;
+        let Some(entry) = self.entries.get_mut(id) else {
+            return false;
+        };
+        entry.touched_ms = now_ms;
+        entry.left = if left.is_finite() {
+            left.clamp(0.0, 1.0)
+        } else {
+            1.0
+        };
+        fade(fading, entry.owner, id, entry.left);
+        let private = &mut entry.booking.private_blocks;
+        let before = *private;
+        *private = private.saturating_add(blocks);
+        let owner = self.owners.entry(entry.owner).or_default();
+        owner.load.blocks += u64::from(*private - before);
+        true
     }
 
     fn change(
@@ -260,32 +288,29 @@ impl Tracker {
         let entry = self.entries.remove(id);
         entry.is_some_and(|entry| {
             release(&mut self.owners, &mut self.pools, &entry);
+            fade(&mut self.fading, entry.owner, id, 1.0);
             true
         })
     }
 
     /// Frees every booking of a source for which `keep` is false, and returns how many.
     pub fn retain(&mut self, source: u64, mut keep: impl FnMut(u64) -> bool) -> usize {
-        let (owners, pools) = (&mut self.owners, &mut self.pools);
-        let before = self.entries.len();
-        self.entries.retain(|id, entry| {
-            let stays = id.source != source || keep(id.request);
-            if !stays {
-                release(owners, pools, entry);
-            }
-            stays
-        });
-        before - self.entries.len()
+        self.keep(|id, _| id.source != source || keep(id.request))
     }
 
     /// Frees bookings without any step since `before_ms`, and returns how many.
     pub fn expire(&mut self, before_ms: u64) -> usize {
-        let (owners, pools) = (&mut self.owners, &mut self.pools);
+        self.keep(|_, entry| entry.touched_ms >= before_ms)
+    }
+
+    fn keep(&mut self, mut stays: impl FnMut(&BookingId, &Entry) -> bool) -> usize {
+        let (owners, pools, fading) = (&mut self.owners, &mut self.pools, &mut self.fading);
         let before = self.entries.len();
-        self.entries.retain(|_, entry| {
-            let stays = entry.touched_ms >= before_ms;
+        self.entries.retain(|id, entry| {
+            let stays = stays(id, entry);
             if !stays {
                 release(owners, pools, entry);
+                fade(fading, entry.owner, id, 1.0);
             }
             stays
         });
@@ -297,12 +322,41 @@ impl Tracker {
     pub fn load(&self, owner: &OwnerKey) -> ActiveLoad {
         self.owners
             .get(owner)
-            .map_or_else(ActiveLoad::default, |o| o.load)
+            .map_or_else(ActiveLoad::default, |o| self.faded(owner, o))
     }
 
     /// Owners with load.
     pub fn loads(&self) -> impl Iterator<Item = (OwnerKey, ActiveLoad)> + '_ {
-        self.owners.iter().map(|(key, owner)| (*key, owner.load))
+        let owners = self.owners.iter();
+        owners.map(|(key, owner)| (*key, self.faded(key, owner)))
+    }
+
+    /// The load of an owner, less what bookings hold alone and will not need for long.
+    #[allow(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss
+    )]
+    fn faded(&self, key: &OwnerKey, owner: &Owner) -> ActiveLoad {
+        let Some(fading) = self.fading.get(key) else {
+            return owner.load;
+        };
+        let entries = fading.iter().filter_map(|id| self.entries.get(id));
+        let less: f64 = entries
+            .map(|entry| {
+                let hashes = &entry.booking.hashes;
+                // A block is used by no fewer requests than the one after it.
+                let is_shared = |hash: &u64| owner.blocks.get(hash).is_some_and(|n| *n >= 2);
+                let alone = hashes.len() - hashes.partition_point(is_shared);
+                let alone = alone as f64 + f64::from(entry.booking.private_blocks);
+                alone * f64::from(1.0 - entry.left)
+            })
+            .sum();
+        let blocks = (owner.load.blocks as f64 - less).round() as u64;
+        ActiveLoad {
+            blocks,
+            ..owner.load
+        }
     }
 
     /// How many leading blocks of a prompt are in use on an owner.
@@ -400,6 +454,23 @@ fn release(owners: &mut HashMap<OwnerKey, Owner>, pools: &mut HashMap<u16, Block
     }
 }
 
+/// Keeps who is fading on an owner; with all to come still, nobody is.
+fn fade(
+    fading: &mut HashMap<OwnerKey, HashSet<BookingId>>,
+    owner: OwnerKey,
+    id: &BookingId,
+    left: f32,
+) {
+    if left < 1.0 {
+        fading.entry(owner).or_default().insert(id.clone());
+    } else if let Some(ids) = fading.get_mut(&owner) {
+        ids.remove(id);
+        if ids.is_empty() {
+            fading.remove(&owner);
+        }
+    }
+}
+
 /// Counts a request's blocks. Returns how many were not in use.
 fn use_blocks(blocks: &mut Blocks, hashes: &[u64]) -> u64 {
     let mut fresh = 0;
@@ -453,7 +524,7 @@ impl Owner {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::{BTreeMap, BTreeSet};
+    use std::collections::BTreeMap;
 
     use super::*;
     use crate::id::OwnerId;
@@ -564,7 +635,7 @@ mod tests {
         let all_off = Tracking {
             prefill_tokens: false,
             active_blocks: false,
-            kv_reuse: true,
+            ..Tracking::default()
         };
         let mut tracker = Tracker::new(all_off, 9);
         tracker.book(id(1), owner(7), booking(64, &[1]), 0).unwrap();
@@ -590,19 +661,27 @@ mod tests {
     }
 
     /// Bookings kept the obvious way: load is what they add up to.
-    fn naive(bookings: &BTreeMap<u64, (u64, Booking)>) -> BTreeMap<u64, ActiveLoad> {
-        let mut loads: BTreeMap<u64, (ActiveLoad, BTreeSet<u64>)> = BTreeMap::new();
-        for (worker, booking) in bookings.values() {
-            let (load, blocks) = loads.entry(*worker).or_default();
+    fn naive(bookings: &BTreeMap<u64, (u64, Booking, f32)>) -> BTreeMap<u64, ActiveLoad> {
+        /// Load without blocks, private blocks, and who uses each of the others.
+        type Kept = (ActiveLoad, f64, BTreeMap<u64, Vec<f32>>);
+        let mut loads: BTreeMap<u64, Kept> = BTreeMap::new();
+        for (worker, booking, left) in bookings.values() {
+            let (load, own, blocks) = loads.entry(*worker).or_default();
             load.prefill_tokens += u64::from(booking.prefill_tokens);
             load.waiting += u32::from(!booking.decoding);
             load.decoding += u32::from(booking.decoding);
-            load.blocks += u64::from(booking.private_blocks);
-            blocks.extend(&booking.hashes);
+            *own += f64::from(booking.private_blocks) * f64::from(*left);
+            for hash in &booking.hashes {
+                blocks.entry(*hash).or_default().push(*left);
+            }
         }
-        let total = |(worker, (mut load, blocks)): (u64, (ActiveLoad, BTreeSet<u64>))| {
-            load.blocks += blocks.len() as u64;
-            (worker, load)
+        let total = |(worker, (load, own, blocks)): (u64, Kept)| {
+            let weight = |lefts: &Vec<f32>| match lefts.as_slice() {
+                [alone] => f64::from(*alone),
+                _ => 1.0,
+            };
+            let blocks = (own + blocks.values().map(weight).sum::<f64>()).round() as u64;
+            (worker, ActiveLoad { blocks, ..load })
         };
         loads.into_iter().map(total).collect()
     }
@@ -611,8 +690,12 @@ mod tests {
     fn load_is_what_the_bookings_add_up_to_over_random_histories() {
         for seed in 0..50 {
             let mut rng = Rng::new(seed);
-            let mut tracker = Tracker::new(Tracking::default(), 1000);
-            let mut bookings: BTreeMap<u64, (u64, Booking)> = BTreeMap::new();
+            let tracking = Tracking {
+                output_blocks: true,
+                ..Tracking::default()
+            };
+            let mut tracker = Tracker::new(tracking, 1000);
+            let mut bookings: BTreeMap<u64, (u64, Booking, f32)> = BTreeMap::new();
             for step in 0..500 {
                 let request = rng.below(40) as u64;
                 let worker = rng.below(4) as u64;
@@ -623,25 +706,27 @@ mod tests {
                         let booked =
                             tracker.book(id(request), owner(worker), booking.clone(), step);
                         assert_eq!(booked.is_ok(), !bookings.contains_key(&request));
-                        bookings.entry(request).or_insert((worker, booking));
+                        bookings.entry(request).or_insert((worker, booking, 1.0));
                     }
                     3 => {
                         tracker.first_token(&id(request), step);
-                        if let Some((_, booking)) = bookings.get_mut(&request) {
+                        if let Some((_, booking, _)) = bookings.get_mut(&request) {
                             booking.prefill_tokens = 0;
                             booking.decoding = true;
                         }
                     }
                     4 => {
                         tracker.relocate(&id(request), owner(worker), step);
-                        if let Some((at, _)) = bookings.get_mut(&request) {
+                        if let Some((at, ..)) = bookings.get_mut(&request) {
                             *at = worker;
                         }
                     }
                     5 => {
-                        tracker.grow(&id(request), 2, step);
-                        if let Some((_, booking)) = bookings.get_mut(&request) {
+                        let left = [1.0, 0.75, 0.5, 0.0][rng.below(4)];
+                        tracker.grow(&id(request), 2, left, step);
+                        if let Some((_, booking, of)) = bookings.get_mut(&request) {
                             booking.private_blocks += 2;
+                            *of = left;
                         }
                     }
                     _ => {
@@ -655,7 +740,31 @@ mod tests {
             let expired = tracker.expire(u64::MAX);
             assert_eq!(expired, bookings.len());
             assert_eq!(tracker.loads().count(), 0);
+            assert!(tracker.fading.is_empty());
         }
+    }
+
+    #[test]
+    fn half_an_answer_halves_what_is_its_alone() {
+        let tracking = Tracking {
+            output_blocks: true,
+            ..Tracking::default()
+        };
+        let mut tracker = Tracker::new(tracking, 9);
+        tracker
+            .book(id(1), owner(7), booking(0, &[1, 2, 3, 4]), 0)
+            .unwrap();
+        tracker.grow(&id(1), 1, 0.5, 0);
+        assert_eq!(tracker.load(&owner(7)).blocks, 3, "2.5, rounded");
+        // Two of them in common with another request count whole.
+        tracker
+            .book(id(2), owner(7), booking(0, &[1, 2]), 0)
+            .unwrap();
+        assert_eq!(tracker.load(&owner(7)).blocks, 4, "2 and 1.5");
+        let mut tracker = Tracker::new(Tracking::default(), 9);
+        tracker.book(id(1), owner(7), booking(0, &[1]), 0).unwrap();
+        tracker.grow(&id(1), 1, 0.5, 0);
+        assert_eq!(tracker.load(&owner(7)).blocks, 1, "answers are not tracked");
     }
 
     #[test]

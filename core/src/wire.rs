@@ -6,8 +6,9 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Version of these messages. Version 1 is the same without [`Up::Reports`] and [`Up::Lanes`].
-pub const PROTOCOL: u8 = 2;
+/// Version of these messages. Version 1 is the same without [`Up::Reports`] and [`Up::Lanes`];
+/// version 2 knows no steps but the first four of [`crate::report::Step`].
+pub const PROTOCOL: u8 = 3;
 /// Oldest version that is understood.
 pub const OLDEST: u8 = 1;
 /// Envoy's shared queue in which VMs leave reports for the bridge.

@@ -8,7 +8,7 @@
 //! - Properties: the SDK builds the path from a list at each call.
 //! - Clocks and randomness: the SDK has neither a monotonic clock nor random bits.
 //! - Shared queues: registering and resolving, as the rest, the status only.
-//! - Log, tick, buffers, header maps, effective context, resumption, metrics, and a stream's
+//! - Log, tick, buffers, header maps, effective context, resumption, local replies, metrics, and a stream's
 //!   messages, close and cancel: the status only. Envoy gives unexpected ones where headers or a
 //!   body are gone already, and for functions that `capability_restriction_config` leaves out.
 //!
@@ -26,6 +26,10 @@ use crate::host::{Expect, Headers, Host, Level, MetricId, MetricKind, Queue, Sha
 
 const OK: u32 = 0;
 const MONOTONIC: u32 = 1;
+
+/// The header `content-type: application/json` as the ABI has header maps: their number, the sizes
+/// of name and value, each with a NUL after it.
+const JSON_HEADERS: &[u8] = b"\x01\0\0\0\x0c\0\0\0\x10\0\0\0content-type\0application/json\0";
 
 /// A version that no value has. Envoy compares versions only of keys that exist, so a write that
 /// expects it succeeds exactly where the key is absent.
@@ -66,6 +70,16 @@ unsafe extern "C" {
     ) -> u32;
     fn proxy_remove_header_map_value(map: u32, key: *const u8, key_size: usize) -> u32;
     fn proxy_continue_stream(stream: u32) -> u32;
+    fn proxy_send_local_response(
+        status: u32,
+        details: *const u8,
+        details_size: usize,
+        body: *const u8,
+        body_size: usize,
+        headers: *const u8,
+        headers_size: usize,
+        grpc_status: i32,
+    ) -> u32;
     fn proxy_get_shared_data(
         key: *const u8,
         key_size: usize,
@@ -253,6 +267,29 @@ impl Host for Envoy {
         let body = BufferType::HttpRequestBody as u32;
         let call = |data, len| unsafe { proxy_get_buffer_bytes(body, start, size, data, len) };
         bytes(call).unwrap_or_default()
+    }
+
+    fn answer_part(&self, size: usize) -> Vec<u8> {
+        let body = BufferType::HttpResponseBody as u32;
+        let call = |data, len| unsafe { proxy_get_buffer_bytes(body, 0, size, data, len) };
+        bytes(call).unwrap_or_default()
+    }
+
+    fn reply(&self, status: u32, json: &[u8]) -> bool {
+        const NO_GRPC_STATUS: i32 = -1;
+        let details = b"refused_by_kv_router";
+        unsafe {
+            proxy_send_local_response(
+                status,
+                details.as_ptr(),
+                details.len(),
+                json.as_ptr(),
+                json.len(),
+                JSON_HEADERS.as_ptr(),
+                JSON_HEADERS.len(),
+                NO_GRPC_STATUS,
+            ) == OK
+        }
     }
 
     fn resume_request(&self) -> bool {

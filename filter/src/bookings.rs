@@ -6,8 +6,9 @@
 
 use hashbrown::HashMap;
 use kv_core::load::{Delta, Leg};
-use kv_core::report::{Booked, Evidence, OwnerKey, Step, Sum};
+use kv_core::report::{Booked, Evidence, Failure, OwnerKey, Step, Sum};
 use kv_core::table::Table;
+use kv_core::tracker::Tracking;
 
 use crate::host::Host;
 use crate::lanes::Lane;
@@ -49,6 +50,10 @@ pub struct Told {
     pub hashes: Vec<u64>,
     /// What the decision rested on.
     pub evidence: Option<Evidence>,
+    /// Whether the answer comes whole, so that its first token is not seen.
+    pub whole: bool,
+    /// Prompt tokens that the worker prefills in a second; 0 where not known.
+    pub prefill_rate: u32,
 }
 
 /// Number of a booking within its VM.
@@ -61,6 +66,10 @@ struct Live {
     leg: Leg,
     /// As complete reports list it.
     booked: Booked,
+    /// Whether the answer comes whole.
+    whole: bool,
+    /// When its prefill is taken to be done.
+    prefilled_ns: Option<u64>,
 }
 
 /// All bookings of a VM.
@@ -69,7 +78,11 @@ pub struct Bookings {
     last: u64,
     live: HashMap<u64, Live>,
     sums: Sums,
+    /// The part of the sums that was taken out for VMs that are gone.
+    written_off: Sums,
     outbox: Outbox,
+    /// Whether the VM ends with the requests it has.
+    leaving: bool,
 }
 
 impl Tentative {
@@ -98,6 +111,8 @@ impl Tentative {
             prefix,
             mut hashes,
             evidence,
+            whole,
+            prefill_rate,
         } = told;
         hashes.truncate(MAX_HASHES);
         let owner = self.place.owner;
@@ -115,6 +130,12 @@ impl Tentative {
             lane: self.place.lane,
             leg: self.leg,
             booked: booked.clone(),
+            whole,
+            prefilled_ns: (whole && prefill_rate > 0).then(|| {
+                let takes_ns = u64::from(self.prefill_tokens) * 1_000_000_000;
+                host.now_ns()
+                    .saturating_add(takes_ns / u64::from(prefill_rate))
+            }),
         };
         bookings.live.insert(request, live);
         let booked = Booked { evidence, ..booked };
@@ -129,14 +150,22 @@ impl Bookings {
         self.outbox.set_vm(vm);
     }
 
-    /// Books a request with this much prefill to do and these blocks to hold.
+    /// Books a request with this much prefill to do and these blocks to hold, as far as they are
+    /// tracked.
     pub fn hold(
         &mut self,
         host: &impl Host,
         place: Place,
+        tracking: Tracking,
         prefill_tokens: u32,
         blocks: u32,
     ) -> Tentative {
+        let prefill_tokens = if tracking.prefill_tokens {
+            prefill_tokens
+        } else {
+            0
+        };
+        let blocks = if tracking.active_blocks { blocks } else { 0 };
         let (leg, delta) = Leg::book(prefill_tokens, blocks);
         self.add(host, place, delta);
         Tentative {
@@ -178,11 +207,77 @@ impl Bookings {
             return;
         };
         live.booked.decoding = true;
-        let (place, delta) = (live.place(), live.leg.first_token());
+        let (place, delta, whole) = (live.place(), live.leg.first_token(), live.whole);
         self.add(host, place, delta);
-        self.tell(host, metrics, place.owner, || Step::FirstToken {
-            request: id.0,
+        let request = id.0;
+        self.tell(host, metrics, place.owner, || {
+            if whole {
+                Step::Prefilled { request }
+            } else {
+                Step::FirstToken { request }
+            }
         });
+    }
+
+    /// The answer has filled blocks, and `left` of it is still to come.
+    pub fn grow(
+        &mut self,
+        host: &impl Host,
+        metrics: &mut Metrics,
+        id: BookingId,
+        blocks: u32,
+        left: f32,
+    ) {
+        let Some(live) = self.live.get_mut(&id.0) else {
+            return;
+        };
+        live.booked.blocks = live.booked.blocks.saturating_add(blocks);
+        let (place, delta) = (live.place(), live.leg.grow(blocks));
+        self.add(host, place, delta);
+        self.tell(host, metrics, place.owner, || Step::Grown {
+            request: id.0,
+            blocks,
+            left,
+        });
+    }
+
+    /// A worker has failed a request, booked or not.
+    pub fn fail(
+        &mut self,
+        host: &impl Host,
+        metrics: &mut Metrics,
+        id: Option<BookingId>,
+        owner: OwnerKey,
+        failure: Failure,
+    ) {
+        metrics.count(host, Event::Failure, 1);
+        self.tell(host, metrics, owner, || Step::Failed {
+            request: id.map_or(0, |id| id.0),
+            owner,
+            failure,
+        });
+    }
+
+    /// Takes out of the lanes what VMs that are gone have left there.
+    pub fn write_off(
+        &mut self,
+        host: &impl Host,
+        metrics: &mut Metrics,
+        left: &[Sum],
+        place: impl Fn(OwnerKey) -> Option<Place>,
+    ) {
+        for sum in left {
+            let Some(place) = place(sum.owner) else {
+                continue;
+            };
+            self.add(host, place, sum.removal());
+            let written_off = self.written_off.entry(sum.owner);
+            let written_off = written_off.or_insert_with(|| Sum::new(sum.owner));
+            written_off.add(sum.removal());
+            let step = Step::WrittenOff(*written_off);
+            self.outbox.push(host, metrics, step);
+            metrics.count(host, Event::WrittenOff, 1);
+        }
     }
 
     /// The request is over. Counts once.
@@ -197,17 +292,57 @@ impl Bookings {
 
     /// Reports what has happened, if it is time to.
     pub fn settle(&mut self, host: &impl Host) {
-        if self.outbox.is_pending() {
+        if !self.outbox.is_pending() {
+            return;
+        }
+        if self.leaving {
+            self.report_leaving(host);
+        } else {
             self.outbox.settle(host, &self.sums);
         }
     }
 
     /// Reports what has happened, and all bookings when that is due.
     pub fn on_tick(&mut self, host: &impl Host, metrics: &mut Metrics) {
+        self.estimate(host, metrics);
         let live = self.live.values().map(|live| &live.booked);
-        if self.outbox.tick(host, &self.sums, live) {
+        let state = self.written_off.values().copied().map(Step::WrittenOff);
+        if self.outbox.tick(host, &self.sums, live, state) {
             metrics.count(host, Event::Complete, 1);
         }
+    }
+
+    /// Ends the prefill of those whose first token will not be seen, when it is time.
+    fn estimate(&mut self, host: &impl Host, metrics: &mut Metrics) {
+        let now_ns = host.now_ns();
+        let is_due = |live: &Live| {
+            let at_ns = live.prefilled_ns.filter(|_| !live.booked.decoding);
+            at_ns.is_some_and(|at_ns| at_ns <= now_ns)
+        };
+        let due = self.live.iter().filter(|(_, live)| is_due(live));
+        let due: Vec<u64> = due.map(|(id, _)| *id).collect();
+        for id in due {
+            metrics.count(host, Event::Estimated, 1);
+            self.first_token(host, metrics, BookingId(id));
+        }
+    }
+
+    /// The VM ends with the requests it has. It gets no more ticks: what happens from here on is
+    /// reported at once.
+    pub fn leave(&mut self, host: &impl Host) {
+        self.leaving = true;
+        self.report_leaving(host);
+    }
+
+    /// The VM goes on after all.
+    pub fn stay(&mut self) {
+        self.leaving = false;
+    }
+
+    fn report_leaving(&mut self, host: &impl Host) {
+        let live = self.live.values().map(|live| &live.booked);
+        let state = self.written_off.values().copied().map(Step::WrittenOff);
+        self.outbox.leave(host, &self.sums, live, state);
     }
 
     /// Reports what has happened, whenever the last report was.
@@ -235,12 +370,14 @@ impl Bookings {
                 .unwrap_or(NO_POOL),
             ..owner
         };
-        let sums = std::mem::take(&mut self.sums).into_values().map(|sum| Sum {
-            owner: follow(sum.owner),
-            ..sum
-        });
-        let kept = sums.filter(|sum| sum.owner.pool != NO_POOL);
-        self.sums = kept.map(|sum| (sum.owner, sum)).collect();
+        for sums in [&mut self.sums, &mut self.written_off] {
+            let moved = std::mem::take(sums).into_values().map(|sum| Sum {
+                owner: follow(sum.owner),
+                ..sum
+            });
+            let kept = moved.filter(|sum| sum.owner.pool != NO_POOL);
+            *sums = kept.map(|sum| (sum.owner, sum)).collect();
+        }
         for live in self.live.values_mut() {
             live.booked.owner = follow(live.booked.owner);
         }
@@ -310,7 +447,7 @@ mod tests {
         let two = one.beside();
         let (here, there) = (place(&one, 7), place(&two, 7));
         let (mut bookings, mut metrics) = (Bookings::default(), Metrics::default());
-        let booking = bookings.hold(&one, here, 100, 7);
+        let booking = bookings.hold(&one, here, Tracking::default(), 100, 7);
         let load = Load {
             prefill_tokens: 100,
             waiting: 1,
@@ -337,7 +474,7 @@ mod tests {
         let (from, to) = (place(&host, 1), place(&host, 2));
         for decoding in [false, true] {
             let (mut bookings, mut metrics) = (Bookings::default(), Metrics::default());
-            let booking = bookings.hold(&host, from, 100, 7);
+            let booking = bookings.hold(&host, from, Tracking::default(), 100, 7);
             let id = booking.open(&mut bookings, &host, &mut metrics, Told::default());
             if decoding {
                 bookings.first_token(&host, &mut metrics, id);
@@ -357,7 +494,7 @@ mod tests {
         let host = Fake::default();
         let here = place(&host, 1);
         let (mut bookings, mut metrics) = (Bookings::default(), Metrics::default());
-        let booking = bookings.hold(&host, here, 100, 7);
+        let booking = bookings.hold(&host, here, Tracking::default(), 100, 7);
         let id = booking.open(&mut bookings, &host, &mut metrics, Told::default());
         let table = |names: &[&str]| Table {
             pools: names

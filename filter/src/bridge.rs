@@ -142,6 +142,12 @@ impl Bridge {
         }
     }
 
+    /// Whether this root context is the bridge.
+    #[must_use]
+    pub fn leads(&self) -> bool {
+        self.election.leads().is_some()
+    }
+
     /// Leaves the bridge to others, for good or until the next tick.
     pub fn step_aside(&mut self, host: &impl Host) {
         if self.election.leads().is_some()

@@ -1,7 +1,10 @@
 //! Choosing a worker: overlaps from the pages, loads from the lanes, the decision, the booking.
 
+use std::borrow::Cow;
+
 use kv_core::cost::Demand;
 use kv_core::decide::{self, Candidate, Request, Scored};
+use kv_core::device;
 use kv_core::id::Slot;
 use kv_core::key;
 use kv_core::load::{Delta, Load};
@@ -13,6 +16,7 @@ use kv_core::rng::Rng;
 
 use crate::bookings::{Bookings, Place, Tentative};
 use crate::fleet::Served;
+use crate::hints::Pin;
 use crate::host::Host;
 use crate::metrics::{Event, Metrics, Timing};
 use crate::reason::Reason;
@@ -36,6 +40,25 @@ pub struct Ask<'a> {
     pub tokens: u32,
     /// Sequence hashes of the prompt's blocks.
     pub hashes: &'a [u64],
+    /// The worker that it is to go to, in the mode direct.
+    pub pin: Option<Pin>,
+    /// What answer it asks for.
+    pub answer: Answer,
+}
+
+/// How an answer comes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Answer {
+    /// The body has not said.
+    #[default]
+    Unknown,
+    /// At once, when it is complete.
+    Whole,
+    /// Token by token; `expected` of them, 0 where not known.
+    Streamed {
+        /// Tokens that the client expects.
+        expected: u32,
+    },
 }
 
 /// What the sidecar has published for a pool.
@@ -55,6 +78,8 @@ pub struct Choice {
     pub endpoints: Option<String>,
     /// Position of the chosen owner in its pool.
     pub owner: Option<usize>,
+    /// Position of the owner to try after it.
+    pub second: Option<usize>,
     /// Why.
     pub reason: Reason,
     /// What was booked.
@@ -131,7 +156,15 @@ impl Chooser {
             self.in_use.sort_unstable();
         }
         let policy = pool.policy.trusted(trust);
-        let candidates = self.candidates(served, looked_up, &policy);
+        let candidates = match ask.pin {
+            Some(pin) => {
+                let pinned = served.pinned(pin);
+                pinned
+                    .map(|owner| self.candidate(served, false, owner))
+                    .collect()
+            }
+            None => self.candidates(served, looked_up, &policy),
+        };
         let request = Request {
             demand: Demand {
                 tokens: ask.tokens,
@@ -140,7 +173,12 @@ impl Chooser {
             trust,
             turn: match mode {
                 Mode::RoundRobin => served.turn(host),
-                Mode::Kv | Mode::Random | Mode::LeastLoaded | Mode::PowerOfTwo => 0,
+                Mode::Kv
+                | Mode::Random
+                | Mode::LeastLoaded
+                | Mode::PowerOfTwo
+                | Mode::Direct
+                | Mode::DeviceAwareWeighted => 0,
             },
         };
         let mut round = Round {
@@ -151,9 +189,11 @@ impl Chooser {
         };
         let (weighed, booking) = self.book(host, metrics, bookings, &mut round);
         let picked = weighed.picked().map(|s| s.candidate.owner);
+        let second = self.second(served, &weighed);
         Choice {
-            endpoints: picked.and_then(|_| self.endpoints(served, &weighed)),
+            endpoints: picked.and_then(|picked| served.endpoints(picked, second)),
             owner: picked,
+            second,
             reason: picked.map_or(Reason::NoOwner, |_| reason),
             booking,
             prefix: looked_up.then(|| self.prefix(ask.hashes)).flatten(),
@@ -171,13 +211,14 @@ impl Chooser {
         bookings: &mut Bookings,
         round: &mut Round<'_>,
     ) -> (Weighed, Option<Tentative>) {
-        let policy = &round.served.pool.policy;
+        let pool = round.served.pool;
+        let policy = &pool.policy;
         let demand = round.request.demand;
         self.read_loads(host, round, None);
         let mut undone = 0;
         loop {
             let (scored, chosen) =
-                decide::decide(&round.candidates, &round.request, policy, &mut self.rng);
+                decide::decide(&round.group(), &round.request, policy, &mut self.rng);
             let weighed = Weighed {
                 demand,
                 scored,
@@ -188,11 +229,8 @@ impl Chooser {
                 let place = round.served.place(picked.owner)?;
                 let trusted = policy.trusted(round.request.trust);
                 let prefill = demand.uncached_tokens(&picked.overlap, &trusted);
-                Some((
-                    picked,
-                    place,
-                    bookings.hold(host, place, prefill, demand.blocks()),
-                ))
+                let booking = bookings.hold(host, place, policy.tracking, prefill, demand.blocks());
+                Some((picked, place, booking))
             });
             let Some((picked, place, booking)) = booked else {
                 return (weighed, None);
@@ -252,19 +290,16 @@ impl Chooser {
         }
     }
 
-    /// The chosen worker's endpoint, and the best one's of the others.
-    fn endpoints(&mut self, served: &Served<'_>, weighed: &Weighed) -> Option<String> {
-        let endpoint =
-            |candidate: &Candidate| Some(served.owner(candidate.owner)?.endpoint.as_str());
+    /// Position of the best owner of another worker than the chosen one. A worker that the request
+    /// names has no second.
+    fn second(&mut self, served: &Served<'_>, weighed: &Weighed) -> Option<usize> {
+        let endpoint = |candidate: &Candidate| Some(&served.owner(candidate.owner)?.endpoint);
         let chosen = weighed.chosen?;
-        let mut endpoints = endpoint(&weighed.picked()?.candidate)?.to_owned();
+        let first = endpoint(&weighed.picked()?.candidate);
         let mode = served.pool.policy.mode;
-        let elsewhere = |c: &Candidate| endpoint(c).is_some_and(|e| e != endpoints);
-        let second = decide::second(&weighed.scored, chosen, mode, &mut self.rng, elsewhere);
-        if let Some(second) = second.and_then(|i| endpoint(&weighed.scored.get(i)?.candidate)) {
-            endpoints.extend([",", second]);
-        }
-        Some(endpoints)
+        let elsewhere = |c: &Candidate| endpoint(c) != first;
+        let second = decide::second(&weighed.scored, chosen, mode, &mut self.rng, elsewhere)?;
+        Some(weighed.scored.get(second)?.candidate.owner)
     }
 
     /// The longest prefix that some owner holds, after a lookup.
@@ -364,10 +399,15 @@ struct Round<'a> {
 }
 
 impl Round<'_> {
+    /// The candidates that are compared with each other.
+    fn group(&self) -> Cow<'_, [Candidate]> {
+        device::group(&self.candidates, self.served.pool)
+    }
+
     /// Whether no candidate is better than this one.
     fn is_least(&self, owner: usize) -> bool {
         let policy = &self.served.pool.policy;
-        let scored = decide::score(&self.candidates, &self.request, policy);
+        let scored = decide::score(&self.group(), &self.request, policy);
         let own = scored.iter().find(|s| s.candidate.owner == owner);
         own.is_some_and(|own| {
             let own = own.compared(policy.mode);

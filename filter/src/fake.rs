@@ -54,6 +54,9 @@ struct Context {
     received: u64,
     resumed: u32,
     upstream: Option<(String, u64)>,
+    properties: HashMap<Vec<u8>, Vec<u8>>,
+    answer: Vec<u8>,
+    reply: Option<(u32, Vec<u8>)>,
 }
 
 /// A stream that a VM opened.
@@ -126,6 +129,27 @@ impl Fake {
     /// The current request has reached this worker, at this attempt.
     pub(crate) fn reach(&self, address: &str, attempt: u64) {
         self.context(|context| context.upstream = Some((address.to_owned(), attempt)));
+    }
+
+    /// Sets a property of the current context.
+    pub(crate) fn say(&self, path: &[u8], value: &[u8]) {
+        self.context(|context| context.properties.insert(path.to_vec(), value.to_vec()));
+    }
+
+    /// Sets a header of the response of the current context as the worker would.
+    pub(crate) fn worker_header(&self, name: &str, value: &[u8]) {
+        self.context(|context| context.response.insert(name.to_owned(), value.to_vec()));
+    }
+
+    /// The next part of the current response's body.
+    pub(crate) fn answer(&self, part: &[u8]) -> usize {
+        self.context(|context| context.answer = part.to_vec());
+        part.len()
+    }
+
+    /// What the current request was answered with, instead of being sent on.
+    pub(crate) fn replied(&self) -> Option<(u32, Vec<u8>)> {
+        self.context(|context| context.reply.clone())
     }
 
     /// Items in the queue of a name.
@@ -270,7 +294,7 @@ impl Host for Fake {
                 let upstream = self.context(|context| context.upstream.clone());
                 upstream.map(|(_, attempt)| attempt.to_le_bytes().to_vec())
             }
-            _ => None,
+            _ => self.context(|context| context.properties.get(path).cloned()),
         }
     }
 
@@ -367,6 +391,16 @@ impl Host for Fake {
             let rest = context.body.get(start..).unwrap_or_default();
             rest[..size.min(rest.len())].to_vec()
         })
+    }
+
+    fn answer_part(&self, size: usize) -> Vec<u8> {
+        let part = self.context(|context| context.answer.clone());
+        part[..size.min(part.len())].to_vec()
+    }
+
+    fn reply(&self, status: u32, json: &[u8]) -> bool {
+        self.context(|context| context.reply = Some((status, json.to_vec())));
+        true
     }
 
     fn resume_request(&self) -> bool {

@@ -9,6 +9,7 @@ use kv_core::scan::Scan;
 use kv_core::table::{Owner, Pool, Table};
 
 use crate::bookings::Place;
+use crate::hints::Pin;
 use crate::host::{Host, MetricId, MetricKind};
 use crate::lanes::Lanes;
 use crate::metrics::{Fault, Metrics, labelled};
@@ -111,6 +112,13 @@ impl Fleet {
         })
     }
 
+    /// Where requests of an owner are booked.
+    #[must_use]
+    pub fn place_of(&self, owner: OwnerKey) -> Option<Place> {
+        let places = &self.pools.get(usize::from(owner.pool))?.places;
+        places.iter().flatten().find(|p| p.owner == owner).copied()
+    }
+
     /// Where requests may be booked.
     pub fn places(&self) -> impl Iterator<Item = Place> + '_ {
         let places = self.pools.iter().flat_map(|derived| &derived.places);
@@ -162,6 +170,27 @@ impl<'a> Served<'a> {
     #[must_use]
     pub fn owner_at(&self, endpoint: &str) -> Option<usize> {
         self.derived.by_endpoint.get(endpoint).copied()
+    }
+
+    /// Positions of the owners that a request names, whether or not they take requests.
+    pub fn pinned(&self, pin: Pin) -> impl Iterator<Item = usize> + use<'a> {
+        let owners = self.pool.owners.iter().enumerate();
+        let is_it = move |owner: &Owner| {
+            let is_named = owner.id.worker == pin.worker;
+            let is_ranked = pin.rank.is_none_or(|rank| owner.id.rank == rank);
+            is_named && is_ranked && owner.role == Role::Aggregated
+        };
+        owners.filter(move |(_, o)| is_it(o)).map(|(at, _)| at)
+    }
+
+    /// The endpoints of an owner and of the one to try after it, as `override_host` reads them.
+    #[must_use]
+    pub fn endpoints(&self, first: usize, second: Option<usize>) -> Option<String> {
+        let mut endpoints = self.owner(first)?.endpoint.clone();
+        if let Some(second) = second.and_then(|second| self.owner(second)) {
+            endpoints.extend([",", &second.endpoint]);
+        }
+        Some(endpoints)
     }
 
     /// The next turn of the round-robin mode.

@@ -115,8 +115,12 @@ pub trait Host {
     fn remove_header(&self, map: Headers, name: &str) -> bool;
     /// Part of the buffered request body.
     fn body(&self, start: usize, size: usize) -> Vec<u8>;
+    /// The part of the response body that has just come.
+    fn answer_part(&self, size: usize) -> Vec<u8>;
     /// Lets a held request go on.
     fn resume_request(&self) -> bool;
+    /// Answers a request with JSON instead of sending it on. Its callback must pause it.
+    fn reply(&self, status: u32, json: &[u8]) -> bool;
 
     /// Defines a metric.
     fn define(&self, kind: MetricKind, name: &str) -> Option<MetricId>;

@@ -114,6 +114,7 @@ mod tests {
                     role: kv_core::id::Role::Aggregated,
                     endpoint: String::new(),
                     accepting: true,
+                    traits: kv_core::table::Traits::default(),
                 }],
                 ..Pool::default()
             }],

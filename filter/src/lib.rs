@@ -31,12 +31,16 @@
 
 #[cfg(target_arch = "wasm32")]
 mod abi;
+pub mod answer;
 pub mod bookings;
 pub mod bridge;
+#[cfg(feature = "chaos")]
+pub mod chaos;
 pub mod choose;
 pub mod config;
 pub mod correction;
 pub mod fleet;
+pub mod hints;
 pub mod hold;
 pub mod host;
 pub mod lanes;
@@ -46,6 +50,7 @@ pub mod outbox;
 mod plugin;
 pub mod reason;
 pub mod record;
+pub mod refusal;
 pub mod relay;
 pub mod request;
 pub mod routed;

@@ -11,6 +11,7 @@ use kv_core::wire::WireError;
 
 use crate::host::{Host, MetricId, MetricKind};
 use crate::reason::Reason;
+use crate::refusal::Refusal;
 
 /// Labels that names below carry.
 pub const LABELS: [&str; 3] = ["pool", "reason", "kind"];
@@ -26,6 +27,10 @@ pub const INTENDED: &str = "kv_router_routed_as_intended_total";
 
 /// Counter of requests that the chosen worker has not answered, by `reason` ([`Miss::name`]).
 pub const MISSED: &str = "kv_router_missed_total";
+
+/// Counter of requests that were answered with an error, by `reason` ([`Refusal::name`]).
+/// *Action*: each reason says what the client lacks.
+pub const REFUSED: &str = "kv_router_refused_total";
 
 /// Counter of things that went wrong, by `kind` ([`Fault::kind`]). *Action*: each kind says what;
 /// all should stand still.
@@ -69,10 +74,21 @@ pub enum Event {
     Raced,
     /// `kv_router_bookings_undone_total`: bookings undone because that made another worker better.
     Undone,
+    /// `kv_router_hints_ignored_total`: requests that named a worker and were routed otherwise,
+    /// because their route does not let them.
+    HintIgnored,
+    /// `kv_router_worker_failures_total`: times a worker was not reached, broke off or answered
+    /// with a status of 500 or above.
+    Failure,
+    /// `kv_router_written_off_total`: lanes from which was taken what VMs had left there.
+    WrittenOff,
+    /// `kv_router_prefills_estimated_total`: answers that come whole and whose prefill was taken to
+    /// be done by the worker's rate.
+    Estimated,
 }
 
 impl Event {
-    const COUNT: usize = 11;
+    const COUNT: usize = 15;
 
     fn name(self) -> &'static str {
         match self {
@@ -87,6 +103,10 @@ impl Event {
             Self::Complete => "kv_router_reports_complete_total",
             Self::Raced => "kv_router_bookings_raced_total",
             Self::Undone => "kv_router_bookings_undone_total",
+            Self::HintIgnored => "kv_router_hints_ignored_total",
+            Self::Failure => "kv_router_worker_failures_total",
+            Self::WrittenOff => "kv_router_written_off_total",
+            Self::Estimated => "kv_router_prefills_estimated_total",
         }
     }
 }
@@ -160,6 +180,8 @@ pub enum Fault {
     Lane,
     /// Envoy did not set a header; its own policy chose the worker.
     Header,
+    /// Envoy did not answer a request that was to be refused.
+    Reply,
     /// Envoy did not hand out all of a body it had announced.
     Body,
     /// `allow_on_headers_stop_iteration` is missing; this VM routes all requests by load.
@@ -185,6 +207,7 @@ impl Fault {
             Self::Endpoint => "endpoint",
             Self::Lane => "lane",
             Self::Header => "header",
+            Self::Reply => "reply",
             Self::Body => "body",
             Self::Unheld => "unheld",
             Self::Connect => "connect",
@@ -204,6 +227,7 @@ pub struct Metrics {
     faults: Vec<(&'static str, Option<MetricId>)>,
     requests: HashMap<String, ByPool>,
     missed: [Option<MetricId>; Miss::COUNT],
+    refused: [Option<MetricId>; Refusal::COUNT],
     stale: Option<MetricId>,
 }
 
@@ -274,6 +298,17 @@ impl Metrics {
             host.define(MetricKind::Counter, &labelled(MISSED, &labels))
         };
         if let Some(slot) = self.missed.get_mut(miss as usize) {
+            add(host, slot, 1, define);
+        }
+    }
+
+    /// Counts a request that was answered with an error.
+    pub fn refused(&mut self, host: &impl Host, refusal: Refusal) {
+        let define = || {
+            let labels = [("reason", refusal.name())];
+            host.define(MetricKind::Counter, &labelled(REFUSED, &labels))
+        };
+        if let Some(slot) = self.refused.get_mut(refusal.index()) {
             add(host, slot, 1, define);
         }
     }

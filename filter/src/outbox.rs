@@ -13,6 +13,8 @@ use crate::metrics::{Event, Metrics};
 const SPACING_NS: u64 = 1_000_000;
 /// A complete report comes at least this often.
 const COMPLETE_NS: u64 = 2_000_000_000;
+/// A VM that ends says so at most this often while it has requests.
+const LEAVE_NS: u64 = 1_000_000_000;
 /// Steps that wait for a queue, at most.
 const MAX_WAITING: usize = 4096;
 /// Their encoded size, at most, in bytes.
@@ -45,6 +47,8 @@ pub struct Outbox {
     whole: bool,
     completed_ns: u64,
     sent_ns: u64,
+    /// When it was last said that the VM ends.
+    left_ns: u64,
     /// Number of the bridge's stream that the last complete report was made for.
     stream: Vec<u8>,
     queue: Option<Queue>,
@@ -103,6 +107,7 @@ impl Outbox {
         host: &impl Host,
         sums: &Sums,
         live: impl Iterator<Item = &'a Booked>,
+        state: impl Iterator<Item = Step>,
     ) -> bool {
         let now_ns = host.now_ns();
         if !self.flush(host, sums, now_ns) {
@@ -117,24 +122,51 @@ impl Outbox {
         }
         let (needed, repeated) = COMPLETE_BYTES;
         let budget = if is_needed { needed } else { repeated };
-        let report = Report {
-            vm: self.vm,
-            sequence: self.sequence + 1,
-            complete: true,
-            sums: sums
-                .values()
-                .filter(|s| is_known(s.owner))
-                .copied()
-                .collect(),
-            steps: whole(live, budget),
-        };
-        if !self.send(host, &report, now_ns) {
+        let mut steps = whole(live, budget);
+        steps.extend(state);
+        if !self.complete(host, sums, steps, now_ns) {
             return false;
         }
         self.whole = true;
         self.completed_ns = now_ns;
         self.stream = stream;
         true
+    }
+
+    /// Reports what waits, and that the VM ends with the requests it has: once a second, and when
+    /// it has none.
+    pub fn leave<'a>(
+        &mut self,
+        host: &impl Host,
+        sums: &Sums,
+        live: impl Iterator<Item = &'a Booked>,
+        state: impl Iterator<Item = Step>,
+    ) {
+        let now_ns = host.now_ns();
+        self.flush(host, sums, now_ns);
+        let (_, budget) = COMPLETE_BYTES;
+        let mut live = live.peekable();
+        let is_due = now_ns.saturating_sub(self.left_ns) >= LEAVE_NS;
+        if live.peek().is_some() && !is_due {
+            return;
+        }
+        self.left_ns = now_ns;
+        let mut steps = whole(live, budget);
+        steps.extend(state.chain([Step::Leave]));
+        // Where nobody takes it, the VM is missed after a while.
+        self.complete(host, sums, steps, now_ns);
+    }
+
+    fn complete(&mut self, host: &impl Host, sums: &Sums, steps: Vec<Step>, now_ns: u64) -> bool {
+        let known = sums.values().filter(|s| is_known(s.owner));
+        let report = Report {
+            vm: self.vm,
+            sequence: self.sequence + 1,
+            complete: true,
+            sums: known.copied().collect(),
+            steps,
+        };
+        self.send(host, &report, now_ns)
     }
 
     /// Reports all that waits. `false` if it could not.
@@ -235,6 +267,13 @@ fn size(step: &Step) -> usize {
             let candidates = booked.evidence.as_ref().map_or(0, |e| e.candidates.len());
             2 * FIXED + booked.hashes.len() * HASH_BYTES + candidates * CANDIDATE
         }
-        Step::Move { .. } | Step::FirstToken { .. } | Step::Free { .. } => FIXED,
+        Step::Move { .. }
+        | Step::FirstToken { .. }
+        | Step::Free { .. }
+        | Step::Prefilled { .. }
+        | Step::Grown { .. }
+        | Step::Failed { .. }
+        | Step::WrittenOff(_)
+        | Step::Leave => FIXED,
     }
 }

@@ -15,6 +15,10 @@ pub enum Reason {
     LeastLoaded,
     /// By the number of requests of two at random, as the pool's mode asks.
     PowerOfTwo,
+    /// To the worker that it names, as the pool's mode asks.
+    Direct,
+    /// By device and the number of requests, as the pool's mode asks.
+    DeviceAwareWeighted,
     /// By load: no complete set of pages of the table's epoch is there.
     NoIndex,
     /// By load: the sidecar has been silent for so long that the pages count for nothing.
@@ -37,11 +41,13 @@ pub enum Reason {
     NoOwner,
     /// Not at all, Envoy chose: no worker table is there.
     NoTable,
+    /// Not at all, answered with an error: it does not name a worker that the pool has, or may not.
+    Refused,
 }
 
 impl Reason {
     /// Number of reasons.
-    pub const COUNT: usize = 16;
+    pub const COUNT: usize = 19;
 
     /// The reason as an index below [`Reason::COUNT`].
     #[must_use]
@@ -58,6 +64,8 @@ impl Reason {
             Self::Random => "random",
             Self::LeastLoaded => "least-loaded",
             Self::PowerOfTwo => "power-of-two",
+            Self::Direct => "direct",
+            Self::DeviceAwareWeighted => "device-aware-weighted",
             Self::NoIndex => "no_index",
             Self::Stale => "stale",
             Self::Text => "text",
@@ -69,6 +77,7 @@ impl Reason {
             Self::Unheld => "unheld",
             Self::NoOwner => "no_owner",
             Self::NoTable => "no_table",
+            Self::Refused => "refused",
         }
     }
 
@@ -77,13 +86,14 @@ impl Reason {
     #[must_use]
     pub fn under(self, mode: Mode) -> Self {
         match (self, mode) {
-            (Self::Passed | Self::Unheld | Self::NoOwner | Self::NoTable, _) | (_, Mode::Kv) => {
-                self
-            }
+            (Self::Passed | Self::Unheld | Self::NoOwner | Self::NoTable | Self::Refused, _)
+            | (_, Mode::Kv) => self,
             (_, Mode::RoundRobin) => Self::RoundRobin,
             (_, Mode::Random) => Self::Random,
             (_, Mode::LeastLoaded) => Self::LeastLoaded,
             (_, Mode::PowerOfTwo) => Self::PowerOfTwo,
+            (_, Mode::Direct) => Self::Direct,
+            (_, Mode::DeviceAwareWeighted) => Self::DeviceAwareWeighted,
         }
     }
 }
@@ -95,6 +105,6 @@ mod tests {
     #[test]
     fn indices_are_dense_and_end_with_the_last_reason() {
         assert_eq!(Reason::Kv.index(), 0);
-        assert_eq!(Reason::NoTable.index() + 1, Reason::COUNT);
+        assert_eq!(Reason::Refused.index() + 1, Reason::COUNT);
     }
 }

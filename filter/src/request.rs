@@ -9,13 +9,18 @@
 
 use std::rc::Rc;
 
+use kv_core::policy::Mode;
 use kv_core::scan::{Field, Prompt, Scan, Scanner};
+use kv_core::table::Pool;
 
-use crate::choose::{Ask, Published};
+use crate::choose::{Answer, Ask, Published};
+use crate::fleet::Served;
+use crate::hints::{self, Nvext, Pin};
 use crate::hold;
 use crate::host::{Headers, Host};
-use crate::metrics::{Event, Fault, Timing};
+use crate::metrics::{Event, Fault, Miss, Timing};
 use crate::reason::Reason;
+use crate::refusal::Refusal;
 use crate::routed::Routed;
 use crate::vm::{Action, Router};
 
@@ -43,7 +48,7 @@ enum State {
     /// Its body is being read.
     Held(Box<Held>),
     /// On its way to a worker.
-    Routed(Routed),
+    Routed(Box<Routed>),
     /// Done with; further callbacks do nothing.
     Over,
 }
@@ -69,15 +74,38 @@ struct Read {
     reason: Reason,
     tokens: u32,
     scan: Scan,
+    /// Whether the body was read to its end.
+    is_complete: bool,
 }
 
 impl Read {
+    /// The body's extensions, where they are short enough and Envoy has them still.
+    fn nvext(&self, host: &impl Host) -> Nvext {
+        let place = self.scan.members.get(hints::NVEXT);
+        let place = place.filter(|place| place.len() <= hints::MAX_NVEXT);
+        place.map_or_else(Nvext::default, |place| {
+            Nvext::parse(&host.body(place.start, place.len()))
+        })
+    }
+
+    /// What answer the body asks for.
+    fn answer(&self, nvext: &Nvext) -> Answer {
+        match self.scan.stream {
+            Field::Value(true) => Answer::Streamed {
+                expected: nvext.expected_output(),
+            },
+            _ if self.is_complete => Answer::Whole,
+            _ => Answer::Unknown,
+        }
+    }
+
     /// Nothing.
     fn nothing(reason: Reason) -> Self {
         Self {
             reason,
             tokens: 0,
             scan: Scan::default(),
+            is_complete: false,
         }
     }
 }
@@ -95,14 +123,7 @@ impl Request {
     /// Its headers have come; `end` without a body.
     pub fn on_headers<H: Host>(&mut self, router: &mut Router<H>, end: bool) -> Action {
         #[cfg(feature = "chaos")]
-        if router
-            .host
-            .header(Headers::Request, "x-kv-chaos")
-            .as_deref()
-            == Some(b"trap")
-        {
-            std::process::abort();
-        }
+        crate::chaos::order(&router.host);
         for name in OURS {
             router.host.remove_header(Headers::Request, name);
         }
@@ -117,10 +138,7 @@ impl Request {
                 self.state = State::Held(Box::new(held));
                 Action::Pause
             }
-            Err(reason) => {
-                self.route(router, Read::nothing(reason), now_ns, now_ns);
-                Action::Continue
-            }
+            Err(reason) => self.route(router, Read::nothing(reason), now_ns, now_ns),
         }
     }
 
@@ -132,13 +150,11 @@ impl Request {
         router.watchdog.body_seen();
         held.part_ns = router.host.now_ns();
         if size > held.body_limit {
-            self.finish(router, Some(Reason::TooLong));
-            return Action::Continue;
+            return self.finish(router, Some(Reason::TooLong));
         }
         held.take(router, size);
         if end {
-            self.finish(router, None);
-            Action::Continue
+            self.finish(router, None)
         } else {
             Action::Pause
         }
@@ -149,7 +165,7 @@ impl Request {
         if let State::Held(held) = &mut self.state {
             router.watchdog.body_seen();
             held.part_ns = router.host.now_ns();
-            self.finish(router, None);
+            return self.finish(router, None);
         }
         Action::Continue
     }
@@ -158,8 +174,9 @@ impl Request {
     pub fn let_go<H: Host>(&mut self, router: &mut Router<H>) {
         if let State::Held(held) = &mut self.state {
             held.part_ns = router.host.now_ns();
-            self.finish(router, Some(Reason::Unheld));
-            router.host.resume_request();
+            if self.finish(router, Some(Reason::Unheld)) == Action::Continue {
+                router.host.resume_request();
+            }
         }
     }
 
@@ -175,7 +192,7 @@ impl Request {
         if let State::Routed(routed) = &mut self.state
             && size > 0
         {
-            routed.on_first_token(router);
+            routed.on_response_body(router, size);
         }
     }
 
@@ -223,9 +240,9 @@ impl Request {
     }
 
     /// Ends the holding of a request, by `cut` if its body was not read to the end.
-    fn finish<H: Host>(&mut self, router: &mut Router<H>, cut: Option<Reason>) {
+    fn finish<H: Host>(&mut self, router: &mut Router<H>, cut: Option<Reason>) -> Action {
         let State::Held(held) = std::mem::replace(&mut self.state, State::Over) else {
-            return;
+            return Action::Continue;
         };
         router.watchdog.over(self.context);
         let Held {
@@ -235,17 +252,17 @@ impl Request {
             Some(reason) => held.cut(reason),
             None => held.read(),
         };
-        self.route(router, read, since_ns, part_ns);
+        self.route(router, read, since_ns, part_ns)
     }
 
-    /// Sends the request on its way.
+    /// Sends the request on its way, or answers it.
     fn route<H: Host>(
         &mut self,
         router: &mut Router<H>,
         mut read: Read,
         since_ns: u64,
         part_ns: u64,
-    ) {
+    ) -> Action {
         router.refresh(part_ns);
         let model = read.scan.model.value().map(String::as_str);
         let fleet = router.world.fleet();
@@ -259,6 +276,18 @@ impl Request {
                 if read.scan.model != Field::Absent && !served.known {
                     router.metrics.count(&router.host, Event::UnknownModel, 1);
                 }
+                let policy = &served.pool.policy;
+                let wants_nvext = policy.mode == Mode::Direct || policy.tracking.output_blocks;
+                let nvext = if wants_nvext {
+                    read.nvext(&router.host)
+                } else {
+                    Nvext::default()
+                };
+                let answer = read.answer(&nvext);
+                let pin = match router.pin(served, read.reason, &nvext) {
+                    Ok(pin) => pin,
+                    Err(refusal) => return self.refuse(router, served.pool, refusal),
+                };
                 let salt = read.scan.cache_salt.value().map_or("", String::as_str);
                 let hashing = served.hashing(salt);
                 let hashes = match &mut read.scan.prompt {
@@ -269,6 +298,8 @@ impl Request {
                     reason: read.reason,
                     tokens: read.tokens,
                     hashes,
+                    pin,
+                    answer,
                 };
                 let loads = router.world.loads();
                 let published = Published {
@@ -289,16 +320,64 @@ impl Request {
         };
         let metrics = &mut router.metrics;
         metrics.request(&router.host, routed.pool(), routed.reason());
-        self.state = State::Routed(routed);
+        self.state = State::Routed(Box::new(routed));
         // Part of what routing takes.
         router.bookings.settle(&router.host);
         let now_ns = router.host.now_ns();
         metrics.time(&router.host, Timing::Decision, since_ns, now_ns);
         metrics.time(&router.host, Timing::AfterBody, part_ns, now_ns);
+        Action::Continue
+    }
+
+    /// Answers the request with an error.
+    fn refuse<H: Host>(&mut self, router: &mut Router<H>, pool: &Pool, refusal: Refusal) -> Action {
+        let Router { host, metrics, .. } = router;
+        metrics.request(host, &pool.name, Reason::Refused);
+        metrics.refused(host, refusal);
+        metrics.missed(host, Miss::Unanswered);
+        // Callbacks on the answer find nothing left to do.
+        self.state = State::Over;
+        if !host.reply(refusal.status(), refusal.body().as_bytes()) {
+            metrics.fault(host, Fault::Reply);
+        }
+        Action::Pause
     }
 }
 
 impl<H: Host> Router<H> {
+    /// The worker that a request is to go to, in a pool of the mode direct. A request that is not
+    /// for generation need not name one.
+    fn pin(
+        &mut self,
+        served: &Served<'_>,
+        reason: Reason,
+        nvext: &Nvext,
+    ) -> Result<Option<Pin>, Refusal> {
+        if served.pool.policy.mode != Mode::Direct {
+            return Ok(None);
+        }
+        let is_needed = reason != Reason::Passed;
+        let Some(pin) = hints::pin(&self.host, nvext) else {
+            return if is_needed {
+                Err(Refusal::WorkerMissing)
+            } else {
+                Ok(None)
+            };
+        };
+        if !served.pool.trusts_hints && !hints::route_trusts(&self.host) {
+            self.metrics.count(&self.host, Event::HintIgnored, 1);
+            return if is_needed {
+                Err(Refusal::HintUntrusted)
+            } else {
+                Ok(None)
+            };
+        }
+        if served.pinned(pin).next().is_none() {
+            return Err(Refusal::WorkerUnknown(pin.worker));
+        }
+        Ok(Some(pin))
+    }
+
     /// Tells Envoy where to send the request: to the first of the endpoints that takes it.
     fn send_to(&mut self, pool: &str, endpoints: Option<&str>) {
         let set = |name, value: &str| {
@@ -369,6 +448,7 @@ impl Held {
             reason,
             tokens,
             scan,
+            is_complete: true,
         }
     }
 }

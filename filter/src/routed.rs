@@ -3,10 +3,12 @@
 use std::rc::Rc;
 
 use kv_core::cost::Demand;
-use kv_core::report;
+use kv_core::report::{self, Failure, OwnerKey};
+use kv_core::table::Owner;
 
+use crate::answer::Growth;
 use crate::bookings::{BookingId, Told};
-use crate::choose::{Ask, Choice};
+use crate::choose::{Answer, Ask, Choice};
 use crate::fleet::{Fleet, Served};
 use crate::host::{Headers, Host};
 use crate::metrics::{Fault, Miss};
@@ -18,6 +20,10 @@ use crate::vm::Router;
 /// Pool label of requests for which no pool is known.
 const NO_POOL: &str = "none";
 
+/// Envoy's response flags of a worker that could not be connected or that broke off: remote reset,
+/// connection failure, connection termination, protocol error.
+const BROKEN: u64 = 0x10 | 0x20 | 0x40 | 0x80_0000;
+
 /// A request that has been decided.
 #[derive(Debug)]
 pub struct Routed {
@@ -27,10 +33,18 @@ pub struct Routed {
     demand: Demand,
     /// Position of the chosen owner in the pool.
     owner: Option<usize>,
+    /// The chosen owner, and the one named after it.
+    named: [Option<OwnerKey>; 2],
     booking: Option<BookingId>,
     evidence: Option<Evidence>,
     /// Whether a worker has answered.
     answered: bool,
+    /// The owner whose worker did.
+    server: Option<OwnerKey>,
+    /// Whether the answer is an error, which has no tokens.
+    is_error: bool,
+    /// Blocks that a streamed answer fills, where they are tracked.
+    growth: Option<Growth>,
 }
 
 impl Routed {
@@ -42,9 +56,13 @@ impl Routed {
             reason: Reason::NoTable,
             demand: Demand::default(),
             owner: None,
+            named: [None; 2],
             booking: None,
             evidence: None,
             answered: false,
+            server: None,
+            is_error: false,
+            growth: None,
         }
     }
 
@@ -58,6 +76,7 @@ impl Routed {
     ) -> Self {
         let Choice {
             owner,
+            second,
             reason,
             booking,
             prefix,
@@ -80,6 +99,8 @@ impl Routed {
                     trust: trust as f32,
                     candidates: record::told(served.pool, &weighed),
                 }),
+                whole: ask.answer == Answer::Whole,
+                prefill_rate: owner.and_then(|owner| served.owner(owner)).map_or(0, rate),
             };
             let Router {
                 host,
@@ -94,14 +115,26 @@ impl Routed {
             let fleet = Rc::clone(&fleet);
             Evidence::new(fleet, position, reason, weighed)
         });
+        let key = |owner: usize| Some(served.place(owner)?.owner);
+        let is_tracked = served.pool.policy.tracking.output_blocks;
+        let growth = match ask.answer {
+            Answer::Streamed { expected } if is_tracked => {
+                Some(Growth::new(ask.tokens, served.pool.block_size, expected))
+            }
+            _ => None,
+        };
         Self {
             pool: Some((fleet, position)),
             reason,
             demand,
             owner,
+            named: [owner.and_then(key), second.and_then(key)],
             booking,
             evidence,
             answered: false,
+            server: None,
+            is_error: false,
+            growth,
         }
     }
 
@@ -121,8 +154,15 @@ impl Routed {
 
     /// Response headers have come.
     pub fn on_response_headers<H: Host>(&mut self, router: &mut Router<H>) {
-        if !self.answered {
+        let status = status(&router.host);
+        self.is_error = status >= 300;
+        let by_worker = status < 500 || is_via_upstream(&router.host);
+        if !self.answered && by_worker {
             self.attribute(router);
+            self.fail_unreached(router, attempts(&router.host).saturating_sub(1));
+            if status >= 500 {
+                self.fail(router, self.server, Failure::Status);
+            }
         }
         let Some(record) = self.evidence.take().and_then(|e| e.to_header()) else {
             return;
@@ -133,33 +173,66 @@ impl Routed {
         }
     }
 
-    /// The first bytes of the answer have come: prefill is done. For an answer that is not
-    /// streamed that is at its end, so its worker seems to prefill for as long as it works.
-    pub fn on_first_token<H: Host>(&mut self, router: &mut Router<H>) {
-        if let Some(booking) = self.booking {
-            let Router {
-                host,
-                metrics,
-                bookings,
-                ..
-            } = router;
-            bookings.first_token(host, metrics, booking);
-        }
-    }
-
-    /// The request is over, whatever happened.
-    pub fn on_over<H: Host>(self, router: &mut Router<H>) {
+    /// A part of the answer has come. With the first, prefill is done; of an answer that is not
+    /// streamed that is at its end.
+    pub fn on_response_body<H: Host>(&mut self, router: &mut Router<H>, size: usize) {
+        let Some(booking) = self.booking.filter(|_| !self.is_error) else {
+            return;
+        };
         let Router {
             host,
             metrics,
             bookings,
             ..
         } = router;
-        if !self.answered {
-            metrics.missed(host, Miss::Unanswered);
+        bookings.first_token(host, metrics, booking);
+        if let Some(growth) = &mut self.growth
+            && let Some((blocks, left)) = growth.feed(&host.answer_part(size))
+        {
+            bookings.grow(host, metrics, booking, blocks, left);
         }
+    }
+
+    /// The request is over, whatever happened.
+    pub fn on_over<H: Host>(self, router: &mut Router<H>) {
+        let is_broken = flags(&router.host) & BROKEN != 0;
+        if !self.answered {
+            router.metrics.missed(&router.host, Miss::Unanswered);
+            if is_broken {
+                // Where Envoy does not say how often it tried, it tried once.
+                self.fail_unreached(router, attempts(&router.host).max(1));
+            }
+        } else if is_broken {
+            self.fail(router, self.server, Failure::Broken);
+        }
+        let Router {
+            host,
+            metrics,
+            bookings,
+            ..
+        } = router;
         if let Some(booking) = self.booking {
             bookings.free(host, metrics, booking);
+        }
+    }
+
+    /// Tells of the workers that the first `attempts` attempts did not reach.
+    fn fail_unreached<H: Host>(&self, router: &mut Router<H>, attempts: u64) {
+        let attempts = usize::try_from(attempts).unwrap_or(usize::MAX);
+        for owner in self.named.into_iter().take(attempts) {
+            self.fail(router, owner, Failure::Unreached);
+        }
+    }
+
+    fn fail<H: Host>(&self, router: &mut Router<H>, owner: Option<OwnerKey>, failure: Failure) {
+        let Router {
+            host,
+            metrics,
+            bookings,
+            ..
+        } = router;
+        if let Some(owner) = owner {
+            bookings.fail(host, metrics, self.booking, owner, failure);
         }
     }
 
@@ -186,6 +259,8 @@ impl Routed {
         let chosen = chosen.map(|owner| owner.endpoint.as_bytes());
         if chosen == Some(&address) {
             metrics.intended(host, pool.map_or(NO_POOL, |pool| &pool.name), self.reason);
+            let [chosen, _] = self.named;
+            self.server = chosen;
             return;
         }
         let miss = match chosen {
@@ -199,19 +274,45 @@ impl Routed {
             let served = fleet.named(&pool?.name)?;
             served.place(served.owner_at(std::str::from_utf8(&address).ok()?)?)
         });
+        self.server = place.map(|place| place.owner);
+        let tracking = pool.map_or_else(Default::default, |pool| pool.policy.tracking);
         match (self.booking, place) {
             (Some(booking), Some(place)) => bookings.relocate(host, metrics, booking, place),
             // It loads nobody that is chosen among.
             (Some(booking), None) => bookings.free(host, metrics, booking),
             (None, Some(place)) => {
                 let Demand { tokens, .. } = self.demand;
-                let booking = bookings.hold(host, place, tokens, self.demand.blocks());
+                let booking = bookings.hold(host, place, tracking, tokens, self.demand.blocks());
                 let told = Told::default();
                 self.booking = Some(booking.open(bookings, host, metrics, told));
             }
             (None, None) => {}
         }
     }
+}
+
+/// The learned rate of an owner.
+fn rate(owner: &Owner) -> u32 {
+    owner.traits.prefill_rate
+}
+
+/// Status of the current response; 200 where there is none to be read.
+fn status(host: &impl Host) -> u32 {
+    let status = host.header(Headers::Response, ":status");
+    let status = status.and_then(|status| std::str::from_utf8(&status).ok()?.parse().ok());
+    status.unwrap_or(200)
+}
+
+/// Whether the current response is a worker's, and not one of Envoy itself.
+fn is_via_upstream(host: &impl Host) -> bool {
+    host.property(b"response\0code_details").as_deref() == Some(b"via_upstream")
+}
+
+/// Why the current request ended as it did, as bits.
+fn flags(host: &impl Host) -> u64 {
+    let flags = host.property(b"response\0flags");
+    let flags = flags.and_then(|flags| flags.try_into().ok());
+    flags.map_or(0, u64::from_le_bytes)
 }
 
 /// How often Envoy has sent the current request; 0 where it does not say.

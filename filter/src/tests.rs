@@ -1,6 +1,9 @@
 //! Whole VMs against the fake host.
 
+mod answers;
 mod bridge;
+mod direct;
+mod failures;
 mod load;
 mod noise;
 mod reports;
@@ -16,7 +19,7 @@ use kv_core::key;
 use kv_core::ledger::Lanes;
 use kv_core::load::Load;
 use kv_core::policy::{Mode, Policy};
-use kv_core::table::{Owner, Pool, Settings, Table};
+use kv_core::table::{Owner, Pool, Settings, Table, Traits};
 use kv_core::wire::QUEUE;
 
 use crate::fake::Fake;
@@ -219,6 +222,7 @@ fn owner(slot: u16) -> Owner {
         role: Role::Aggregated,
         endpoint: endpoint(slot),
         accepting: true,
+        traits: Traits::default(),
     }
 }
 

@@ -3,12 +3,14 @@
 use std::collections::BTreeMap;
 
 use hashbrown::HashMap;
+use kv_core::key;
 
 use crate::bookings::Bookings;
 use crate::bridge::{Bridge, Identity, stamp_idle};
 use crate::choose::Chooser;
 use crate::config::Config;
-use crate::host::{Host, Level, Queue, Token};
+use crate::fleet::Fleet;
+use crate::host::{Expect, Host, Level, Queue, Token};
 use crate::lanes::Lanes;
 use crate::metrics::{Fault, Metrics};
 use crate::request::Request;
@@ -52,6 +54,37 @@ impl<H: Host> Router<H> {
         {
             self.bookings.follow(&before.table, &fleet.table);
         }
+    }
+}
+
+impl<H: Host> Router<H> {
+    /// Takes out of the lanes what the sidecar says is nobody's, once. The number that is kept
+    /// outlives this VM; should it be done twice all the same, the sidecar asks for the reverse.
+    fn write_off(&mut self, fleet: &Fleet) {
+        let Some(loads) = self.world.loads() else {
+            return;
+        };
+        let write_off = &loads.write_off;
+        let number = write_off.number.to_le_bytes();
+        let is_done = || {
+            self.host
+                .shared(&key::WRITTEN_OFF)
+                .is_some_and(|w| w.bytes == number)
+        };
+        if write_off.sums.is_empty() || is_done() {
+            return;
+        }
+        self.host
+            .set_shared(&key::WRITTEN_OFF, &number, Expect::Anything);
+        let (host, metrics) = (&self.host, &mut self.metrics);
+        let place = |owner| fleet.place_of(owner);
+        self.bookings
+            .write_off(host, metrics, &write_off.sums, place);
+        let owners = write_off.sums.len();
+        host.log(
+            Level::Warn,
+            &format!("taken out of the lanes of {owners} owners what filters that ended had left"),
+        );
     }
 }
 
@@ -124,6 +157,7 @@ impl<H: Host> Vm<H> {
         host.set_tick_ms(config.tick_ms);
         let bridge = Bridge::new(identity, root, &config);
         self.roots.insert(root, Some(bridge));
+        self.router.bookings.stay();
         true
     }
 
@@ -148,8 +182,15 @@ impl<H: Host> Vm<H> {
             stamp_idle(&router.host, now_ns);
         }
         bridge.on_tick(&router.host, &mut router.metrics, self.busy);
+        #[cfg(feature = "chaos")]
+        if bridge.leads() {
+            crate::chaos::obey(&router.host);
+        }
         router.refresh(now_ns);
         if let Some(fleet) = router.world.fleet() {
+            if bridge.leads() {
+                router.write_off(&fleet);
+            }
             bridge.show_lanes(&router.host, &mut router.metrics, &fleet);
         }
         router.bookings.on_tick(&router.host, &mut router.metrics);
@@ -217,7 +258,11 @@ impl<H: Host> Vm<H> {
             && let Some(mut bridge) = bridge.take()
         {
             bridge.step_aside(&self.router.host);
-            self.router.bookings.flush(&self.router.host);
+            if self.roots.values().any(Option::is_some) {
+                self.router.bookings.flush(&self.router.host);
+            } else {
+                self.router.bookings.leave(&self.router.host);
+            }
         }
     }
 

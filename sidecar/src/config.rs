@@ -14,7 +14,7 @@ mod setting;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
-use kv_core::id::{OwnerId, Role, WorkerId};
+use kv_core::id::{Device, OwnerId, Role, WorkerId};
 use kv_core::policy::Policy;
 use kv_core::table::Settings;
 
@@ -49,6 +49,8 @@ pub struct Config {
     pub nats: Option<Nats>,
     /// How load is tracked.
     pub load: load::Settings,
+    /// Whether workers that fail are left out.
+    pub eject_workers: bool,
     /// What holds for all pools.
     pub settings: Settings,
     /// The pools, at least one; the first serves requests that name no known model.
@@ -100,6 +102,10 @@ pub struct Pool {
     pub kv_events: bool,
     /// How long a predicted block is believed in, milliseconds.
     pub ttl_ms: u64,
+    /// Whether any client may name its worker.
+    pub trusts_hints: bool,
+    /// Requests on a worker with an accelerator for each on one without.
+    pub device_ratio: u32,
     /// The workers.
     pub workers: Vec<Worker>,
 }
@@ -113,6 +119,8 @@ pub struct Worker {
     pub endpoint: SocketAddr,
     /// What it does.
     pub role: Role,
+    /// What it computes with.
+    pub device: Device,
     /// Its data-parallel ranks.
     pub ranks: u32,
 }
@@ -179,6 +187,7 @@ impl Config {
         differs("nats", self.nats != next.nats);
         let load = "router_track_*, router_assume_kv_reuse, active_request_expiry_secs";
         differs(load, self.load != next.load);
+        differs("eject_workers", self.eject_workers != next.eject_workers);
         let pools = "pools: their names, order, kv_cache_block_size and kv_events";
         differs(pools, self.shape() != next.shape());
         keys
@@ -188,10 +197,15 @@ impl Config {
     #[must_use]
     pub fn reloaded(&self, next: Self) -> Self {
         let is_same_shape = self.shape() == next.shape();
+        let tracked = |mut pool: Pool| {
+            // Filters are to track what the sidecar does.
+            pool.policy.tracking = self.load.tracking;
+            pool
+        };
         Self {
             settings: next.settings,
             pools: if is_same_shape {
-                next.pools
+                next.pools.into_iter().map(tracked).collect()
             } else {
                 self.pools.clone()
             },

@@ -9,6 +9,7 @@ mod control;
 mod cursor;
 mod decisions;
 mod field;
+mod health;
 mod peering;
 mod prediction;
 mod publisher;
@@ -18,6 +19,7 @@ mod roster;
 mod saving;
 mod slots;
 mod subscriber;
+mod underway;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -32,11 +34,13 @@ use kv_core::index::{Index, IndexConfig};
 use kv_core::table::{self, Settings, Table};
 use kv_core::wire::Subscribe;
 use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{self, Config};
 use crate::decision::Decisions;
+use crate::health::Health;
 use crate::ingest::{Arrival, Plane};
 use crate::load::{Accounts, ProxyId};
 use crate::metrics::{Kind, Metrics};
@@ -61,12 +65,14 @@ const COALESCE: Duration = Duration::from_millis(1);
 const TICK: Duration = Duration::from_millis(100);
 /// Ticks between two signs of life.
 const BEAT_TICKS: u32 = 5;
-/// Ticks between two snapshots to disk.
+/// Ticks between two snapshots to disk, and between two looks at what was learned of workers.
 const SAVE_TICKS: u32 = 100;
 /// How long a fresh index waits for the engines' snapshots before it counts as complete.
 const RECOVERY: Duration = Duration::from_secs(15);
 /// Protocol version from which on proxies report their load and are told about it.
 const REPORTS_FROM: u8 = 2;
+/// Protocol version from which on filters take out of the lanes what they are told to.
+const WRITE_OFFS_FROM: u8 = 3;
 /// Most times of reception of one flush.
 const MAX_RECEIVED: usize = 1024;
 
@@ -81,6 +87,12 @@ pub struct Service {
     decisions: Decisions,
     /// Predicted blocks, by pool.
     predictions: BTreeMap<usize, Approximate>,
+    underway: underway::Underway,
+    health: Health,
+    /// Whether workers that fail are left out.
+    ejects: bool,
+    /// Looks at workers under way, at most one to each.
+    probes: JoinSet<(WorkerId, bool)>,
     peering: Option<peering::Peering>,
     loads_version: u64,
     /// When proxies are to be told about load; `None` while nothing has changed.
@@ -144,9 +156,13 @@ impl Service {
             roster: roster::Roster::default(),
             publisher: publisher::Publisher::new(head, Arc::clone(&metrics)),
             tables: Vec::new(),
-            accounts: Accounts::new(config.load),
+            accounts: Accounts::new(config.load).numbering_from(unix_ms()),
             decisions: Decisions::default(),
             predictions: BTreeMap::new(),
+            underway: underway::Underway::default(),
+            health: Health::default(),
+            ejects: config.eject_workers,
+            probes: JoinSet::new(),
             peering: None,
             loads_version: 0,
             loads_at: None,
@@ -214,6 +230,9 @@ impl Service {
                 }
                 () = at(flush_at) => self.flush(),
                 () = at(self.loads_at) => self.publish_loads(),
+                Some(Ok((worker, is_there))) = self.probes.join_next() => {
+                    self.worker_probed(worker, is_there);
+                }
                 Some(arrival) = arrivals.recv() => self.arrived(arrival),
                 () = std::future::ready(()), if self.saving.is_under_way() => self.save_step(),
             }
@@ -287,6 +306,9 @@ impl Service {
         if version >= REPORTS_FROM {
             // Envoy may hold what an earlier run said about load.
             self.accounts.connected(proxy, id, self.now_ms());
+            if version >= WRITE_OFFS_FROM {
+                self.accounts.writes_off(id);
+            }
             self.publish_loads();
         }
         self.publisher.pump(&mut self.index);
@@ -307,6 +329,7 @@ impl Service {
             }
         }
         self.report_change(&change);
+        self.reconfigure_health();
         self.serve_owners();
         self.reconfigure_peers();
         if self.connected.contains(&Plane::Json) {
@@ -368,6 +391,7 @@ impl Service {
     fn tick(&mut self, tick: u32) {
         self.look_after_repairs();
         self.sweep_loads();
+        self.tick_health();
         self.tick_peers(tick);
         self.expire_predictions();
         self.check_ready();
@@ -378,6 +402,7 @@ impl Service {
         }
         if tick.is_multiple_of(SAVE_TICKS) {
             self.begin_saving();
+            self.learn();
         }
     }
 

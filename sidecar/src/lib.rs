@@ -8,6 +8,7 @@ pub mod bridge;
 pub mod config;
 pub mod decision;
 pub mod envoy;
+pub mod health;
 pub mod index;
 pub mod ingest;
 pub mod load;

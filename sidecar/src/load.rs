@@ -14,12 +14,12 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use kv_core::id::{OwnerId, Slot};
 use kv_core::ledger::{Continuity, Lanes};
-use kv_core::loads::{LivePrefix, PoolLoads};
+use kv_core::loads::{LivePrefix, PoolLoads, WriteOff};
 use kv_core::report::{Booked, OwnerKey, Report, Step, Sum};
 use kv_core::tracker::{ActiveLoad, Booking, BookingId, TrackError, Tracker, Tracking};
 
-use proxy::Proxy;
 pub use proxy::ProxyId;
+use proxy::{Proxy, Told};
 pub use view::{LoadReport, ProxyRequests, RawReport};
 
 /// Bookings at a time, over all proxies.
@@ -46,6 +46,8 @@ pub struct Accounts {
     /// Owners of the worker table by pool, ascending by slot.
     owners: Vec<Vec<(Slot, OwnerId)>>,
     expiry_ms: u64,
+    /// Number of the last write-off.
+    write_offs: u64,
 }
 
 /// The prompt of a booking, as far as it is known.
@@ -70,6 +72,14 @@ pub enum Outcome {
     Moved,
     /// Its first token came.
     FirstToken,
+    /// Its prefill is done.
+    Prefilled,
+    /// Its answer has filled blocks.
+    Grown,
+    /// A worker failed it.
+    Failed,
+    /// It is about the VM and not a request.
+    OfVm,
     /// It is over.
     Freed,
     /// It was not booked.
@@ -87,6 +97,10 @@ impl Outcome {
             Self::Kept => "kept",
             Self::Moved => "moved",
             Self::FirstToken => "first_token",
+            Self::Prefilled => "prefilled",
+            Self::Grown => "grown",
+            Self::Failed => "failed",
+            Self::OfVm => "vm",
             Self::Freed => "freed",
             Self::Unknown => "unknown",
             Self::Refused(error) => error.kind(),
@@ -105,6 +119,8 @@ pub struct Swept {
     pub freed: usize,
     /// Bookings without any step for too long.
     pub expired: usize,
+    /// Lanes that proxies are to take something out of that is nobody's.
+    pub written_off: usize,
 }
 
 /// What a proxy is to be told.
@@ -114,6 +130,8 @@ pub struct News {
     pub stream: u64,
     /// By position of the pool in the table.
     pub pools: Vec<PoolLoads>,
+    /// What one of its VMs is to take out of the lanes.
+    pub write_off: WriteOff,
 }
 
 impl Accounts {
@@ -125,7 +143,15 @@ impl Accounts {
             proxies: BTreeMap::new(),
             owners: Vec::new(),
             expiry_ms: settings.expiry_ms,
+            write_offs: 0,
         }
+    }
+
+    /// Numbers write-offs from here on, apart from those of an earlier run that Envoy may hold.
+    #[must_use]
+    pub fn numbering_from(mut self, number: u64) -> Self {
+        self.write_offs = number;
+        self
     }
 
     /// The owners of the worker table, by pool; those of a pool ascending by slot.
@@ -144,6 +170,13 @@ impl Accounts {
     pub fn connected(&mut self, id: ProxyId, stream: u64, now_ms: u64) {
         let proxy = self.proxies.entry(id).or_default();
         proxy.connect(stream, now_ms);
+    }
+
+    /// The filter on a stream takes out of the lanes what it is told to.
+    pub fn writes_off(&mut self, stream: u64) {
+        if let Some((_, proxy)) = self.proxy(stream) {
+            proxy.writes_off = true;
+        }
     }
 
     /// A stream is over.
@@ -189,6 +222,13 @@ impl Accounts {
         let id = booking_id(vm, booked.request);
         if let Some((owner, booking)) = self.tracker.get(&id) {
             let is_first_token = booked.decoding && !booking.decoding;
+            let named = u32::try_from(booking.hashes.len()).unwrap_or(u32::MAX);
+            let counted = booking.private_blocks.saturating_add(named);
+            // A step that was lost may have told of these.
+            let grown = booked.blocks.saturating_sub(counted);
+            if grown > 0 {
+                self.tracker.grow(&id, grown, 1.0, now_ms);
+            }
             self.tracker.touch(&id, now_ms);
             if owner != booked.owner {
                 self.tracker.relocate(&id, booked.owner, now_ms);
@@ -229,7 +269,22 @@ impl Accounts {
                 let came = tracker.first_token(&id(request), now_ms);
                 (came, Outcome::FirstToken)
             }
+            Step::Prefilled { request } => {
+                let is_booked = tracker.first_token(&id(request), now_ms);
+                (is_booked, Outcome::Prefilled)
+            }
+            Step::Grown {
+                request,
+                blocks,
+                left,
+            } => {
+                let grown = tracker.grow(&id(request), *blocks, *left, now_ms);
+                (grown, Outcome::Grown)
+            }
             Step::Free { request } => (tracker.free(&id(request)), Outcome::Freed),
+            Step::Failed { .. } => (true, Outcome::Failed),
+            // The ledger has taken them already.
+            Step::WrittenOff(_) | Step::Leave => (true, Outcome::OfVm),
         };
         if is_booked { outcome } else { Outcome::Unknown }
     }
@@ -250,11 +305,19 @@ impl Accounts {
     /// Drops what nobody has claimed for too long.
     pub fn sweep(&mut self, now_ms: u64) -> Swept {
         let mut swept = Swept::default();
+        let mut orphans = Vec::new();
         for (id, proxy) in &mut self.proxies {
-            let silent = proxy.retire(now_ms, VM_SILENCE_MS);
-            swept.vms.extend(silent.map(|vm| (id.clone(), vm)));
+            for retired in proxy.retire(now_ms, VM_SILENCE_MS, self.expiry_ms) {
+                orphans.push(retired.vm);
+                if !retired.was_leaving {
+                    swept.vms.push((id.clone(), retired.vm));
+                }
+            }
+            swept.written_off += proxy.write_off(now_ms, || {
+                self.write_offs += 1;
+                self.write_offs
+            });
         }
-        let mut orphans: Vec<u64> = swept.vms.iter().map(|(_, vm)| *vm).collect();
         self.proxies.retain(|id, proxy| {
             let stays = !proxy.is_gone(now_ms, PROXY_SILENCE_MS);
             if !stays {
@@ -284,10 +347,18 @@ impl Accounts {
                 corrections: correction::of(&self.tracker, &proxy.ledger, pool, owners),
                 prefixes: prefixes.clone(),
             });
-            let pools: Vec<PoolLoads> = pools.collect();
-            if proxy.told.as_ref() != Some(&pools) {
-                proxy.told = Some(pools.clone());
-                news.push(News { stream, pools });
+            let told = Told {
+                pools: pools.collect(),
+                write_off: proxy.write_off.clone(),
+            };
+            if proxy.told.as_ref() != Some(&told) {
+                proxy.told = Some(told.clone());
+                let Told { pools, write_off } = told;
+                news.push(News {
+                    stream,
+                    pools,
+                    write_off,
+                });
             }
         }
         news
@@ -322,6 +393,13 @@ impl Accounts {
     pub fn blocks(&self, vm: u64, request: u64) -> Option<&[u64]> {
         let (_, booking) = self.tracker.get(&booking_id(vm, request))?;
         (booking.start == 0).then_some(&booking.hashes)
+    }
+
+    /// The owner of a booking.
+    #[must_use]
+    pub fn owner(&self, vm: u64, request: u64) -> Option<OwnerKey> {
+        let (owner, _) = self.tracker.get(&booking_id(vm, request))?;
+        Some(owner)
     }
 
     /// Whether some proxy reports its load.

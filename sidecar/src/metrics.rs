@@ -135,7 +135,8 @@ metrics! {
     /// `fenced`, `malformed`, `version`, `empty`. A `gap`: reports before it were lost.
     reports: Family<Kind, Counter> = Family::default(), "reports", None, "Reports of VMs";
     /// `kv_router_report_steps_total{kind}`: steps of requests, kind `booked`, `kept`, `moved`,
-    /// `first_token`, `freed`, `unknown`, `duplicate`, `full`. `unknown` after a gap is normal.
+    /// `first_token`, `prefilled`, `grown`, `freed`, `failed`, `unknown`, `duplicate`, `full`, and
+    /// of VMs, kind `vm`. `unknown` after a gap is normal.
     steps: Family<Kind, Counter> = Family::default(), "report_steps", None, "Steps of requests";
     /// `kv_router_unknown_prefixes_total`: bookings that name a prefix which the index has no more;
     /// its blocks count as nobody else's.
@@ -151,6 +152,18 @@ metrics! {
     expired: Counter = Counter::default(), "expired_bookings", None, "Bookings idle for too long";
     /// `kv_router_corrections_total`: times an Envoy was told about load.
     corrections: Counter = Counter::default(), "corrections", None, "Times an Envoy was told about load";
+    /// `kv_router_written_off_lanes_total`: lanes that VMs which ended had left something in, and
+    /// that an Envoy was told to empty.
+    written_off: Counter = Counter::default(), "written_off_lanes", None, "Lanes that an Envoy was told to empty";
+    /// `kv_router_worker_failures_total{kind}`: requests that a worker failed, kind `unreached`,
+    /// `broken`, `status` ([`kv_core::report::Failure`]).
+    worker_failures: Family<Kind, Counter> = Family::default(), "worker_failures", None, "Requests that a worker failed";
+    /// `kv_router_worker_changes_total{kind}`: workers left out, kind `unreachable` or `failing`
+    /// ([`crate::health::Why`]), taken back, kind `returned`, or kept because too few others were
+    /// left, kind `spared`.
+    worker_changes: Family<Kind, Counter> = Family::default(), "worker_changes", None, "Workers left out and taken back";
+    /// `kv_router_workers_out`: workers that take no requests because they fail.
+    workers_out: Gauge = Gauge::default(), "workers_out", None, "Workers that take no requests because they fail";
     /// `kv_router_bookings`: requests booked, over all Envoys.
     bookings: Gauge = Gauge::default(), "bookings", None, "Requests booked";
     /// `kv_router_active_blocks{pool,worker,rank}`: distinct blocks in use on an owner.

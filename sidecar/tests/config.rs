@@ -48,7 +48,8 @@ workers:
             r#"kv_cache_block_size: must be of type "integer", got "many" (from --kv-cache-block-size)"#,
             "nats.json_subject: must hold {worker_id} once, as a token of its own, got a.b",
             r#"nats.url: must keep to minLength 1, got """#,
-            r#"router_mode: must be one of kv, round-robin, random, least-loaded, power-of-two, got "fastest""#,
+            "router_mode: must be one of kv, round-robin, random, least-loaded, power-of-two, direct, \
+             device-aware-weighted, got \"fastest\"",
             "router_temperature: must be at least 0.0, got -1.0 (from DYN_ROUTER_TEMPERATURE)",
             "workers[1].endpoint: is taken by workers[0].endpoint, got 1.2.3.4:80",
             "workers[1].id: missing",

@@ -274,7 +274,7 @@ async fn a_filter_of_protocol_1_is_served_without_loads() {
     let report = sidecar.json("/v1/index").await;
     let protocols = report["subscribers"].as_array().unwrap().iter();
     let protocols: Vec<_> = protocols.map(|s| s["protocol"].clone()).collect();
-    assert_eq!(protocols, [1, 2]);
+    assert_eq!(protocols, [1, kv_core::wire::PROTOCOL]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

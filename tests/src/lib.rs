@@ -9,6 +9,7 @@ pub mod events;
 pub mod nats;
 pub mod place;
 pub mod process;
+pub mod rude;
 pub mod sidecar;
 pub mod stack;
 pub mod upstream;

@@ -50,16 +50,33 @@ pub fn chaos_filter() -> PathBuf {
     file("KV_FILTER_CHAOS_WASM", built, "make filter-chaos")
 }
 
+/// The filter module of the protocol before this one.
+#[must_use]
+pub fn older_filter() -> PathBuf {
+    let built = root().join("target/older/wasm32-unknown-unknown/wasm/kv_filter.wasm");
+    file("KV_FILTER_OLDER_WASM", built, "make filter-older")
+}
+
 /// The sidecar, from the same build as the test.
 #[must_use]
 pub fn kv_router() -> PathBuf {
+    built("kv-router", "KV_ROUTER")
+}
+
+/// The simulated engine, from the same build as the test.
+#[must_use]
+pub fn kv_sim() -> PathBuf {
+    built("kv-sim", "KV_SIM")
+}
+
+fn built(name: &str, variable: &str) -> PathBuf {
     let exe = std::env::current_exe().expect("a test has a path");
-    let built = exe
-        .ancestors()
-        .nth(2)
-        .expect("target/PROFILE/deps/TEST")
-        .join("kv-router");
-    file("KV_ROUTER", built, "cargo build -p kv-router")
+    let folder = exe.ancestors().nth(2).expect("target/PROFILE/deps/TEST");
+    file(
+        variable,
+        folder.join(name),
+        &format!("cargo build -p {name}"),
+    )
 }
 
 /// A port that nothing listens on, below the range that outgoing connections take theirs from.

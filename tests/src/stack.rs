@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use kv_sim::engine::Engine;
 use serde_json::{Value, json};
@@ -13,6 +14,9 @@ use crate::nats::Nats;
 use crate::place;
 use crate::sidecar::Sidecar;
 use crate::wait;
+
+/// How long load may last after the last request.
+pub const IDLE: Duration = Duration::from_secs(15);
 
 /// What to start.
 #[derive(Clone, Debug)]
@@ -180,6 +184,39 @@ impl Stack {
         wait::until("the worker table", newer).await
     }
 
+    /// Waits until nothing is booked anywhere: this Envoy's lanes, and lanes, reports, load and
+    /// corrections as `/v1/workers?raw` has them.
+    ///
+    /// # Panics
+    /// When that takes more than [`IDLE`].
+    pub async fn idle(&self) {
+        let mut last = String::new();
+        let idle = async {
+            self.envoy.idle().await;
+            let zero = async || {
+                let raw = self
+                    .client
+                    .get(self.sidecar.admin, "/v1/workers?raw")
+                    .await?;
+                last = raw.to_string();
+                let mut loads = Vec::new();
+                collect_loads(&raw, &mut loads);
+                let is_idle = loads.iter().all(|n| *n == 0.0);
+                if is_idle {
+                    Ok(())
+                } else {
+                    Err(raw.to_string())
+                }
+            };
+            wait::until("no load", zero).await;
+        };
+        let in_time = tokio::time::timeout(IDLE, idle).await;
+        if in_time.is_err() {
+            let lanes = self.envoy.stats("kv_router_lane").await;
+            panic!("load is left after {IDLE:?}: {lanes:?} {last}");
+        }
+    }
+
     /// Version of the worker table.
     pub async fn table_version(&self) -> u64 {
         self.sidecar
@@ -217,5 +254,24 @@ impl Stack {
         let decision = decision.and_then(|d| serde_json::from_slice(d.as_bytes()).ok());
         let body = serde_json::from_str(&text).map_err(|e| format!("{e}: {text}"))?;
         Ok((body, decision.unwrap_or(Value::Null)))
+    }
+}
+
+/// All numbers of loads and corrections in an answer.
+pub fn collect_loads(value: &Value, into: &mut Vec<f64>) {
+    const KEYS: [&str; 4] = ["prefill_tokens", "waiting", "decoding", "blocks"];
+    match value {
+        Value::Object(map) => {
+            let is_load = KEYS.iter().all(|key| map.contains_key(*key));
+            for (key, value) in map {
+                if is_load && KEYS.contains(&key.as_str()) {
+                    into.extend(value.as_f64());
+                } else {
+                    collect_loads(value, into);
+                }
+            }
+        }
+        Value::Array(list) => list.iter().for_each(|value| collect_loads(value, into)),
+        _ => {}
     }
 }

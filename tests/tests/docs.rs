@@ -108,6 +108,8 @@ fn every_metric_of_the_sidecar_is_in_the_catalogue() {
         &metrics.peer_dropped,
         &metrics.peer_snapshots,
         &metrics.revivals,
+        &metrics.worker_failures,
+        &metrics.worker_changes,
     ] {
         family.get_or_create(&Kind { kind }).inc();
     }

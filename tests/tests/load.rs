@@ -2,11 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use futures::future::join_all;
 use kv_tests::client::json_request;
-use kv_tests::stack::{Setup, Stack};
+use kv_tests::stack::{Setup, Stack, collect_loads};
 use kv_tests::upstream::Upstream;
 use kv_tests::wait;
 use serde_json::{Value, json};
@@ -53,44 +52,6 @@ fn open(upstreams: &[Upstream]) {
     });
 }
 
-/// Waits until the sidecar knows of no load and agrees with Envoy's lanes.
-async fn nothing_is_booked(stack: &Stack) {
-    let zero = async || {
-        let workers = stack
-            .client
-            .get(stack.sidecar.admin, "/v1/workers?raw")
-            .await?;
-        let text = workers.to_string();
-        let mut left = Vec::new();
-        collect_load(&workers, &mut left);
-        if left.iter().all(|n| *n == 0.0) {
-            Ok(())
-        } else {
-            Err(text)
-        }
-    };
-    wait::until("no load", zero).await;
-}
-
-/// All numbers that stand under a key of load.
-fn collect_load(value: &Value, into: &mut Vec<f64>) {
-    const KEYS: [&str; 4] = ["prefill_tokens", "waiting", "decoding", "blocks"];
-    match value {
-        Value::Object(map) => {
-            let is_load = KEYS.iter().all(|key| map.contains_key(*key));
-            for (key, value) in map {
-                if is_load && KEYS.contains(&key.as_str()) {
-                    into.extend(value.as_f64());
-                } else {
-                    collect_load(value, into);
-                }
-            }
-        }
-        Value::Array(list) => list.iter().for_each(|value| collect_load(value, into)),
-        _ => {}
-    }
-}
-
 /// Sends requests at once and returns how many each worker got, before any is answered.
 async fn burst(stack: &Stack, ports: &[u16], upstreams: &[Upstream], requests: u32) -> Vec<u64> {
     hold(upstreams);
@@ -130,7 +91,7 @@ async fn requests_at_once_spread_evenly_over_threads() {
     for _ in 0..3 {
         let spread = burst(&stack, &[stack.envoy.port], &upstreams, 64).await;
         assert!(spread.iter().all(|n| (7..=9).contains(n)), "{spread:?}");
-        nothing_is_booked(&stack).await;
+        stack.idle().await;
     }
 }
 
@@ -142,7 +103,7 @@ async fn requests_at_once_spread_evenly_over_two_proxies() {
         let ports = [stack.envoy.port, other.port];
         let spread = burst(&stack, &ports, &upstreams, 64).await;
         assert!(spread.iter().all(|n| (6..=10).contains(n)), "{spread:?}");
-        nothing_is_booked(&stack).await;
+        stack.idle().await;
     }
 }
 
@@ -162,7 +123,7 @@ async fn a_proxy_sees_what_another_booked() {
     let known = async || {
         let workers = stack.client.get(stack.sidecar.admin, "/v1/workers").await?;
         let mut load = Vec::new();
-        collect_load(&workers, &mut load);
+        collect_loads(&workers, &mut load);
         let index = stack.sidecar.index().await?;
         let told = load.iter().sum::<f64>() > 0.0 && index["settled"] == true;
         if told {
@@ -199,7 +160,7 @@ async fn a_proxy_sees_what_another_booked() {
     for request in seen.into_iter().chain([first]) {
         request.await.expect("a task");
     }
-    nothing_is_booked(&stack).await;
+    stack.idle().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -216,7 +177,7 @@ async fn requests_one_after_the_other_reach_every_worker() {
         spread.len() == 8 && spread.values().all(|n| *n >= 15),
         "{spread:?}"
     );
-    nothing_is_booked(&stack).await;
+    stack.idle().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -257,8 +218,7 @@ async fn clients_that_go_away_at_any_stage_leave_nothing_booked() {
         }
     }
     open(&upstreams);
-    stack.envoy.idle().await;
-    nothing_is_booked(&stack).await;
+    stack.idle().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -277,7 +237,7 @@ async fn a_killed_proxy_leaves_nothing_booked() {
         let workers = stack.client.get(stack.sidecar.admin, "/v1/workers").await?;
         let waiting: f64 = {
             let mut load = Vec::new();
-            collect_load(&workers, &mut load);
+            collect_loads(&workers, &mut load);
             load.iter().sum()
         };
         if waiting >= 6.0 {
@@ -295,7 +255,7 @@ async fn a_killed_proxy_leaves_nothing_booked() {
             "its proxy was killed"
         );
     }
-    nothing_is_booked(&stack).await;
+    stack.idle().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -319,7 +279,7 @@ async fn a_restarted_sidecar_learns_the_load_from_the_proxies() {
     let learned = async || {
         let workers = stack.client.get(stack.sidecar.admin, "/v1/workers").await?;
         let mut load = Vec::new();
-        collect_load(&workers, &mut load);
+        collect_loads(&workers, &mut load);
         if load.iter().sum::<f64>() >= 9.0 {
             Ok(())
         } else {
@@ -331,7 +291,7 @@ async fn a_restarted_sidecar_learns_the_load_from_the_proxies() {
     for request in requests {
         request.await.expect("a task");
     }
-    nothing_is_booked(&stack).await;
+    stack.idle().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -369,7 +329,5 @@ async fn without_kv_events_and_nats_conversations_still_stay_together() {
             wait::until("the predicted blocks", held).await;
         }
     }
-    tokio::time::timeout(Duration::from_secs(20), nothing_is_booked(&stack))
-        .await
-        .expect("zero");
+    stack.idle().await;
 }

@@ -1,7 +1,6 @@
 //! A filter VM that traps is replaced without an operator. Needs a module with the feature `chaos`,
 //! which `KV_FILTER_CHAOS_WASM` names.
 
-use std::collections::HashSet;
 use std::time::Duration;
 
 use kv_tests::client::uri;
@@ -125,37 +124,6 @@ async fn a_trapped_vm_is_replaced_and_its_load_forgotten() {
     tokio::time::timeout(Duration::from_secs(25), all_decided(&stack))
         .await
         .expect("a new VM");
-    let zero = async || {
-        let raw = stack
-            .client
-            .get(stack.sidecar.admin, "/v1/workers?raw")
-            .await?;
-        let owners = raw["raw"]["owners"].as_array().cloned().unwrap_or_default();
-        let proxies = raw["raw"]["proxies"]
-            .as_array()
-            .cloned()
-            .unwrap_or_default();
-        let corrected = proxies.iter().flat_map(|p| p["owners"].as_array().cloned());
-        let net: HashSet<String> = corrected
-            .flatten()
-            .filter(|o| {
-                ["prefill_tokens", "waiting", "decoding", "blocks"]
-                    .iter()
-                    .any(|key| {
-                        let of = |what: &str| o[what][key].as_i64().unwrap_or(0);
-                        of("lanes") + of("correction") != 0
-                    })
-            })
-            .map(|o| o.to_string())
-            .collect();
-        let loaded = owners
-            .iter()
-            .any(|o| o["load"]["waiting"] != 0 || o["load"]["decoding"] != 0);
-        if net.is_empty() && !loaded {
-            Ok(())
-        } else {
-            Err(raw.to_string())
-        }
-    };
-    wait::until("lanes plus corrections at zero", zero).await;
+    // What the trapped VM had booked is gone from the lanes too.
+    stack.idle().await;
 }

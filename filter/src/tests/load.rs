@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::request::DECISION;
-use kv_core::loads::{Correction, LivePrefix, Loads, PoolLoads};
+use kv_core::loads::{Correction, LivePrefix, Loads, PoolLoads, WriteOff};
 
 fn site(mode: Mode) -> Site {
     let site = Site::new();
@@ -16,6 +16,7 @@ fn correct(site: &Site, epoch: u32, version: u64, pool: PoolLoads) {
         epoch,
         version,
         pools: vec![pool],
+        write_off: WriteOff::default(),
     };
     site.put(&key::LOADS, &loads.encode());
     let mut head = Head::decode(&site.host.shared(&key::HEAD).unwrap().bytes).unwrap();

@@ -3,7 +3,7 @@
 use super::reports::Sidecar;
 use super::*;
 use crate::host::Token;
-use kv_core::loads::{Correction, LivePrefix, Loads, PoolLoads};
+use kv_core::loads::{Correction, LivePrefix, Loads, PoolLoads, WriteOff};
 use proptest::collection::vec;
 use proptest::prelude::*;
 
@@ -46,6 +46,7 @@ fn loads() -> Loads {
             corrections: vec![(Slot(1), correction)],
             prefixes: vec![prefix],
         }],
+        write_off: WriteOff::default(),
     }
 }
 

@@ -50,17 +50,17 @@ impl Sidecar {
         }
     }
 
-    fn steps(&self) -> Vec<Step> {
+    pub(super) fn steps(&self) -> Vec<Step> {
         let steps = self.reports.iter().filter(|r| !r.complete);
         steps.flat_map(|r| r.steps.clone()).collect()
     }
 
-    fn last_complete(&self) -> &Report {
+    pub(super) fn last_complete(&self) -> &Report {
         self.reports.iter().rfind(|r| r.complete).unwrap()
     }
 }
 
-fn key_of(worker: u64) -> OwnerKey {
+pub(super) fn key_of(worker: u64) -> OwnerKey {
     OwnerKey {
         pool: 0,
         id: OwnerId { worker, rank: 0 },
@@ -75,7 +75,7 @@ fn booked(step: &Step) -> &Booked {
 }
 
 /// Four workers, and a bridge with a stream.
-fn site() -> Site {
+pub(super) fn site() -> Site {
     let mut site = Site::new();
     site.publish(&table(4, Mode::Kv), &[]);
     site.tick();
@@ -83,7 +83,7 @@ fn site() -> Site {
 }
 
 /// Ticks a VM whose sidecar writes once a second.
-fn run(site: &mut Site, ms: u64) {
+pub(super) fn run(site: &mut Site, ms: u64) {
     for tick in 0..ms / 50 {
         if tick % 20 == 0 {
             hear(site);
@@ -93,7 +93,7 @@ fn run(site: &mut Site, ms: u64) {
 }
 
 /// The sidecar says something.
-fn hear(site: &mut Site) {
+pub(super) fn hear(site: &mut Site) {
     let streams = site.host.streams();
     let Some(open) = streams.iter().position(|stream| stream.open) else {
         return;
@@ -128,7 +128,7 @@ fn the_steps_of_a_request_are_told_in_order_with_their_evidence() {
     let request = 1;
     assert_eq!(
         steps[1..],
-        [Step::FirstToken { request }, Step::Free { request }]
+        [Step::Prefilled { request }, Step::Free { request }]
     );
     let booked = booked(&steps[0]);
     let hashes = sequence_hashes(&tokens, Hashing::new(BLOCK as usize, Seed::default()));

@@ -63,6 +63,16 @@ impl Check {
             let why = format!("must be a path of 1 to {SOCKET_PATH_BYTES} bytes");
             self.refuse("socket", file.socket.display(), &why);
         }
+        let tracking = Tracking {
+            prefill_tokens: file.router_track_prefill_tokens,
+            active_blocks: file.router_track_active_blocks,
+            kv_reuse: file.router_assume_kv_reuse,
+            output_blocks: file.router_track_output_blocks,
+        };
+        if tracking.output_blocks && !tracking.active_blocks {
+            let why = "needs router_track_active_blocks";
+            self.refuse("router_track_output_blocks", true, why);
+        }
         // The short form has its pool's keys at the top level.
         let is_short = matches!(file.pools.as_slice(), [only] if only.name == DEFAULT_POOL);
         let pools = file.pools.iter().enumerate().map(|(i, pool)| {
@@ -71,7 +81,7 @@ impl Check {
             } else {
                 format!("pools[{i}].")
             };
-            self.pool(pool, &prefix, i == 0)
+            self.pool(pool, &prefix, i == 0, tracking)
         });
         Config {
             pools: pools.collect(),
@@ -83,13 +93,10 @@ impl Check {
             filter_wasm: file.filter_wasm.clone(),
             nats: file.nats.as_ref().map(|nats| self.nats(nats)),
             load: load::Settings {
-                tracking: Tracking {
-                    prefill_tokens: file.router_track_prefill_tokens,
-                    active_blocks: file.router_track_active_blocks,
-                    kv_reuse: file.router_assume_kv_reuse,
-                },
+                tracking,
                 expiry_ms: milliseconds(file.active_request_expiry_secs),
             },
+            eject_workers: file.eject_workers,
             settings: Settings {
                 body_limit: file.body_limit_bytes,
                 token_limit: file.token_limit,
@@ -161,7 +168,13 @@ impl Check {
         }
     }
 
-    fn pool(&mut self, pool: &file::Pool, prefix: &str, is_first: bool) -> Pool {
+    fn pool(
+        &mut self,
+        pool: &file::Pool,
+        prefix: &str,
+        is_first: bool,
+        tracking: Tracking,
+    ) -> Pool {
         let path = |key: &str| format!("{prefix}{key}");
         if let Some(other) = self.names.insert(pool.name.clone(), path("name")) {
             self.refuse(path("name"), &pool.name, &format!("is taken by {other}"));
@@ -217,6 +230,7 @@ impl Check {
                 id: worker.id.unwrap_or_default(),
                 endpoint,
                 role: worker.role,
+                device: worker.device,
                 ranks: worker.data_parallel_size,
             }
         });
@@ -227,9 +241,14 @@ impl Check {
             models: pool.models.clone(),
             lora_adapters: pool.lora_adapters.clone(),
             block_size: pool.kv_cache_block_size,
-            policy: self.policy(pool, prefix),
+            policy: Policy {
+                tracking,
+                ..self.policy(pool, prefix)
+            },
             kv_events: pool.kv_events,
             ttl_ms: milliseconds(pool.router_ttl_secs),
+            trusts_hints: pool.trust_hints,
+            device_ratio: pool.encoder_cuda_to_cpu_ratio,
         }
     }
 
@@ -259,6 +278,7 @@ impl Check {
             host_cache_hit_weight: pool.host_cache_hit_weight,
             disk_cache_hit_weight: pool.disk_cache_hit_weight,
             decode_active_request_weight: pool.decode_active_request_weight,
+            ..defaults
         }
     }
 

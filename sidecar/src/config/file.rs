@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use kv_core::id::Role;
+use kv_core::id::{Device, Role};
 use kv_core::policy::Mode;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -50,6 +50,9 @@ pub struct File {
     /// Whether the blocks of live requests count as load. Mirrors Dynamo's
     /// `--router-track-active-blocks`.
     pub router_track_active_blocks: bool,
+    /// Whether the blocks that streamed answers fill count as load too; needs
+    /// `router_track_active_blocks`. Mirrors Dynamo's `--router-track-output-blocks`.
+    pub router_track_output_blocks: bool,
     /// Whether a block that several live requests of a worker have in common counts once. Mirrors
     /// Dynamo's `--router-assume-kv-reuse`.
     pub router_assume_kv_reuse: bool,
@@ -57,6 +60,9 @@ pub struct File {
     /// Mirrors Dynamo's `DYN_ROUTER_ACTIVE_REQUEST_EXPIRY_SECS`.
     #[schemars(range(min = 1.0, max = 86_400.0))]
     pub active_request_expiry_secs: f64,
+    /// Whether workers that fail requests are left out until something listens there again. The
+    /// sidecar must be able to connect to them. Needs a restart.
+    pub eject_workers: bool,
     /// The pools. In the short form their keys stand at the top level instead: one pool `default`.
     #[schemars(length(min = 1, max = 64))]
     pub pools: Vec<Pool>,
@@ -78,8 +84,10 @@ impl Default for File {
             decision_header: false,
             router_track_prefill_tokens: true,
             router_track_active_blocks: true,
+            router_track_output_blocks: false,
             router_assume_kv_reuse: true,
             active_request_expiry_secs: 300.0,
+            eject_workers: true,
             pools: Vec::new(),
         }
     }
@@ -142,6 +150,13 @@ pub struct Pool {
     /// `--router-decode-active-request-weight`.
     #[schemars(range(min = 0.0, max = 1_000_000.0))]
     pub decode_active_request_weight: f64,
+    /// In the mode `direct`: whether any client may name its worker. Otherwise only those may whose
+    /// route says so in its metadata.
+    pub trust_hints: bool,
+    /// In the mode `device-aware-weighted`: requests on a worker with an accelerator for each on a
+    /// worker without. Mirrors Dynamo's `DYN_ENCODER_CUDA_TO_CPU_RATIO`.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub encoder_cuda_to_cpu_ratio: u32,
     /// The workers.
     pub workers: Vec<Worker>,
 }
@@ -164,6 +179,8 @@ impl Default for Pool {
             host_cache_hit_weight: policy.host_cache_hit_weight,
             disk_cache_hit_weight: policy.disk_cache_hit_weight,
             decode_active_request_weight: policy.decode_active_request_weight,
+            trust_hints: false,
+            encoder_cuda_to_cpu_ratio: 8,
             workers: Vec::new(),
         }
     }
@@ -183,6 +200,9 @@ pub struct Worker {
     /// What it does for a request.
     #[serde(default)]
     pub role: Role,
+    /// What it computes with, for the mode `device-aware-weighted`.
+    #[serde(default)]
+    pub device: Device,
     /// Data-parallel ranks, each with a cache of its own.
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 1024))]

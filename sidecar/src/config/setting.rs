@@ -71,7 +71,7 @@ static SETTINGS: &[Setting] = &[
         Kind::Text,
         &["router-mode"],
         &["DYN_ROUTER_MODE"],
-        "kv, round-robin, random, least-loaded or power-of-two",
+        "kv, round-robin, random, least-loaded, power-of-two, direct or device-aware-weighted",
     ),
     setting(
         "kv_cache_block_size",
@@ -126,6 +126,14 @@ static SETTINGS: &[Setting] = &[
         "Count the blocks of live requests as load",
     ),
     setting(
+        "router_track_output_blocks",
+        false,
+        Kind::Switch(&["no-router-track-output-blocks"]),
+        &["router-track-output-blocks"],
+        &["DYN_ROUTER_TRACK_OUTPUT_BLOCKS"],
+        "Count the blocks that streamed answers fill as load",
+    ),
+    setting(
         "router_assume_kv_reuse",
         false,
         Kind::Switch(&["no-router-assume-kv-reuse"]),
@@ -140,6 +148,22 @@ static SETTINGS: &[Setting] = &[
         &["active-request-expiry-secs"],
         &["DYN_ROUTER_ACTIVE_REQUEST_EXPIRY_SECS"],
         "Seconds after which a request that its proxy does not mention counts no more",
+    ),
+    setting(
+        "eject_workers",
+        false,
+        Kind::Switch(&["no-eject-workers"]),
+        &["eject-workers"],
+        &["KV_ROUTER_EJECT_WORKERS"],
+        "Leave workers out that fail requests, until something listens there again",
+    ),
+    setting(
+        "encoder_cuda_to_cpu_ratio",
+        true,
+        Kind::Number,
+        &["encoder-cuda-to-cpu-ratio"],
+        &["DYN_ENCODER_CUDA_TO_CPU_RATIO"],
+        "Requests on a worker with an accelerator for each on one without",
     ),
     setting(
         "kv_overlap_score_weight",

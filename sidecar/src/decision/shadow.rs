@@ -131,12 +131,16 @@ pub fn judge(field: &Field, chosen: OwnerId, evidence: &Evidence, is_prompt_know
     let is_compared = match policy.mode {
         Mode::Kv => is_prompt_known,
         Mode::LeastLoaded => true,
-        Mode::RoundRobin | Mode::Random | Mode::PowerOfTwo => false,
+        Mode::RoundRobin
+        | Mode::Random
+        | Mode::PowerOfTwo
+        | Mode::Direct
+        | Mode::DeviceAwareWeighted => false,
     };
     let regret = own.zip(least).map(|(own, least)| compared(own) - least);
     let verdict = match (policy.mode, regret) {
-        (Mode::RoundRobin | Mode::Random | Mode::PowerOfTwo, _) => Verdict::Unchecked,
-        _ if !is_compared => Verdict::UnknownPrompt,
+        (Mode::Kv | Mode::LeastLoaded, _) if !is_compared => Verdict::UnknownPrompt,
+        _ if !is_compared => Verdict::Unchecked,
         (_, Some(regret)) if regret <= 0.0 => {
             let ties = scored.iter().filter(|s| Some(compared(s)) == least);
             if ties.count() > 1 {

@@ -24,6 +24,7 @@ fn field(mode: Mode, workers: &[(u32, u64)]) -> Field {
         role: Role::Aggregated,
         endpoint: String::new(),
         accepting: true,
+        traits: table::Traits::default(),
     });
     let standing = |(held, blocks): &(u32, u64)| Standing {
         overlap: Overlap { depth: [*held; 4] },

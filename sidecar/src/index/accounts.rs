@@ -2,9 +2,10 @@
 
 use std::sync::Arc;
 
+use kv_core::id::OwnerId;
 use kv_core::ledger::Continuity;
 use kv_core::loads::Loads;
-use kv_core::report::{Booked, Report, Step, Sum};
+use kv_core::report::{Booked, Failure, Report, Step, Sum};
 use kv_core::table;
 use tokio::time::{Duration, Instant};
 
@@ -65,6 +66,7 @@ impl Service {
 
     fn step(&mut self, origin: &Origin, step: &Step, now_ms: u64) -> Outcome {
         let vm = origin.vm;
+        self.before_step(vm, step, now_ms);
         let outcome = match step {
             Step::Book(booked) => {
                 let prompt = self.prompt(booked);
@@ -74,8 +76,12 @@ impl Service {
                 let is_told = prompt.start == 0 && self.is_predicted(booked.owner);
                 let told = is_told.then(|| prompt.hashes.clone());
                 let outcome = self.accounts.book(vm, booked, prompt, now_ms);
+                if outcome == Outcome::Booked {
+                    self.underway.begin(vm, booked, now_ms);
+                }
                 if let Some(hashes) = told.filter(|_| outcome == Outcome::Booked) {
-                    self.predict(booked.owner, &hashes, now_ms);
+                    let known = self.predict(booked.owner, &hashes, now_ms);
+                    self.underway.predicted(vm, booked.request, known);
                 }
                 outcome
             }
@@ -87,9 +93,85 @@ impl Service {
             && let Some(blocks) = self.accounts.blocks(vm, *request)
         {
             let blocks = blocks.to_vec();
-            self.predict(*to, &blocks, now_ms);
+            let known = self.predict(*to, &blocks, now_ms);
+            self.underway.predicted(vm, *request, known);
         }
         outcome
+    }
+
+    /// What a step tells of the worker that has the request when it comes.
+    fn before_step(&mut self, vm: u64, step: &Step, now_ms: u64) {
+        match step {
+            Step::FirstToken { request } => {
+                if let Some(owner) = self.accounts.owner(vm, *request) {
+                    self.underway.first_token(vm, *request, owner.id, now_ms);
+                }
+            }
+            Step::Prefilled { request } => self.underway.prefilled(vm, *request),
+            Step::Free { request } => {
+                let owner = self.accounts.owner(vm, *request);
+                if self.underway.end(vm, *request)
+                    && let Some(owner) = owner
+                {
+                    self.worker_answered(owner.id.worker);
+                }
+            }
+            Step::Move { request, .. } => self.take_prediction_back(vm, *request),
+            Step::Failed {
+                request,
+                owner,
+                failure,
+            } => {
+                let booked = self.accounts.owner(vm, *request);
+                if *failure == Failure::Unreached && booked == Some(*owner) {
+                    self.take_prediction_back(vm, *request);
+                }
+                // One that another worker answered has not been failed by that.
+                if booked == Some(*owner) {
+                    self.underway.failed(vm, *request);
+                }
+                self.worker_failed(*owner, *failure);
+            }
+            Step::Book(_) | Step::Grown { .. } | Step::WrittenOff(_) | Step::Leave => {}
+        }
+    }
+
+    /// The owner of a request did not get it: what was predicted for its sake alone is not there.
+    fn take_prediction_back(&mut self, vm: u64, request: u64) {
+        let Some(known) = self.underway.missed(vm, request) else {
+            return;
+        };
+        let (owner, blocks) = (
+            self.accounts.owner(vm, request),
+            self.accounts.blocks(vm, request),
+        );
+        if let Some((owner, blocks)) = owner.zip(blocks) {
+            let blocks = blocks.get(known..).unwrap_or_default().to_vec();
+            self.take_back(owner, &blocks);
+        }
+    }
+
+    /// Tells proxies of rates that were learned, where they differ from what was told.
+    pub(super) fn learn(&mut self) {
+        let (accounts, owners) = (&self.accounts, &self.tables);
+        let is_known = |id: &OwnerId| {
+            let mut pools = owners.iter();
+            pools.any(|pool| pool.owners.iter().any(|owner| owner.id == *id))
+        };
+        let is_booked = |vm, request| accounts.owner(vm, request).is_some();
+        self.underway.keep(is_booked, is_known);
+        let mut is_changed = false;
+        for worker in self.roster.workers() {
+            for (owner, id) in worker.owners.iter_mut().zip(worker.config.owners()) {
+                let rate = self.underway.rate(id, owner.prefill_rate);
+                is_changed |= rate != owner.prefill_rate;
+                owner.prefill_rate = rate;
+            }
+        }
+        if is_changed {
+            self.serve_owners();
+            self.publish_table(None);
+        }
     }
 
     /// The prompt of a booking: the index has the blocks that the report names by their last one.
@@ -153,6 +235,7 @@ impl Service {
         self.metrics.retired_vms.inc_by(swept.vms.len() as u64);
         self.metrics.lost_proxies.inc_by(swept.proxies.len() as u64);
         self.metrics.expired.inc_by(swept.expired as u64);
+        self.metrics.written_off.inc_by(swept.written_off as u64);
         if swept.freed + swept.expired > 0 {
             self.swept_for_peers();
         }
@@ -164,7 +247,7 @@ impl Service {
     /// Takes the pools and owners of the roster over.
     pub(super) fn serve_owners(&mut self) {
         self.forget_gauges();
-        let pools = self.roster.table_pools().into_iter();
+        let pools = self.roster.table_pools(&self.health).into_iter();
         self.tables = pools.map(Arc::new).collect();
         let owners = |pool: &Arc<table::Pool>| {
             let owners = pool.owners.iter();
@@ -190,6 +273,7 @@ impl Service {
                 epoch: self.epoch,
                 version: self.loads_version,
                 pools: news.pools,
+                write_off: news.write_off,
             };
             self.publisher
                 .loads(news.stream, loads.encode(), &mut self.index);

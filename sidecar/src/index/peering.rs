@@ -68,9 +68,12 @@ impl Service {
         };
         let request = match step {
             Step::Book(booked) => booked.request,
-            Step::Move { request, .. } | Step::FirstToken { request } | Step::Free { request } => {
-                *request
-            }
+            Step::Move { request, .. }
+            | Step::FirstToken { request }
+            | Step::Prefilled { request }
+            | Step::Free { request } => *request,
+            // Peers are told of no such thing.
+            Step::Grown { .. } | Step::Failed { .. } | Step::WrittenOff(_) | Step::Leave => return,
         };
         peering.announcer.changed(BookingId {
             source: vm,

@@ -20,13 +20,12 @@ impl Service {
         pool.is_some_and(|pool| !pool.config.kv_events)
     }
 
-    /// A prompt goes to an owner: its blocks are taken to be there.
-    pub(super) fn predict(&mut self, owner: OwnerKey, prompt: &[u64], now_ms: u64) {
+    /// A prompt goes to an owner: its blocks are taken to be there. Returns how many of its leading
+    /// blocks were so already.
+    pub(super) fn predict(&mut self, owner: OwnerKey, prompt: &[u64], now_ms: u64) -> usize {
         let number = usize::from(owner.pool);
-        let owners = self.tables.get(number).map(|pool| &pool.owners);
-        let known = owners.and_then(|owners| owners.iter().find(|o| o.id == owner.id));
-        let Some(slot) = known.map(|o| o.slot) else {
-            return;
+        let Some(slot) = self.slot_of(owner) else {
+            return 0;
         };
         let approximate = self.predictions.entry(number);
         let approximate = approximate.or_insert_with(|| Approximate::new(MAX_PREDICTED));
@@ -45,6 +44,28 @@ impl Service {
         let excess: Vec<_> = std::iter::from_fn(|| approximate.expire(0)).collect();
         self.index.restore(number, slot, &held);
         self.unpredict(number, &excess);
+        known
+    }
+
+    /// Blocks, in the order of the prompt, that an owner has not got after all.
+    pub(super) fn take_back(&mut self, owner: OwnerKey, blocks: &[u64]) {
+        let number = usize::from(owner.pool);
+        let Some(slot) = self.slot_of(owner) else {
+            return;
+        };
+        let Some(approximate) = self.predictions.get_mut(&number) else {
+            return;
+        };
+        let last_first = blocks.iter().rev();
+        let there = last_first.filter(|hash| approximate.remove(slot, **hash));
+        let there: Vec<_> = there.map(|hash| (slot, *hash)).collect();
+        self.unpredict(number, &there);
+    }
+
+    fn slot_of(&self, owner: OwnerKey) -> Option<Slot> {
+        let owners = &self.tables.get(usize::from(owner.pool))?.owners;
+        let known = owners.iter().find(|o| o.id == owner.id)?;
+        Some(known.slot)
     }
 
     /// Forgets blocks that have not been used for too long.

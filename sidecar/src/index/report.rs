@@ -261,7 +261,7 @@ impl Service {
                     slot: owner.slot.0,
                     endpoint: worker.config.endpoint.to_string(),
                     role: worker.config.role,
-                    accepting: true,
+                    accepting: self.health.is_in(id.worker),
                     blocks: self.index.owner_blocks(number.into(), owner.slot),
                     last_event_id: owner.dynamo.last.max(worker.json.last),
                     gaps: owner.gaps,

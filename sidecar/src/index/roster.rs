@@ -3,13 +3,14 @@
 use std::collections::{BTreeMap, HashMap};
 
 use kv_core::id::{DpRank, OwnerId, Slot, WorkerId};
-use kv_core::table;
+use kv_core::table::{self, Traits};
 use tokio::time::Instant;
 
 use super::cursor::Cursor;
 use super::repair::Repair;
 use super::slots::Slots;
 use crate::config;
+use crate::health::Health;
 
 /// A pool with its workers.
 #[derive(Debug)]
@@ -50,6 +51,8 @@ pub(super) struct Owner {
     pub(super) gaps: u64,
     /// Whether blocks may be missing or left over.
     pub(super) partial: bool,
+    /// Prompt tokens that it prefills in a second, as proxies are told; 0 where not known.
+    pub(super) prefill_rate: u32,
 }
 
 impl Owner {
@@ -59,6 +62,7 @@ impl Owner {
             dynamo: Cursor::default(),
             gaps: 0,
             partial: true,
+            prefill_rate: 0,
         }
     }
 }
@@ -122,8 +126,8 @@ impl Roster {
 
     /// The worker table, without epoch, version and settings.
     #[must_use]
-    pub(super) fn table_pools(&self) -> Vec<table::Pool> {
-        self.pools.iter().map(Pool::table).collect()
+    pub(super) fn table_pools(&self, health: &Health) -> Vec<table::Pool> {
+        self.pools.iter().map(|pool| pool.table(health)).collect()
     }
 }
 
@@ -177,8 +181,10 @@ impl Pool {
 
     /// The pool in the worker table.
     #[must_use]
-    pub(super) fn table(&self) -> table::Pool {
-        let mut owners: Vec<table::Owner> = self.workers.values().flat_map(Worker::table).collect();
+    pub(super) fn table(&self, health: &Health) -> table::Pool {
+        let workers = self.workers.values();
+        let owners = workers.flat_map(|worker| worker.table(health.is_in(worker.config.id)));
+        let mut owners: Vec<table::Owner> = owners.collect();
         owners.sort_unstable_by_key(|owner| owner.slot);
         table::Pool {
             name: self.config.name.clone(),
@@ -188,6 +194,8 @@ impl Pool {
             block_size: self.config.block_size,
             policy: self.config.policy,
             owners,
+            trusts_hints: self.config.trusts_hints,
+            device_ratio: self.config.device_ratio,
         }
     }
 }
@@ -204,14 +212,21 @@ impl Worker {
         self.owners.get_mut(usize::try_from(rank).ok()?)
     }
 
-    fn table(&self) -> impl Iterator<Item = table::Owner> {
+    fn table(&self, accepting: bool) -> impl Iterator<Item = table::Owner> {
         let ids = self.config.owners();
-        self.owners.iter().zip(ids).map(|(owner, id)| table::Owner {
-            slot: owner.slot,
-            id,
-            role: self.config.role,
-            endpoint: self.config.endpoint.to_string(),
-            accepting: true,
-        })
+        self.owners
+            .iter()
+            .zip(ids)
+            .map(move |(owner, id)| table::Owner {
+                slot: owner.slot,
+                id,
+                role: self.config.role,
+                endpoint: self.config.endpoint.to_string(),
+                accepting,
+                traits: Traits {
+                    device: self.config.device,
+                    prefill_rate: owner.prefill_rate,
+                },
+            })
     }
 }

@@ -1,8 +1,13 @@
 //! One proxy: the VMs of one `vm_id` in one Envoy process.
 
-use kv_core::ledger::Ledger;
-use kv_core::loads::PoolLoads;
+use kv_core::ledger::{Ledger, Retired};
+use kv_core::loads::{PoolLoads, WriteOff};
 use serde::Serialize;
+
+/// How long a proxy may take to report that it has taken something out of its lanes.
+const WRITE_OFF_REPEAT_MS: u64 = 5_000;
+/// Time between two different requests for that.
+const WRITE_OFF_PAUSE_MS: u64 = 1_000;
 
 /// Who a proxy is.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
@@ -23,7 +28,20 @@ pub(super) struct Proxy {
     /// Since when it has that, or none.
     since_ms: u64,
     /// What it was told last on this stream.
-    pub(super) told: Option<Vec<PoolLoads>>,
+    pub(super) told: Option<Told>,
+    /// Whether its filter takes out of the lanes what it is told to.
+    pub(super) writes_off: bool,
+    /// What is to be taken out of its lanes.
+    pub(super) write_off: WriteOff,
+    /// Since when.
+    write_off_ms: u64,
+}
+
+/// What a proxy is told.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Told {
+    pub(super) pools: Vec<PoolLoads>,
+    pub(super) write_off: WriteOff,
 }
 
 impl Proxy {
@@ -32,6 +50,7 @@ impl Proxy {
         self.since_ms = now_ms;
         // Envoy may hold what an earlier run of the sidecar said.
         self.told = None;
+        self.writes_off = false;
     }
 
     pub(super) fn disconnect(&mut self, now_ms: u64) {
@@ -39,17 +58,48 @@ impl Proxy {
         self.since_ms = now_ms;
     }
 
-    /// VMs that had `silence_ms` to report through a stream and did not.
+    /// VMs that had `silence_ms` to report through a stream and did not; those that are leaving
+    /// have `leaving_ms`.
     pub(super) fn retire(
         &mut self,
         now_ms: u64,
         silence_ms: u64,
-    ) -> impl Iterator<Item = u64> + use<> {
+        leaving_ms: u64,
+    ) -> impl Iterator<Item = Retired> + use<> {
         let before_ms = now_ms.checked_sub(silence_ms);
         let before_ms =
             before_ms.filter(|before| self.stream.is_some() && self.since_ms <= *before);
-        let retired = before_ms.map(|before| self.ledger.retire(before));
+        let leaving_before_ms = now_ms.saturating_sub(leaving_ms);
+        let retired = before_ms.map(|before| self.ledger.retire(before, leaving_before_ms));
         retired.into_iter().flatten()
+    }
+
+    /// Asks for what the lanes hold of nobody to be taken out. Asked again when nothing has come of
+    /// it for too long, and not before the last one should have come to something: what is done
+    /// twice is to be undone. Returns how many owners are asked for anew.
+    pub(super) fn write_off(&mut self, now_ms: u64, number: impl FnOnce() -> u64) -> usize {
+        let sums = self.ledger.orphaned();
+        if sums.is_empty() || self.stream.is_none() || !self.writes_off {
+            self.write_off.sums.clear();
+            return 0;
+        }
+        let pause_ms = if self.write_off.sums.is_empty() {
+            0
+        } else if self.write_off.sums == sums {
+            WRITE_OFF_REPEAT_MS
+        } else {
+            WRITE_OFF_PAUSE_MS
+        };
+        if now_ms.saturating_sub(self.write_off_ms) < pause_ms {
+            return 0;
+        }
+        self.write_off_ms = now_ms;
+        let owners = sums.len();
+        self.write_off = WriteOff {
+            number: number(),
+            sums,
+        };
+        owners
     }
 
     /// Whether it has had no stream for longer than `silence_ms`.

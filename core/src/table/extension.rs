@@ -1,0 +1,42 @@
+//! What the worker table says besides what the first release's filter reads of it.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Table, Traits};
+use crate::tracker::Tracking;
+
+/// By position of the pool in the table.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Extension(Vec<OfPool>);
+
+#[derive(Debug, Serialize, Deserialize)]
+struct OfPool {
+    tracking: Tracking,
+    trusts_hints: bool,
+    device_ratio: u32,
+    /// By position of the owner in its pool.
+    owners: Vec<Traits>,
+}
+
+impl Extension {
+    pub(super) fn of(table: &Table) -> Self {
+        let pools = table.pools.iter().map(|pool| OfPool {
+            tracking: pool.policy.tracking,
+            trusts_hints: pool.trusts_hints,
+            device_ratio: pool.device_ratio,
+            owners: pool.owners.iter().map(|owner| owner.traits).collect(),
+        });
+        Self(pools.collect())
+    }
+
+    pub(super) fn extend(self, table: &mut Table) {
+        for (pool, more) in table.pools.iter_mut().zip(self.0) {
+            pool.policy.tracking = more.tracking;
+            pool.trusts_hints = more.trusts_hints;
+            pool.device_ratio = more.device_ratio;
+            for (owner, traits) in pool.owners.iter_mut().zip(more.owners) {
+                owner.traits = traits;
+            }
+        }
+    }
+}
