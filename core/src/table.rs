@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::id::{Device, OwnerId, Role, Slot};
 use crate::key;
 use crate::policy::Policy;
+use crate::text::Budget;
 use extension::Extension;
 
 /// Everything a decision needs besides pages, load and the request.
@@ -60,6 +61,10 @@ pub struct Pool {
     /// device-aware-weighted; 0 counts as 1.
     #[serde(skip)]
     pub device_ratio: u32,
+    /// How long the sidecar may take to read a prompt that is text; `None` where it has no tokenizer
+    /// for this pool.
+    #[serde(skip)]
+    pub text: Option<Budget>,
 }
 
 /// A (worker, dp rank) of a pool.

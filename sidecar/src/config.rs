@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use kv_core::id::{Device, OwnerId, Role, WorkerId};
 use kv_core::policy::Policy;
 use kv_core::table::Settings;
+use kv_core::text::Budget;
 
 use crate::ingest::subject::Template;
 use crate::load;
@@ -106,8 +107,21 @@ pub struct Pool {
     pub trusts_hints: bool,
     /// Requests on a worker with an accelerator for each on one without.
     pub device_ratio: u32,
+    /// How prompts that are text are read.
+    pub tokenizer: Option<Tokenizer>,
     /// The workers.
     pub workers: Vec<Worker>,
+}
+
+/// How prompts that are text are read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tokenizer {
+    /// The model's folder.
+    pub path: PathBuf,
+    /// Bytes of token ids that are remembered.
+    pub cache_bytes: u64,
+    /// How long reading may take.
+    pub budget: Budget,
 }
 
 /// One engine instance.
@@ -188,7 +202,7 @@ impl Config {
         let load = "router_track_*, router_assume_kv_reuse, active_request_expiry_secs";
         differs(load, self.load != next.load);
         differs("eject_workers", self.eject_workers != next.eject_workers);
-        let pools = "pools: their names, order, kv_cache_block_size and kv_events";
+        let pools = "pools: their names, order, kv_cache_block_size, kv_events and tokenizer";
         differs(pools, self.shape() != next.shape());
         keys
     }
@@ -213,10 +227,10 @@ impl Config {
         }
     }
 
-    fn shape(&self) -> Vec<(&str, u32, bool)> {
+    fn shape(&self) -> Vec<(&str, u32, bool, Option<&Tokenizer>)> {
         let pools = self.pools.iter();
         pools
-            .map(|p| (p.name.as_str(), p.block_size, p.kv_events))
+            .map(|p| (p.name.as_str(), p.block_size, p.kv_events, p.tokenizer.as_ref()))
             .collect()
     }
 }

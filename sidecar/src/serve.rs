@@ -19,6 +19,7 @@ use crate::ingest::nats;
 use crate::metrics::{Kind, Metrics};
 use crate::peers::Link;
 use crate::state;
+use crate::text::Reader;
 use crate::watch::Watch;
 
 /// Messages of events that wait for the index; a full channel slows the source down.
@@ -52,6 +53,9 @@ pub struct Source {
 /// When it can't start, or a part of it fails.
 pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> anyhow::Result<()> {
     let metrics = Arc::new(Metrics::default());
+    let (pools, text_metrics) = (config.pools.clone(), Arc::clone(&metrics));
+    let reader = tokio::task::spawn_blocking(move || Reader::load(&pools, text_metrics)).await?;
+    let reader = Arc::new(reader.context("can't load a tokenizer")?);
     let bridge = Bridge::bind(&config.socket).await?;
     let listener = tokio::net::TcpListener::bind(config.admin)
         .await
@@ -100,7 +104,7 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
     });
     let (bridge_control, bridge_metrics) = (control.clone(), Arc::clone(&metrics));
     tasks.spawn(async move {
-        let served = bridge.run(bridge_control, bridge_metrics, bridge_cancel);
+        let served = bridge.run(bridge_control, bridge_metrics, reader, bridge_cancel);
         served.await.context("the bridge's socket failed")
     });
     let app = admin::router(admin::Admin::new(control.clone(), Arc::clone(&metrics)));

@@ -5,14 +5,19 @@
 //! kept, chunk by chunk, and only what is new is tokenized ([`Cached`]). Chunks end where no
 //! tokenizer can tell that the text was cut ([`cut`]).
 
+mod body;
 mod cached;
+mod chat;
 pub mod cut;
 mod encoder;
 mod model;
 mod python;
+mod reader;
 mod template;
 
+pub use body::{BodyError, Conversation, Prompt};
 pub use cached::{Cached, Encoded};
 pub use encoder::{Encoder, EncoderError};
 pub use model::{Model, ModelError};
+pub use reader::Reader;
 pub use template::{Chat, Template, TemplateError};

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Table, Traits};
+use crate::text::Budget;
 use crate::tracker::Tracking;
 
 /// By position of the pool in the table.
@@ -14,6 +15,7 @@ struct OfPool {
     tracking: Tracking,
     trusts_hints: bool,
     device_ratio: u32,
+    text: Option<Budget>,
     /// By position of the owner in its pool.
     owners: Vec<Traits>,
 }
@@ -24,6 +26,7 @@ impl Extension {
             tracking: pool.policy.tracking,
             trusts_hints: pool.trusts_hints,
             device_ratio: pool.device_ratio,
+            text: pool.text,
             owners: pool.owners.iter().map(|owner| owner.traits).collect(),
         });
         Self(pools.collect())
@@ -34,6 +37,7 @@ impl Extension {
             pool.policy.tracking = more.tracking;
             pool.trusts_hints = more.trusts_hints;
             pool.device_ratio = more.device_ratio;
+            pool.text = more.text;
             for (owner, traits) in pool.owners.iter_mut().zip(more.owners) {
                 owner.traits = traits;
             }

@@ -196,6 +196,7 @@ impl Pool {
             owners,
             trusts_hints: self.config.trusts_hints,
             device_ratio: self.config.device_ratio,
+            text: self.config.tokenizer.as_ref().map(|t| t.budget),
         }
     }
 }

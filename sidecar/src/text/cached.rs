@@ -85,7 +85,11 @@ impl Cached {
     /// When the tokenizer refuses the text.
     pub fn encode(&self, text: &str, deadline: Option<Instant>) -> Result<Encoded, EncoderError> {
         let mut encoded = Encoded::default();
+        let is_late = || deadline.is_some_and(|deadline| Instant::now() >= deadline);
         if !self.encoder.cuts() {
+            if is_late() {
+                return Ok(encoded);
+            }
             encoded.ids = self.encoder.whole(text)?;
             encoded.complete = true;
             return Ok(encoded);
@@ -107,7 +111,7 @@ impl Cached {
                 encoded.ids.extend_from_slice(&ids);
                 encoded.remembered += ids.len();
             } else {
-                if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                if is_late() {
                     return Ok(encoded);
                 }
                 let ids = self.encoder.part(text, from, end)?;

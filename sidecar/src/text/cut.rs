@@ -41,6 +41,20 @@ pub fn cuts(text: &str, window: usize) -> impl Iterator<Item = Cut> + '_ {
         })
 }
 
+/// The last cut of a text, if there is one near its end.
+#[must_use]
+pub fn last(text: &str) -> Option<Cut> {
+    let bytes = text.as_bytes();
+    let mut at = bytes.len().saturating_sub(WINDOW);
+    let mut last = None;
+    while let Some(cut) = first(bytes, at) {
+        last = Some(cut);
+        // The next cut's word may follow the very space of this one.
+        at = cut.at;
+    }
+    last
+}
+
 /// The first cut whose word follows a space at or after `start`. All of it, up to the letter after
 /// the cut, lies in `bytes`.
 fn first(bytes: &[u8], start: usize) -> Option<Cut> {
@@ -102,6 +116,15 @@ mod tests {
         );
         assert!(cuts("no(space)here\nat\nall", 1).next().is_none());
         assert!(cuts("", 1).next().is_none());
+    }
+
+    #[test]
+    fn the_last_cut_is_found() {
+        let at = |text| last(text).map(|cut| cut.at);
+        assert_eq!(at("a b c d"), Some(5));
+        assert_eq!(at("one two three! x"), Some(7));
+        assert_eq!(at("one two three four!"), Some(13));
+        assert_eq!(at(""), None);
     }
 
     #[test]
