@@ -11,6 +11,8 @@
 //! - [`vm`]: what one VM is made of, and the callbacks that Envoy calls; `plugin` is their way
 //!   through the SDK.
 //! - [`request`], [`hold`], [`choose`], [`routed`], [`record`]: the life of a request.
+//! - [`text`]: what the sidecar is asked about prompts that are text; [`models`], [`refusal`]: what is
+//!   answered here.
 //! - [`world`], [`fleet`], [`lanes`], [`correction`]: pages, worker table and load as this VM sees
 //!   them.
 //! - [`bookings`], [`outbox`]: what this VM has added to the load, and its reports of it.
@@ -45,6 +47,7 @@ pub mod hold;
 pub mod host;
 pub mod lanes;
 pub mod metrics;
+pub mod models;
 pub mod outbox;
 #[cfg(target_arch = "wasm32")]
 mod plugin;
@@ -54,6 +57,7 @@ pub mod refusal;
 pub mod relay;
 pub mod request;
 pub mod routed;
+pub mod text;
 pub mod vm;
 pub mod watchdog;
 pub mod world;

@@ -137,6 +137,12 @@ impl Scanner {
         }
     }
 
+    /// Token ids that are kept at most.
+    #[must_use]
+    pub fn limit(&self) -> usize {
+        self.ids.limit()
+    }
+
     /// Takes the next bytes of the body. After an error they are ignored.
     pub fn feed(&mut self, chunk: &[u8]) {
         if self.error.is_some() {
