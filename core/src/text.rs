@@ -84,7 +84,10 @@ impl Blocks<'_> {
     #[must_use]
     pub fn hashes(&self) -> Vec<u64> {
         let (hashes, _) = self.hashes.as_chunks();
-        hashes.iter().map(|hash| u64::from_le_bytes(*hash)).collect()
+        hashes
+            .iter()
+            .map(|hash| u64::from_le_bytes(*hash))
+            .collect()
     }
 }
 

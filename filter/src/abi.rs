@@ -23,7 +23,9 @@ use std::time::Duration;
 use proxy_wasm::hostcalls;
 use proxy_wasm::types::{BufferType, StreamType};
 
-use crate::host::{Expect, Headers, Host, Level, Method, MetricId, MetricKind, Queue, Shared, Token};
+use crate::host::{
+    Expect, Headers, Host, Level, Method, MetricId, MetricKind, Queue, Shared, Token,
+};
 
 const OK: u32 = 0;
 const MONOTONIC: u32 = 1;

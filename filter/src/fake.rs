@@ -4,7 +4,9 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::rc::Rc;
 
-use crate::host::{Expect, Headers, Host, Level, Method, MetricId, MetricKind, Queue, Shared, Token};
+use crate::host::{
+    Expect, Headers, Host, Level, Method, MetricId, MetricKind, Queue, Shared, Token,
+};
 
 /// One VM's Envoy. Clones are the same VM.
 #[derive(Clone, Default)]

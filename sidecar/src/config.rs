@@ -230,7 +230,14 @@ impl Config {
     fn shape(&self) -> Vec<(&str, u32, bool, Option<&Tokenizer>)> {
         let pools = self.pools.iter();
         pools
-            .map(|p| (p.name.as_str(), p.block_size, p.kv_events, p.tokenizer.as_ref()))
+            .map(|p| {
+                (
+                    p.name.as_str(),
+                    p.block_size,
+                    p.kv_events,
+                    p.tokenizer.as_ref(),
+                )
+            })
             .collect()
     }
 }

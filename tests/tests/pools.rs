@@ -123,7 +123,11 @@ async fn the_model_selects_the_pool_its_block_size_and_its_policy() {
     assert!(unknown.contains("model_not_found"), "{unknown}");
     let list = stack.client.get(stack.envoy.port, "/v1/models").await;
     let list = list.expect("a list");
-    let ids = list["data"].as_array().expect("models").iter().map(|m| &m["id"]);
+    let ids = list["data"]
+        .as_array()
+        .expect("models")
+        .iter()
+        .map(|m| &m["id"]);
     assert_eq!(ids.collect::<Vec<_>>(), ["llama-8b", "llama-70b", "sql"]);
     assert_eq!(stack.envoy.total("kv_router_unknown_model").await, 1);
     stack.envoy.idle().await;

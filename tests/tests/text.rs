@@ -30,9 +30,30 @@ const TEMPLATE: &str = "{% if tools %}<|im_start|>system\n{% for tool in tools %
     {{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}\
     {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
 const WORDS: [&str; 24] = [
-    "the", "router", "sends", "a", "request", "to", "one", "worker", "that", "holds", "its",
-    "prefix", "def", "f(x):", "caf\u{e9}", "\u{4f60}\u{597d}", "\u{1f600}", "<|im_end|>", "12345",
-    "block", "of", "sixteen", "tokens", "and",
+    "the",
+    "router",
+    "sends",
+    "a",
+    "request",
+    "to",
+    "one",
+    "worker",
+    "that",
+    "holds",
+    "its",
+    "prefix",
+    "def",
+    "f(x):",
+    "caf\u{e9}",
+    "\u{4f60}\u{597d}",
+    "\u{1f600}",
+    "<|im_end|>",
+    "12345",
+    "block",
+    "of",
+    "sixteen",
+    "tokens",
+    "and",
 ];
 
 /// A model's folder, its tokenizer trained on the spot.
@@ -142,7 +163,12 @@ fn overlaps(decision: &Value) -> Vec<(u64, Value)> {
     let candidates = decision["candidates"].as_array().expect("candidates");
     let mut overlaps: Vec<(u64, Value)> = candidates
         .iter()
-        .map(|c| (c["worker"].as_u64().expect("a worker"), c["overlap"].clone()))
+        .map(|c| {
+            (
+                c["worker"].as_u64().expect("a worker"),
+                c["overlap"].clone(),
+            )
+        })
         .collect();
     overlaps.sort_by_key(|(worker, _)| *worker);
     overlaps
@@ -278,7 +304,11 @@ async fn hostile_texts_pass_by_load() {
     let texts = Texts::start(2, json!({"budget_ms": 2_000})).await;
     let user = |content: &str| format!(r#"{{"messages":[{{"role":"user","content":{content}}}]}}"#);
     let deep = format!("{}{}", "[".repeat(400), "]".repeat(400));
-    let nested = format!("{}{}", "{\"a\":".repeat(300), "1}".to_owned() + &"}".repeat(299));
+    let nested = format!(
+        "{}{}",
+        "{\"a\":".repeat(300),
+        "1}".to_owned() + &"}".repeat(299)
+    );
     let many = r#"{"role":"user","content":"x"},"#.repeat(100_000);
     let cases: Vec<(Vec<u8>, &[&str])> = vec![
         (user(&deep).into_bytes(), &["text_refused"]),
@@ -287,17 +317,38 @@ async fn hostile_texts_pass_by_load() {
                 .into_bytes(),
             &["text_refused"],
         ),
-        (user(&format!("\"{}\"", "a".repeat(3 << 20))).into_bytes(), &["kv", "kv_beginning"]),
-        (user(&format!("\"{}\"", " ".repeat(5 << 20))).into_bytes(), &["too_long"]),
+        (
+            user(&format!("\"{}\"", "a".repeat(3 << 20))).into_bytes(),
+            &["kv", "kv_beginning"],
+        ),
+        (
+            user(&format!("\"{}\"", " ".repeat(5 << 20))).into_bytes(),
+            &["too_long"],
+        ),
         (
             format!(r#"{{"messages":[{many}{{"role":"user","content":"x"}}]}}"#).into_bytes(),
             &["text_refused"],
         ),
-        (b"{\"messages\":[{\"role\":\"user\",\"content\":\"\xff\xfe\"}]}".to_vec(), &["text_refused"]),
-        (br#"{"messages":[{"role":"forbidden","content":"x"}]}"#.to_vec(), &["text_refused"]),
-        (br#"{"messages":"x","messages":[{"role":"user","content":"x"}]}"#.to_vec(), &["kv"]),
-        (br#"{"messages":[{"role":"user","content":{}}]}"#.to_vec(), &["text_refused"]),
-        (user(r#""{{ 7 * 7 }}{% for i in range(99999999) %}""#).into_bytes(), &["kv"]),
+        (
+            b"{\"messages\":[{\"role\":\"user\",\"content\":\"\xff\xfe\"}]}".to_vec(),
+            &["text_refused"],
+        ),
+        (
+            br#"{"messages":[{"role":"forbidden","content":"x"}]}"#.to_vec(),
+            &["text_refused"],
+        ),
+        (
+            br#"{"messages":"x","messages":[{"role":"user","content":"x"}]}"#.to_vec(),
+            &["kv"],
+        ),
+        (
+            br#"{"messages":[{"role":"user","content":{}}]}"#.to_vec(),
+            &["text_refused"],
+        ),
+        (
+            user(r#""{{ 7 * 7 }}{% for i in range(99999999) %}""#).into_bytes(),
+            &["kv"],
+        ),
     ];
     for (body, reasons) in cases {
         let shown = String::from_utf8_lossy(&body[..body.len().min(80)]).into_owned();

@@ -8,7 +8,8 @@ use super::*;
 use crate::host::Token;
 use crate::request::DECISION;
 
-const CHAT: &[u8] = br#"{"model":"m","cache_salt":"s","messages":[{"role":"user","content":"hi"}]}"#;
+const CHAT: &[u8] =
+    br#"{"model":"m","cache_salt":"s","messages":[{"role":"user","content":"hi"}]}"#;
 
 fn site(held: &[(usize, Slot, &[u32])]) -> Site {
     let site = Site::new();
@@ -178,7 +179,10 @@ fn every_api_with_text_asks_and_the_others_do_not() {
         ("/v1/messages", CHAT),
         ("/generate", br#"{"text":"hi"}"#),
         ("/v1/chat/completions", br#"{"messages":[],"nvext":{}}"#),
-        ("/v1/chat/completions", br#"{"messages":[],"nvext":{"token_data":[]x}}"#),
+        (
+            "/v1/chat/completions",
+            br#"{"messages":[],"nvext":{"token_data":[]x}}"#,
+        ),
     ];
     for (path, body) in asks {
         let mut site = site(&[]);
@@ -189,14 +193,22 @@ fn every_api_with_text_asks_and_the_others_do_not() {
         ("/v1/completions", br#"{"prompt":[[1,2,3,4]]}"#, "kv"),
         ("/generate", br#"{"input_ids":[1,2,3,4]}"#, "kv"),
         ("/generate", br#"{}"#, "no_prompt"),
-        ("/inference/v1/generate", br#"{"token_ids":[1,2,3,4]}"#, "kv"),
+        (
+            "/inference/v1/generate",
+            br#"{"token_ids":[1,2,3,4]}"#,
+            "kv",
+        ),
         (
             "/v1/chat/completions",
             br#"{"messages":[],"nvext":{"token_data":[1,2,3,4]}}"#,
             "kv",
         ),
         ("/v1/embeddings", br#"{"input":"hi"}"#, "no_reuse"),
-        ("/v1/chat/completions", br#"{"prompt":[1,2,3,4]}"#, "no_prompt"),
+        (
+            "/v1/chat/completions",
+            br#"{"prompt":[1,2,3,4]}"#,
+            "no_prompt",
+        ),
         (
             "/v1/chat/completions",
             br#"{"messages":[],"cache_salt":7}"#,

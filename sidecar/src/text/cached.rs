@@ -7,7 +7,7 @@ use quick_cache::sync::Cache;
 use quick_cache::{DefaultHashBuilder, Lifecycle, Weighter};
 use xxhash_rust::xxh3::Xxh3;
 
-use super::cut::{Cut, WINDOW, cuts};
+use super::cut::{Cut, WINDOW};
 use super::encoder::{Encoder, EncoderError};
 
 /// Bytes that an entry costs besides its ids.
@@ -86,7 +86,7 @@ impl Cached {
     pub fn encode(&self, text: &str, deadline: Option<Instant>) -> Result<Encoded, EncoderError> {
         let mut encoded = Encoded::default();
         let is_late = || deadline.is_some_and(|deadline| Instant::now() >= deadline);
-        if !self.encoder.cuts() {
+        if !self.encoder.cuts().any() {
             if is_late() {
                 return Ok(encoded);
             }
@@ -98,7 +98,8 @@ impl Cached {
         let mut hashed = 0;
         let mut from: Option<Cut> = None;
         let mut is_known = true;
-        let ends = cuts(text, self.window).map(Some).chain([None]);
+        let cuts = self.encoder.cuts().of(text, self.window);
+        let ends = cuts.map(Some).chain([None]);
         for cut in ends {
             let end = cut.map_or(text.len(), |cut| cut.at);
             hasher.update(text.as_bytes().get(hashed..end).unwrap_or_default());
@@ -211,7 +212,7 @@ mod tests {
     #[test]
     fn parts_have_the_ids_of_the_whole() {
         let cached = cached(byte_level(), 1 << 20);
-        assert!(cached.encoder().cuts());
+        assert!(cached.encoder().cuts().any());
         let mut text = String::new();
         for turn in 0..40 {
             let before = cached.encode(&text, None).unwrap().ids.len();
@@ -231,10 +232,14 @@ mod tests {
     fn a_vocabulary_with_tokens_across_words_is_not_cut() {
         // Without a pre-tokenizer a trainer learns such tokens from so small a text.
         let cached = cached(sentence_piece(), 1 << 20);
-        assert!(!cached.encoder().cuts());
-        let encoded = cached.encode(TEXT, None).unwrap();
-        assert_eq!(encoded.ids, cached.encoder().whole(TEXT).unwrap());
-        assert!(encoded.complete && cached.bytes() == 0);
+        let text = TEXT.replace("<|", "").repeat(40);
+        let encoded = cached.encode(&text, None).unwrap();
+        assert_eq!(encoded.ids, cached.encoder().whole(&text).unwrap());
+        assert!(encoded.complete);
+        let again = cached.encode(&text, None).unwrap();
+        // All of it is one part.
+        assert_eq!(again.remembered, encoded.ids.len());
+        assert_eq!(cached.encoder().cuts().of(&text, 1).count(), 0);
     }
 
     #[test]

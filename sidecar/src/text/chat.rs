@@ -229,7 +229,9 @@ fn in_order(first: &[&str], members: Vec<(String, Value)>) -> Value {
         member.map_or(Value::from(()), |(_, value)| value.clone())
     };
     let mut all: Vec<(String, Value)> = first.iter().map(|k| ((*k).to_owned(), of(k))).collect();
-    let others = members.iter().filter(|(key, _)| !first.contains(&key.as_str()));
+    let others = members
+        .iter()
+        .filter(|(key, _)| !first.contains(&key.as_str()));
     all.extend(others.cloned());
     map(all)
 }
@@ -246,7 +248,11 @@ pub(super) fn ordered(raw: &RawValue) -> Result<Vec<(String, Value)>, BodyError>
 }
 
 fn map(members: Vec<(String, Value)>) -> Value {
-    object(members.iter().map(|(key, value)| (key.as_str(), value.clone())))
+    object(
+        members
+            .iter()
+            .map(|(key, value)| (key.as_str(), value.clone())),
+    )
 }
 
 fn set(members: &mut Vec<(String, Value)>, key: &str, value: Value) {

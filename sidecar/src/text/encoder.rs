@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use tokenizers::Tokenizer;
+use tokenizers::{AddedToken, Tokenizer};
 
-use super::cut::{Cut, crosses, cuts};
+use super::cut::{Cut, Cuts, crosses};
 
 /// Why a tokenizer can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -43,7 +43,7 @@ pub struct Encoder {
     tokenizer: Tokenizer,
     /// Ids that the tokenizer puts around a text by itself.
     around: (Vec<u32>, Vec<u32>),
-    cuts: bool,
+    cuts: Cuts,
 }
 
 impl Encoder {
@@ -71,7 +71,7 @@ impl Encoder {
         let mut encoder = Self {
             tokenizer,
             around: Default::default(),
-            cuts: false,
+            cuts: Cuts::default(),
         };
         let bare = encoder.whole(SAMPLE)?;
         let dressed = encoder.tokenizer.encode(SAMPLE, true).map_err(refused)?;
@@ -81,14 +81,14 @@ impl Encoder {
         let (first, rest) = dressed.split_at(before);
         let last = rest.get(bare.len()..).unwrap_or_default();
         encoder.around = (first.to_vec(), last.to_vec());
-        encoder.cuts = encoder.can_cut()?;
+        encoder.cuts = encoder.find_cuts()?;
         Ok(encoder)
     }
 
-    /// Whether texts may be tokenized in parts.
+    /// Where texts may be cut to be tokenized in parts.
     #[must_use]
-    pub fn cuts(&self) -> bool {
-        self.cuts
+    pub fn cuts(&self) -> &Cuts {
+        &self.cuts
     }
 
     /// Ids that go before and after a text to which special tokens are to be added.
@@ -134,19 +134,41 @@ impl Encoder {
             .to_vec())
     }
 
-    /// No token lies across a cut, and a sample comes out the same in parts.
-    fn can_cut(&self) -> Result<bool, EncoderError> {
-        if self.tokenizer.get_vocab(true).keys().any(|t| crosses(t)) {
-            return Ok(false);
-        }
+    /// The cuts at which a sample comes out the same in parts.
+    fn find_cuts(&self) -> Result<Cuts, EncoderError> {
         let added = self.tokenizer.get_added_tokens_decoder();
+        let all: Vec<String> = added.values().map(|token| token.content.clone()).collect();
+        // Taken out of texts before anything is done to them, and with nothing around them.
+        let is_plain = |token: &&AddedToken| {
+            token.special && !token.lstrip && !token.single_word && !token.normalized
+        };
+        let plain = added.values().filter(is_plain);
+        let mut specials: Vec<String> = plain.map(|token| token.content.clone()).collect();
+        specials.sort_unstable();
+        let mut vocabulary = self.tokenizer.get_vocab(true).into_keys();
+        let words = !vocabulary.any(|token| crosses(&token));
+        for (words, specials) in [
+            (words, specials.clone()),
+            (words, Vec::new()),
+            (false, specials),
+        ] {
+            let cuts = Cuts::new(words, specials, &all);
+            if cuts.any() && self.stands(&cuts, &all)? {
+                return Ok(cuts);
+            }
+        }
+        Ok(Cuts::default())
+    }
+
+    /// Whether a sample comes out the same in parts.
+    fn stands(&self, cuts: &Cuts, tokens: &[String]) -> Result<bool, EncoderError> {
         let mut text = String::from(SAMPLE);
-        for token in added.values().take(64) {
-            text.extend([token.content.as_str(), "one two three", SAMPLE]);
+        for token in tokens.iter().take(64) {
+            text.extend([token, "one two three", SAMPLE, token]);
         }
         let mut parts = Vec::new();
         let mut from = None;
-        for cut in cuts(&text, 16) {
+        for cut in cuts.of(&text, 16) {
             parts.extend(self.part(&text, from, cut.at)?);
             from = Some(cut);
         }

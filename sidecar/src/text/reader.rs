@@ -16,7 +16,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use super::body::Prompt;
 use super::cached::Encoded;
 use super::chat::MEDIA;
-use super::cut;
+use super::cut::Cuts;
 use super::model::{Model, ModelError};
 use crate::config;
 use crate::metrics::{Kind, Metrics};
@@ -56,9 +56,15 @@ impl Reader {
             };
             let seed = getrandom::u64().unwrap_or_default();
             let model = Model::load(&tokenizer.path, tokenizer.cache_bytes, seed)?;
-            let (cuts, chat) = (model.tokens.encoder().cuts(), model.template.is_some());
+            let (cuts, chat) = (
+                model.tokens.encoder().cuts().any(),
+                model.template.is_some(),
+            );
             if !cuts {
-                tracing::warn!(pool = pool.name, "this tokenizer reads each text as a whole");
+                tracing::warn!(
+                    pool = pool.name,
+                    "this tokenizer reads each text as a whole"
+                );
             }
             tracing::info!(pool = pool.name, chat, "tokenizer loaded");
             models.insert(pool.name.clone(), model);
@@ -113,7 +119,9 @@ impl Reader {
             Err(refusal) => Answer::Refused(refusal),
         };
         let answer = wire::encode(&answer);
-        self.metrics.text_time.observe(since.elapsed().as_secs_f64());
+        self.metrics
+            .text_time
+            .observe(since.elapsed().as_secs_f64());
         Ok(answer.into())
     }
 
@@ -204,9 +212,9 @@ impl Reader {
 
 /// Cuts a text before what stands for an image, where its beginning has the ids that it has in the
 /// engine's prompt, whatever stands for the image there.
-fn before_media(text: &mut String, can_cut: bool) {
+fn before_media(text: &mut String, cuts: &Cuts) {
     let end = text.find(MEDIA).unwrap_or(text.len());
-    let cut = text.get(..end).filter(|_| can_cut).and_then(cut::last);
+    let cut = text.get(..end).and_then(|text| cuts.last(text));
     text.truncate(cut.map_or(0, |cut| cut.at));
 }
 
