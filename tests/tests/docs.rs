@@ -97,6 +97,8 @@ fn every_metric_of_the_sidecar_is_in_the_catalogue() {
     for family in [
         &metrics.changes,
         &metrics.snapshots,
+        &metrics.texts,
+        &metrics.text_tokens,
         &metrics.subscriptions,
         &metrics.saves,
         &metrics.restores,
@@ -297,7 +299,8 @@ fn every_key_is_documented_with_its_default() {
     let required: Vec<&str> = required.map(|(key, _)| *key).collect();
     let expected = ["nats.dynamo.component", "nats.dynamo.namespace", "nats.url"];
     assert_eq!(required[..3], expected);
-    assert_eq!(required[3..], ["workers[].endpoint", "workers[].id"]);
+    let in_pool = ["tokenizer.path", "workers[].endpoint", "workers[].id"];
+    assert_eq!(required[3..], in_pool);
 }
 
 #[test]

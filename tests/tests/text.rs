@@ -319,7 +319,7 @@ async fn hostile_texts_pass_by_load() {
         ),
         (
             user(&format!("\"{}\"", "a".repeat(3 << 20))).into_bytes(),
-            &["kv", "kv_beginning"],
+            &["kv", "kv_beginning", "text_late"],
         ),
         (
             user(&format!("\"{}\"", " ".repeat(5 << 20))).into_bytes(),
