@@ -203,8 +203,8 @@ fn call(raw: &RawValue) -> Result<Value, BodyError> {
         Some(_) | None => object([]),
     };
     set(&mut inner, "arguments", arguments);
-    set(&mut call, "function", map(inner));
-    Ok(map(call))
+    set(&mut call, "function", map(&inner));
+    Ok(map(&call))
 }
 
 /// A tool as engines' schemas write it down: what is missing is `null`, known keys come first.
@@ -215,15 +215,16 @@ pub(super) fn tool(raw: &RawValue) -> Result<Value, BodyError> {
         Some(raw) => read(raw)?,
         None => Value::from("function"),
     };
-    let inner = in_order(&["name", "description", "parameters"], ordered(function)?);
+    let inner = in_order(&["name", "description", "parameters"], &ordered(function)?);
     let known = [("type".to_owned(), kind), ("function".to_owned(), inner)];
     let others = ordered(raw)?.into_iter();
     let others = others.filter(|(key, _)| key != "type" && key != "function");
-    Ok(map(known.into_iter().chain(others).collect()))
+    let all: Vec<(String, Value)> = known.into_iter().chain(others).collect();
+    Ok(map(&all))
 }
 
 /// The members, these first, `null` where missing.
-fn in_order(first: &[&str], members: Vec<(String, Value)>) -> Value {
+fn in_order(first: &[&str], members: &[(String, Value)]) -> Value {
     let of = |key: &str| {
         let member = members.iter().find(|(k, _)| k == key);
         member.map_or(Value::from(()), |(_, value)| value.clone())
@@ -233,7 +234,7 @@ fn in_order(first: &[&str], members: Vec<(String, Value)>) -> Value {
         .iter()
         .filter(|(key, _)| !first.contains(&key.as_str()));
     all.extend(others.cloned());
-    map(all)
+    map(&all)
 }
 
 /// The members of an object in their order.
@@ -247,7 +248,7 @@ pub(super) fn ordered(raw: &RawValue) -> Result<Vec<(String, Value)>, BodyError>
     Ok(keys.map(member).collect())
 }
 
-fn map(members: Vec<(String, Value)>) -> Value {
+fn map(members: &[(String, Value)]) -> Value {
     object(
         members
             .iter()
