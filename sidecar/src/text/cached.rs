@@ -41,13 +41,16 @@ pub struct Encoded {
 }
 
 impl Cached {
+    /// The same tokenizer, with cuts at another distance than 4 KiB.
+    #[must_use]
+    pub fn with_window(mut self, window: usize) -> Self {
+        self.window = window;
+        self
+    }
+
     /// A tokenizer that remembers as many ids as fit into `bytes`.
     #[must_use]
     pub fn new(encoder: Encoder, bytes: u64, seed: u64) -> Self {
-        Self::with_window(encoder, bytes, seed, WINDOW)
-    }
-
-    fn with_window(encoder: Encoder, bytes: u64, seed: u64, window: usize) -> Self {
         let evictions = Evictions::default();
         let items = usize::try_from(bytes / (4 * WINDOW as u64 / 4)).unwrap_or(usize::MAX);
         let hasher = DefaultHashBuilder::default();
@@ -56,7 +59,7 @@ impl Cached {
             chunks: Cache::with(items.max(16), bytes, Weight, hasher, evictions.clone()),
             evictions,
             seed,
-            window,
+            window: WINDOW,
         }
     }
 
@@ -206,7 +209,7 @@ mod tests {
     }
 
     fn cached(tokenizer: Tokenizer, bytes: u64) -> Cached {
-        Cached::with_window(Encoder::new(tokenizer).unwrap(), bytes, 7, 24)
+        Cached::new(Encoder::new(tokenizer).unwrap(), bytes, 7).with_window(24)
     }
 
     #[test]

@@ -93,6 +93,17 @@ impl Model {
     }
 }
 
+impl Model {
+    /// The same model, its texts cut at another distance than 4 KiB.
+    #[must_use]
+    pub fn with_window(self, window: usize) -> Self {
+        Self {
+            tokens: self.tokens.with_window(window),
+            ..self
+        }
+    }
+}
+
 impl Settings {
     fn specials(self) -> BTreeMap<String, String> {
         let named = [
