@@ -70,7 +70,9 @@ fn main() -> anyhow::Result<ExitCode> {
             tally.ids += 1;
         }
         // Some of it is there from the beginning of the text, then all of it.
-        let middle = (0..=text.len() / 2).rev().find(|at| text.is_char_boundary(*at));
+        let middle = (0..=text.len() / 2)
+            .rev()
+            .find(|at| text.is_char_boundary(*at));
         model.tokens.encode(&text[..middle.unwrap_or(0)], None)?;
         for _ in 0..2 {
             let encoded = model.tokens.encode(&text, None)?;
@@ -95,7 +97,11 @@ fn main() -> anyhow::Result<ExitCode> {
         "{cases} conversations, {refused} refused by both; differ: {texts} texts, {ids} ids, {parts} in parts; {share} % remembered"
     );
     let same = texts + ids + parts == 0;
-    Ok(if same { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if same {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 impl Tally {

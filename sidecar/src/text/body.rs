@@ -356,7 +356,7 @@ mod tests {
             concat!(
                 r#"[{"role": "system", "content": "a"}]"#,
                 r#"[{"role": "user", "content": "b\nc", "name": "me"}]"#,
-                r#"[{"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {"z": 1, "a": [2]}}}], "reasoning": "r", "reasoning_content": "r"}]"#,
+                r#"[{"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": {"z": 1, "a": [2]}}}], "thinking": "r", "reasoning": "r", "reasoning_content": "r"}]"#,
                 r#"[{"role": "tool", "content": "d", "tool_call_id": "1"}]yes"#
             )
         );

@@ -78,6 +78,7 @@ impl Message {
                 let reasoning = given(&fields, "reasoning");
                 if let Some(raw) = reasoning.or_else(|| given(&fields, "reasoning_content")) {
                     let reasoning: Value = read(raw)?;
+                    message.more.push(("thinking", reasoning.clone()));
                     message.more.push(("reasoning", reasoning.clone()));
                     message.more.push(("reasoning_content", reasoning));
                 }

@@ -1,5 +1,8 @@
-//! JSON as Python's `json.dumps(value, ensure_ascii=False)` writes it, which templates were made
-//! for: a space after commas and colons, keys in their order, no HTML escapes.
+//! Values as Python writes them, which templates were made for.
+//!
+//! - `json.dumps(value, ensure_ascii=False)`: a space after commas and colons, keys in their order,
+//!   no HTML escapes.
+//! - `str(value)`: `None`, `True`, the representation of what lists and maps hold.
 
 use std::fmt::Write;
 
@@ -16,6 +19,95 @@ pub(super) fn dumps(value: &Value, indent: Option<usize>) -> Result<String, Stri
     let mut out = String::new();
     write(value, indent, 0, &mut out)?;
     Ok(out)
+}
+
+/// A value as text.
+///
+/// # Errors
+/// As [`dumps`].
+pub(super) fn str(value: &Value) -> Result<String, String> {
+    let mut out = String::new();
+    match value.as_str() {
+        Some(text) => out.push_str(text),
+        None => repr(value, 0, &mut out)?,
+    }
+    Ok(out)
+}
+
+fn repr(value: &Value, depth: usize, out: &mut String) -> Result<(), String> {
+    if depth > MAX_DEPTH {
+        return Err(format!("nested more than {MAX_DEPTH} deep"));
+    }
+    match value.kind() {
+        // What is undefined is printed as nothing.
+        ValueKind::Undefined => {}
+        ValueKind::None => out.push_str("None"),
+        ValueKind::Bool => out.push_str(if value.is_true() { "True" } else { "False" }),
+        ValueKind::Number => number(value, out),
+        ValueKind::String => quoted(value.as_str().unwrap_or_default(), out),
+        ValueKind::Seq => {
+            out.push('[');
+            for (at, item) in value.try_iter().map_err(|e| e.to_string())?.enumerate() {
+                out.push_str(if at > 0 { ", " } else { "" });
+                repr(&item, depth + 1, out)?;
+            }
+            out.push(']');
+        }
+        ValueKind::Map => {
+            out.push('{');
+            for (at, key) in value.try_iter().map_err(|e| e.to_string())?.enumerate() {
+                out.push_str(if at > 0 { ", " } else { "" });
+                repr(&key, depth + 1, out)?;
+                out.push_str(": ");
+                let item = value.get_item(&key).map_err(|e| e.to_string())?;
+                repr(&item, depth + 1, out)?;
+            }
+            out.push('}');
+        }
+        _ => out.push_str(&value.to_string()),
+    }
+    Ok(())
+}
+
+/// A string between the quotes that Python chooses.
+fn quoted(text: &str, out: &mut String) {
+    let quote = if text.contains('\'') && !text.contains('"') {
+        '"'
+    } else {
+        '\''
+    };
+    out.push(quote);
+    for c in text.chars() {
+        match c {
+            '\n' => out.push_str("\\n"),
+            '\r' => out.push_str("\\r"),
+            '\t' => out.push_str("\\t"),
+            '\\' => out.push_str("\\\\"),
+            c if c == quote => out.extend(['\\', c]),
+            c if is_printable(c) => out.push(c),
+            c => {
+                let code = u32::from(c);
+                // Writing to a string can't fail.
+                let _ = match code {
+                    0..0x100 => write!(out, "\\x{code:02x}"),
+                    0x100..0x1_0000 => write!(out, "\\u{code:04x}"),
+                    _ => write!(out, "\\U{code:08x}"),
+                };
+            }
+        }
+    }
+    out.push(quote);
+}
+
+/// Whether Python prints a character as it is. Rust's debug form has the same rule, except for
+/// quotes, and for marks at the start of a string.
+fn is_printable(c: char) -> bool {
+    matches!(c, '"' | '\'') || {
+        let mut buffer = [b'a'; 5];
+        let length = 1 + c.encode_utf8(&mut buffer[1..]).len();
+        let text = std::str::from_utf8(&buffer[..length]).unwrap_or_default();
+        text.escape_debug().nth(1) != Some('\\')
+    }
 }
 
 fn write(
@@ -167,9 +259,23 @@ mod tests {
     }
 
     #[test]
+    fn text_is_written_as_python_writes_it() {
+        let json =
+            r#"[null,true,1e-5,"it's","\"'","a\u00a0\u200d\u0301\n",{"k":[]},"\ud83d\ude00"]"#;
+        let value: Value = serde_json::from_str(json).unwrap();
+        assert_eq!(
+            str(&value).unwrap(),
+            "[None, True, 1e-05, \"it's\", '\"\\'', 'a\\xa0\\u200d\u{301}\\n', {'k': []}, '\u{1f600}']"
+        );
+        assert_eq!(str(&Value::from("it's\n")).unwrap(), "it's\n");
+        assert_eq!(str(&Value::UNDEFINED).unwrap(), "");
+    }
+
+    #[test]
     fn what_nests_too_deep_is_refused() {
         let deep = "[".repeat(80) + &"]".repeat(80);
         let value: Value = serde_json::from_str(&deep).unwrap();
         assert!(dumps(&value, None).is_err());
+        assert!(str(&value).is_err());
     }
 }

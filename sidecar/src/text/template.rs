@@ -112,7 +112,14 @@ impl Template {
         environment.set_unknown_method_callback(unknown_method_callback);
         environment.set_fuel(Some(FUEL));
         environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
+        environment.set_formatter(|out, _, value| match value.as_str() {
+            Some(text) => Ok(out.write_str(text)?),
+            None => Ok(out.write_str(&as_text(value)?)?),
+        });
         environment.add_filter("tojson", tojson);
+        environment.add_filter("string", |value: &Value| as_text(value));
+        environment.add_filter("trim", trim);
+        environment.add_test("iterable", is_iterable);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
         let named = match source {
@@ -242,6 +249,27 @@ fn tojson(value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
     let json = python::dumps(value, indent);
     json.map(Value::from_safe_string)
         .map_err(|why| Error::new(ErrorKind::BadSerialization, why))
+}
+
+fn as_text(value: &Value) -> Result<String, Error> {
+    python::str(value).map_err(|why| Error::new(ErrorKind::InvalidOperation, why))
+}
+
+/// Without white space at both ends, as Python has it, or without these characters.
+#[allow(clippy::needless_pass_by_value)]
+fn trim(value: &Value, chars: Option<String>) -> Result<String, Error> {
+    let text = as_text(value)?;
+    let trimmed = match chars {
+        Some(chars) => text.trim_matches(|c| chars.contains(c)),
+        None => text.trim_matches(|c: char| c.is_whitespace() || matches!(c, '\x1c'..='\x1f')),
+    };
+    Ok(trimmed.to_owned())
+}
+
+/// As in Python, where nothing is not iterable.
+fn is_iterable(value: &Value) -> bool {
+    let is_nothing = value.is_none();
+    !is_nothing && value.try_iter().is_ok()
 }
 
 #[allow(clippy::needless_pass_by_value)]
