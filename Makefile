@@ -83,6 +83,42 @@ test: tools filter filter-chaos filter-older ## every test: unit, property, wasm
 	@echo '==> core on wasm32 under Node (a minute the first time)'
 	@envoy/tools/wasm-cargo test -p kv-core
 
+PARITY := --manifest-path tests/parity/Cargo.toml --target-dir target/parity
+
+.PHONY: parity
+parity: preflight components ## compare with Dynamo's own router crates, in a workspace of its own
+	@cargo fmt --manifest-path tests/parity/Cargo.toml --check
+	@echo '==> building the comparison with Dynamo (some minutes the first time, needs a C++ compiler)'
+	@cargo clippy --quiet $(PARITY) --locked --all-targets -- $(CLIPPY)
+	@cargo test --quiet $(PARITY) --locked --no-run
+	@echo '==> comparing (a minute)'
+	@cargo test $(PARITY) --locked
+
+.PHONY: parity-mocker
+parity-mocker: preflight tools ## index Dynamo's own simulated engines, over NATS and ZMQ, as Dynamo does
+	@echo '==> fetching Dynamo (a gigabyte, some minutes the first time)'
+	@python3 -B tests/parity/mocker.py fetch target/parity-mocker/venv
+	@echo '==> building the comparison with Dynamo (some minutes the first time, needs a C++ compiler)'
+	@cargo test --quiet $(PARITY) --locked --no-run
+	@MOCKER_ENV=$(CURDIR)/target/parity-mocker/venv cargo test $(PARITY) --locked --test mocker -- --ignored --test-threads 1
+
+# Seconds for each target.
+FUZZ_SECONDS ?= 600
+CARGO_FUZZ := 0.13.1
+FUZZ_TARGETS = $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
+
+.PHONY: fuzz
+fuzz: preflight ## every decoder of events against changed messages, 10 minutes each
+	@[ "$$(cargo fuzz --version 2>/dev/null)" = "cargo-fuzz $(CARGO_FUZZ)" ] || { \
+		echo '==> building cargo-fuzz (a minute or two)'; \
+		cargo install --quiet --locked --root .tools --version $(CARGO_FUZZ) cargo-fuzz; }
+	@echo '==> seeds: the genuine messages of the tests'
+	@cargo run --quiet --manifest-path fuzz/Cargo.toml --bin seeds -- sidecar/tests/fixtures fuzz/corpus
+	@for target in $(FUZZ_TARGETS); do \
+		echo "==> $$target ($(FUZZ_SECONDS) seconds)"; \
+		(cd fuzz && cargo fuzz run --sanitizer none $$target -- -max_total_time=$(FUZZ_SECONDS) \
+			-max_len=65536 -timeout=10 -rss_limit_mb=2048 -print_final_stats=1) || exit 1; \
+	done
 .PHONY: storm
 storm: tools filter filter-chaos ## a minute of ten times the load that engines can take
 	@KV_STORM_SECONDS=60 cargo test -p kv-tests --test storm -- an_overload

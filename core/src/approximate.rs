@@ -88,11 +88,14 @@ impl Approximate {
         })
     }
 
-    /// Forgets an owner.
-    pub fn remove_owner(&mut self, slot: Slot) {
+    /// Forgets an owner, and names its blocks.
+    pub fn remove_owner(&mut self, slot: Slot) -> Vec<u64> {
         let of_owner = self.by_hash.iter().filter(|((s, _), _)| *s == slot);
-        let ids: Vec<u32> = of_owner.map(|(_, id)| *id).collect();
-        ids.into_iter().for_each(|id| self.forget(id));
+        let blocks: Vec<(u64, u32)> = of_owner.map(|((_, hash), id)| (*hash, *id)).collect();
+        for (_, id) in &blocks {
+            self.forget(*id);
+        }
+        blocks.into_iter().map(|(hash, _)| hash).collect()
     }
 
     /// Predicted blocks.
@@ -212,7 +215,9 @@ mod tests {
         let mut approximate = Approximate::new(100);
         approximate.insert(A, &[1, 2], 0);
         approximate.insert(B, &[1, 2], 0);
-        approximate.remove_owner(A);
+        let mut gone = approximate.remove_owner(A);
+        gone.sort_unstable();
+        assert_eq!(gone, [1, 2]);
         assert_eq!(expired(&mut approximate, 1), [(B, 2), (B, 1)]);
         assert_eq!(approximate.insert(A, &[1], 2), 0);
     }

@@ -32,10 +32,17 @@ impl Demand {
 
     /// Prompt tokens that an owner with this overlap still has to prefill.
     #[must_use]
-    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
     pub fn uncached_tokens(&self, overlap: &Overlap, policy: &Policy) -> u32 {
+        self.tokens
+            .saturating_sub(self.cached_tokens(overlap, policy))
+    }
+
+    /// Tokens that an owner with this overlap need not prefill. Tier weights above 1 can make them
+    /// more than the prompt has.
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+    fn cached_tokens(&self, overlap: &Overlap, policy: &Policy) -> u32 {
         let cached = (overlap.effective(policy) * f64::from(self.block_size)).round();
-        self.tokens.saturating_sub(cached as u32)
+        cached as u32
     }
 }
 
@@ -66,7 +73,9 @@ impl Cost {
         let credit = policy.overlap_score_credit * device
             + policy.host_cache_hit_weight * host
             + policy.disk_cache_hit_weight * (disk + external);
-        let queued = f64::from(load.prefill_tokens) + f64::from(demand.tokens);
+        // Dynamo adds what is cached to what is not, which is the prompt unless weights exceed 1.
+        let prompt = demand.tokens.max(demand.cached_tokens(overlap, policy));
+        let queued = f64::from(load.prefill_tokens) + f64::from(prompt);
         let blocks = queued / f64::from(demand.block_size.max(1));
         // Prefixes in use are told a moment after the load that uses them has gone.
         let shared = shared_blocks.min(load.blocks);

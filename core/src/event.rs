@@ -121,6 +121,17 @@ impl From<StorageTier> for Tier {
     }
 }
 
+impl From<Tier> for StorageTier {
+    fn from(tier: Tier) -> Self {
+        match tier {
+            Tier::Device => Self::Device,
+            Tier::Host => Self::HostPinned,
+            Tier::Disk => Self::Disk,
+            Tier::External => Self::External,
+        }
+    }
+}
+
 /// The envelope of Dynamo's event plane: MessagePack, a named map.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Envelope {

@@ -7,6 +7,7 @@
 //! - engine hashes are looked up per owner and never compared between owners.
 
 mod directory;
+mod held;
 mod owner;
 mod publish;
 mod sets;
@@ -23,6 +24,7 @@ use crate::event::{EventData, Stored};
 use crate::id::{Slot, Tier};
 use crate::overlap::Overlap;
 use directory::Directory;
+pub use held::parents_first;
 use owner::{Orphan, OrphanBlock, Owner, Unnamed};
 use sets::EMPTY;
 use slab::NIL;
@@ -278,17 +280,15 @@ impl Index {
     }
 
     fn remove(&mut self, pool: usize, slot: Slot, tier: Tier, hash: u64, applied: &mut Applied) {
-        match self.unname(pool, slot, tier, hash) {
+        let outcome = self.unname(pool, slot, tier, hash);
+        // A block that is held may be in stores that wait as well: it must not come back with them.
+        let owner = self.owners.get_mut(&(pool, slot));
+        let waited = owner.is_some_and(|owner| owner.remove_waiting(hash, tier));
+        match outcome {
             Unnamed::Left(_) => applied.removed += 1,
             Unnamed::Kept => applied.duplicates += 1,
-            Unnamed::Unknown => {
-                let owner = self.owners.get_mut(&(pool, slot));
-                if owner.is_some_and(|owner| owner.remove_waiting(hash, tier)) {
-                    applied.removed += 1;
-                } else {
-                    applied.unknown += 1;
-                }
-            }
+            Unnamed::Unknown if waited => applied.removed += 1,
+            Unnamed::Unknown => applied.unknown += 1,
         }
     }
 

@@ -45,6 +45,12 @@ pub fn page(id: u32) -> [u8; 6] {
     [FORMAT, b'p', a, b, c, d]
 }
 
+/// A board of live prompts ([`crate::board`]).
+#[must_use]
+pub fn board(shard: u8) -> [u8; 3] {
+    [FORMAT, b'b', shard]
+}
+
 /// Whether the publisher may write this key through the bridge.
 #[must_use]
 pub fn is_published(key: &[u8]) -> bool {

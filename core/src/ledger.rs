@@ -36,6 +36,16 @@ impl Lanes {
         Load::from_lanes(self.a, self.b)
     }
 
+    /// The same without what is counted more than once, the low half of lane B.
+    #[allow(clippy::cast_possible_truncation)]
+    fn in_full(self) -> Self {
+        let double = self.b as i32;
+        Self {
+            a: self.a,
+            b: self.b.wrapping_sub_signed(i64::from(double)),
+        }
+    }
+
     fn plus(self, other: Self) -> Self {
         Self {
             a: self.a.wrapping_add(other.a),
@@ -156,6 +166,10 @@ impl Ledger {
             let sum = orphaned.entry(*owner).or_default();
             *sum = sum.plus(*lanes);
         }
+        // What is counted more than once goes with the entries of a board.
+        orphaned
+            .values_mut()
+            .for_each(|lanes| *lanes = lanes.in_full());
         orphaned.retain(|_, lanes| *lanes != Lanes::default());
         let sum = |(owner, Lanes { a, b })| Sum { owner, a, b };
         orphaned.into_iter().map(sum).collect()

@@ -16,6 +16,7 @@
 #![forbid(unsafe_code)]
 
 pub mod approximate;
+pub mod board;
 pub mod cost;
 pub mod decide;
 pub mod device;

@@ -1,8 +1,10 @@
 //! Load of an owner in two 64-bit lanes, kept in Envoy gauges that all threads share.
 //!
 //! Lane A is prefill tokens (32 bits) | requests waiting for their first token (16) | requests
-//! decoding (16); lane B is active blocks (32) | spare (32). Every step of a request is a signed
-//! delta per lane, and arithmetic is modulo 2^64, so releasing is the exact inverse of booking.
+//! decoding (16); lane B is blocks of all requests (32) | blocks among them that are counted more
+//! than once (32). Every step of a request is a signed delta per lane, and arithmetic is modulo
+//! 2^64, so releasing is the exact inverse of booking; what is counted more than once follows from
+//! the [`crate::board`].
 
 /// The load of one owner.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -13,7 +15,7 @@ pub struct Load {
     pub waiting: u16,
     /// Requests past their first token.
     pub decoding: u16,
-    /// Blocks in use by requests.
+    /// Distinct blocks in use by requests.
     pub blocks: u32,
 }
 
@@ -31,11 +33,14 @@ impl Load {
     #[must_use]
     #[allow(clippy::cast_possible_truncation)]
     pub fn from_lanes(a: u64, b: u64) -> Self {
+        // What one thread takes off may come before what another has yet to add.
+        let double = b as i32;
+        let all = (b.wrapping_sub_signed(i64::from(double)) >> 32) as u32;
         Self {
             prefill_tokens: (a >> 32) as u32,
             waiting: (a >> 16) as u16,
             decoding: a as u16,
-            blocks: (b >> 32) as u32,
+            blocks: all.saturating_add_signed(double.saturating_neg()),
         }
     }
 
@@ -55,6 +60,23 @@ impl Load {
             || self.blocks > WIDE
             || self.waiting > NARROW
             || self.decoding > NARROW
+    }
+}
+
+impl Delta {
+    /// So many blocks more, or fewer, are counted more than once.
+    #[must_use]
+    pub fn double(blocks: i64) -> Self {
+        Self { a: 0, b: blocks }
+    }
+
+    /// Both.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            a: self.a.wrapping_add(other.a),
+            b: self.b.wrapping_add(other.b),
+        }
     }
 }
 
@@ -181,6 +203,26 @@ mod tests {
         assert_eq!(gauges.load().blocks, 72);
         gauges.add(leg.release());
         gauges.add(leg.release());
+        assert_eq!((gauges.0, gauges.1), (0, 0));
+    }
+
+    #[test]
+    fn blocks_that_are_counted_twice_are_taken_off() {
+        let mut gauges = Gauges::default();
+        let legs = [70, 50].map(|blocks| {
+            let (leg, booked) = Leg::book(0, blocks);
+            gauges.add(booked);
+            leg
+        });
+        gauges.add(Delta::double(30));
+        assert_eq!(gauges.load().blocks, 90);
+        // Another thread is yet to add what this one takes off.
+        gauges.add(Delta::double(-40));
+        assert_eq!(gauges.load().blocks, 130);
+        gauges.add(Delta::double(10));
+        for mut leg in legs {
+            gauges.add(leg.release());
+        }
         assert_eq!((gauges.0, gauges.1), (0, 0));
     }
 

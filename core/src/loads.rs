@@ -95,8 +95,14 @@ impl PoolLoads {
     /// The correction of an owner.
     #[must_use]
     pub fn correction(&self, slot: Slot) -> Correction {
-        let at = self.corrections.binary_search_by_key(&slot, |(s, _)| *s);
-        let found = at.ok().and_then(|at| self.corrections.get(at));
+        Self::find(&self.corrections, slot)
+    }
+
+    /// The correction of an owner in a list that is ascending by slot.
+    #[must_use]
+    pub fn find(corrections: &[(Slot, Correction)], slot: Slot) -> Correction {
+        let at = corrections.binary_search_by_key(&slot, |(s, _)| *s);
+        let found = at.ok().and_then(|at| corrections.get(at));
         found.map_or_else(Correction::default, |(_, correction)| *correction)
     }
 

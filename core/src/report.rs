@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::id::{OwnerId, Tier};
 use crate::load::Delta;
+use crate::wire::{self, WireError};
 
 /// Steps of one report, at most.
 pub const MAX_STEPS: usize = 64;
@@ -31,10 +32,60 @@ pub struct Report {
     pub sequence: u64,
     /// Whether `steps` are all live bookings of the VM and `sums` all its sums.
     pub complete: bool,
+    /// When it was made, Unix nanoseconds by Envoy's clock; 0 where the filter does not say.
+    pub at_ns: u64,
     /// Lanes by owner.
     pub sums: Vec<Sum>,
     /// What happened, in order.
     pub steps: Vec<Step>,
+    /// How long before `at_ns` each of the steps happened, nanoseconds; at `at_ns` those past the
+    /// end of the list.
+    pub ages_ns: Vec<u64>,
+}
+
+/// A [`Report`] of protocol version 2.
+#[derive(Deserialize)]
+struct Untimed {
+    vm: u64,
+    sequence: u64,
+    complete: bool,
+    sums: Vec<Sum>,
+    steps: Vec<Step>,
+}
+
+impl Report {
+    /// Reads an encoded report of any protocol version that is understood.
+    ///
+    /// # Errors
+    /// When the bytes are empty, of another version or malformed.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        if wire::version(bytes).is_none_or(|version| version >= wire::TIMED_FROM) {
+            return wire::decode(bytes);
+        }
+        let Untimed {
+            vm,
+            sequence,
+            complete,
+            sums,
+            steps,
+        } = wire::decode(bytes)?;
+        Ok(Self {
+            vm,
+            sequence,
+            complete,
+            at_ns: 0,
+            sums,
+            steps,
+            ages_ns: Vec::new(),
+        })
+    }
+
+    /// The steps and when they happened, Unix nanoseconds by Envoy's clock; 0 where it is not said.
+    pub fn timed(&self) -> impl Iterator<Item = (u64, &Step)> {
+        let ages = self.ages_ns.iter().copied().chain(std::iter::repeat(0));
+        let times = ages.map(|age| self.at_ns.saturating_sub(age));
+        times.zip(&self.steps)
+    }
 }
 
 /// All that a VM has ever added to an owner's lanes, modulo 2^64.
@@ -123,6 +174,16 @@ pub enum Step {
     /// The VM ends with the requests of its complete report: it tells how they go on and nothing
     /// else, however long that takes.
     Leave,
+    /// Its worker has said how many prompt tokens it found in its cache. Before it is over, at most
+    /// once.
+    Cached {
+        /// The request.
+        request: u64,
+        /// Prompt tokens that the decision took to be there.
+        predicted: u32,
+        /// Prompt tokens that were.
+        found: u32,
+    },
 }
 
 /// How a worker failed a request.
@@ -173,7 +234,7 @@ pub struct Booked {
 /// What a filter saw when it decided.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Evidence {
-    /// When, Unix nanoseconds by Envoy's clock.
+    /// When the loads were read, Unix nanoseconds by Envoy's clock.
     pub at_ns: u64,
     /// Why the request was routed as it was.
     pub reason: String,
@@ -202,4 +263,35 @@ pub struct Weighed {
     pub requests: u32,
     /// Its cost, in blocks.
     pub cost: f64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reports_of_this_protocol_and_the_one_before_are_read() {
+        let report = Report {
+            vm: 1,
+            sequence: 2,
+            complete: false,
+            at_ns: 900,
+            sums: Vec::new(),
+            steps: vec![Step::Free { request: 3 }, Step::FirstToken { request: 4 }],
+            ages_ns: vec![100],
+        };
+        assert_eq!(Report::decode(&wire::encode(&report)), Ok(report.clone()));
+        let times = report.timed().map(|(at_ns, _)| at_ns);
+        assert_eq!(times.collect::<Vec<_>>(), [800, 900]);
+        let Report { sums, steps, .. } = &report;
+        let untimed = wire::encode_for(2, &(1_u64, 2_u64, false, sums, steps));
+        let expected = Report {
+            at_ns: 0,
+            ages_ns: Vec::new(),
+            ..report
+        };
+        assert_eq!(Report::decode(&untimed), Ok(expected));
+        assert_eq!(Report::decode(&[]), Err(WireError::Empty));
+        assert_eq!(Report::decode(&[1, 9]), Err(WireError::Malformed(2)));
+    }
 }

@@ -53,6 +53,8 @@ pub struct ActiveLoad {
 /// A prefix of a live prompt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Prefix {
+    /// Who booked the prompt.
+    pub source: u64,
     /// Position of the pool in the table.
     pub pool: u16,
     /// Sequence hash of its last block.
@@ -142,6 +144,21 @@ impl TrackError {
     }
 }
 
+/// A change of a [`Tracker`], to be made in another one.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Change {
+    /// See [`Tracker::book`].
+    Book(BookingId, OwnerKey, Box<Booking>),
+    /// See [`Tracker::relocate`].
+    Relocate(BookingId, OwnerKey),
+    /// See [`Tracker::first_token`].
+    FirstToken(BookingId),
+    /// See [`Tracker::grow`].
+    Grow(BookingId, u32, f32),
+    /// See [`Tracker::free`].
+    Free(BookingId),
+}
+
 /// All bookings.
 #[derive(Debug)]
 pub struct Tracker {
@@ -153,6 +170,8 @@ pub struct Tracker {
     pools: HashMap<u16, Blocks>,
     tracking: Tracking,
     capacity: usize,
+    /// What has changed, if that is asked for.
+    journal: Option<Vec<Change>>,
 }
 
 impl Tracker {
@@ -166,6 +185,39 @@ impl Tracker {
             pools: HashMap::new(),
             tracking,
             capacity,
+            journal: None,
+        }
+    }
+
+    /// Keeps a journal of changes from here on.
+    #[must_use]
+    pub fn with_journal(mut self) -> Self {
+        self.journal = Some(Vec::new());
+        self
+    }
+
+    /// Takes what the journal has since it was last taken.
+    pub fn take_journal(&mut self) -> Vec<Change> {
+        self.journal
+            .as_mut()
+            .map(std::mem::take)
+            .unwrap_or_default()
+    }
+
+    /// Makes a change of another tracker here. Whether it could be made.
+    pub fn apply(&mut self, change: Change, now_ms: u64) -> bool {
+        match change {
+            Change::Book(id, owner, booking) => self.book(id, owner, *booking, now_ms).is_ok(),
+            Change::Relocate(id, to) => self.relocate(&id, to, now_ms),
+            Change::FirstToken(id) => self.first_token(&id, now_ms),
+            Change::Grow(id, blocks, left) => self.grow(&id, blocks, left, now_ms),
+            Change::Free(id) => self.free(&id),
+        }
+    }
+
+    fn note(&mut self, change: impl FnOnce() -> Change) {
+        if let Some(journal) = &mut self.journal {
+            journal.push(change());
         }
     }
 
@@ -198,6 +250,7 @@ impl Tracker {
             booking.private_blocks = booking.private_blocks.saturating_add(blocks);
             booking.hashes = Vec::new();
         }
+        self.note(|| Change::Book(id.clone(), owner, Box::new(booking.clone())));
         self.owners.entry(owner).or_default().add(&booking);
         use_blocks(self.pools.entry(owner.pool).or_default(), &booking.hashes);
         let entry = Entry {
@@ -223,12 +276,13 @@ impl Tracker {
         entry.touched_ms = now_ms;
         self.owners.entry(to).or_default().add(&entry.booking);
         use_blocks(pools.entry(to.pool).or_default(), &entry.booking.hashes);
+        self.note(|| Change::Relocate(id.clone(), to));
         true
     }
 
     /// The first token has come: prefill is done. Whether it is booked.
     pub fn first_token(&mut self, id: &BookingId, now_ms: u64) -> bool {
-        self.change(id, now_ms, |entry, owners| {
+        let is_booked = self.change(id, now_ms, |entry, owners| {
             let owner = owners.entry(entry.owner).or_default();
             let booking = &mut entry.booking;
             owner.load.prefill_tokens -= u64::from(booking.prefill_tokens);
@@ -236,7 +290,11 @@ impl Tracker {
             booking.prefill_tokens = 0;
             booking.decoding = true;
             *owner.requests(booking) += 1;
-        })
+        });
+        if is_booked {
+            self.note(|| Change::FirstToken(id.clone()));
+        }
+        is_booked
     }
 
     /// The answer has filled blocks, and this share of it is still to come. Whether it is booked.
@@ -261,6 +319,7 @@ impl Tracker {
         *private = private.saturating_add(blocks);
         let owner = self.owners.entry(entry.owner).or_default();
         owner.load.blocks += u64::from(*private - before);
+        self.note(|| Change::Grow(id.clone(), blocks, left));
         true
     }
 
@@ -285,12 +344,13 @@ impl Tracker {
 
     /// The request is over. Whether it was booked.
     pub fn free(&mut self, id: &BookingId) -> bool {
-        let entry = self.entries.remove(id);
-        entry.is_some_and(|entry| {
-            release(&mut self.owners, &mut self.pools, &entry);
-            fade(&mut self.fading, entry.owner, id, 1.0);
-            true
-        })
+        let Some(entry) = self.entries.remove(id) else {
+            return false;
+        };
+        release(&mut self.owners, &mut self.pools, &entry);
+        fade(&mut self.fading, entry.owner, id, 1.0);
+        self.note(|| Change::Free(id.clone()));
+        true
     }
 
     /// Frees every booking of a source for which `keep` is false, and returns how many.
@@ -305,12 +365,16 @@ impl Tracker {
 
     fn keep(&mut self, mut stays: impl FnMut(&BookingId, &Entry) -> bool) -> usize {
         let (owners, pools, fading) = (&mut self.owners, &mut self.pools, &mut self.fading);
+        let journal = &mut self.journal;
         let before = self.entries.len();
         self.entries.retain(|id, entry| {
             let stays = stays(id, entry);
             if !stays {
                 release(owners, pools, entry);
                 fade(fading, entry.owner, id, 1.0);
+                if let Some(journal) = journal {
+                    journal.push(Change::Free(id.clone()));
+                }
             }
             stays
         });
@@ -378,18 +442,19 @@ impl Tracker {
         uses.map(|(hash, uses)| (*hash, *uses))
     }
 
-    /// Whether some request on an owner uses a block.
+    /// Requests on an owner that use a block.
     #[must_use]
-    pub fn is_in_use(&self, owner: &OwnerKey, hash: u64) -> bool {
-        let owner = self.owners.get(owner);
-        owner.is_some_and(|o| o.blocks.contains_key(&hash))
+    pub fn uses(&self, owner: &OwnerKey, hash: u64) -> u32 {
+        let uses = self.owners.get(owner).and_then(|o| o.blocks.get(&hash));
+        uses.copied().unwrap_or(0)
     }
 
     /// Prefixes of live prompts that another prompt may have in common with them: of each booking
     /// the longest one that another booking in its pool uses too, those that end where other
     /// prompts went on differently, and all of it, which the next turn would start with.
     pub fn prefixes(&self) -> impl Iterator<Item = Prefix> + '_ {
-        self.entries.values().flat_map(|entry| {
+        self.entries.iter().flat_map(|(id, entry)| {
+            let source = id.source;
             let Booking {
                 start,
                 hashes,
@@ -406,6 +471,7 @@ impl Tracker {
             let whole = hashes.len().checked_sub(1).map(|at| (at, true));
             parts.chain(whole).filter_map(move |(at, is_whole)| {
                 Some(Prefix {
+                    source,
                     pool,
                     hash: *hashes.get(at)?,
                     depth: start.checked_add(u32::try_from(at).ok()?)?.checked_add(1)?,
@@ -606,8 +672,9 @@ mod tests {
         // Requests 1 and 3 share all on two owners, 2 has two blocks in common with them.
         let all = [(0, 1, 11), (0, 2, 12), (0, 3, 13), (0, 3, 13)];
         assert_eq!(prefixes(&tracker), all);
-        assert!(tracker.is_in_use(&owner(8), 3));
-        assert!(!tracker.is_in_use(&owner(8), 9));
+        assert_eq!(tracker.uses(&owner(7), 1), 2);
+        assert_eq!(tracker.uses(&owner(8), 3), 1);
+        assert_eq!(tracker.uses(&owner(8), 9), 0);
         assert_eq!(tracker.get(&id(3)).unwrap().0, owner(8));
         assert_eq!(tracker.bookings().count(), 3);
         tracker.relocate(&id(1), owner(8), 0);

@@ -6,9 +6,12 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Version of these messages. Version 1 is the same without [`Up::Reports`] and [`Up::Lanes`];
-/// version 2 knows no steps but the first four of [`crate::report::Step`].
+/// Version of these messages. Version 2 has reports without times, see
+/// [`crate::report::Report::decode`], and knows no steps but the first four of
+/// [`crate::report::Step`]; version 1 is the same without [`Up::Reports`] and [`Up::Lanes`].
 pub const PROTOCOL: u8 = 3;
+/// Version from which on reports say when things happened.
+pub const TIMED_FROM: u8 = 3;
 /// Oldest version that is understood.
 pub const OLDEST: u8 = 1;
 /// Envoy's shared queue in which VMs leave reports for the bridge.

@@ -272,9 +272,9 @@ impl Host for Envoy {
         bytes(call).unwrap_or_default()
     }
 
-    fn answer_part(&self, size: usize) -> Vec<u8> {
+    fn answer(&self, start: usize, size: usize) -> Vec<u8> {
         let body = BufferType::HttpResponseBody as u32;
-        let call = |data, len| unsafe { proxy_get_buffer_bytes(body, 0, size, data, len) };
+        let call = |data, len| unsafe { proxy_get_buffer_bytes(body, start, size, data, len) };
         bytes(call).unwrap_or_default()
     }
 

@@ -4,12 +4,16 @@
 //! Whatever is added to a lane is added to its owner's sum in the same function, [`Bookings::add`],
 //! so the reported sums are exactly what this VM added.
 
-use hashbrown::HashMap;
+use std::collections::BTreeSet;
+
+use hashbrown::{HashMap, HashSet};
+use kv_core::board::EntryId;
 use kv_core::load::{Delta, Leg};
 use kv_core::report::{Booked, Evidence, Failure, OwnerKey, Step, Sum};
 use kv_core::table::Table;
 use kv_core::tracker::Tracking;
 
+use crate::board::{self, Glimpse, Listing};
 use crate::host::Host;
 use crate::lanes::Lane;
 use crate::metrics::{Event, Metrics};
@@ -35,10 +39,14 @@ pub struct Place {
 #[must_use]
 pub struct Tentative {
     place: Place,
+    /// Where its prompt stands, if it does.
+    listing: Option<Listing>,
     leg: Leg,
     prefill_tokens: u32,
     blocks: u32,
     delta: Delta,
+    /// When it was made, Unix nanoseconds.
+    at_ns: u64,
 }
 
 /// What a booking is told with.
@@ -63,6 +71,7 @@ pub struct BookingId(u64);
 #[derive(Debug)]
 struct Live {
     lane: Lane,
+    listing: Option<Listing>,
     leg: Leg,
     /// As complete reports list it.
     booked: Booked,
@@ -75,7 +84,10 @@ struct Live {
 /// All bookings of a VM.
 #[derive(Debug, Default)]
 pub struct Bookings {
+    vm: u64,
     last: u64,
+    /// Number of the last entry on a board.
+    listed: u64,
     live: HashMap<u64, Live>,
     sums: Sums,
     /// The part of the sums that was taken out for VMs that are gone.
@@ -92,9 +104,16 @@ impl Tentative {
         self.delta
     }
 
+    /// Where its prompt stands among the live ones.
+    #[must_use]
+    pub fn listing(&self) -> Option<Listing> {
+        self.listing
+    }
+
     /// Takes it back as if it had never been.
     pub fn undo(mut self, bookings: &mut Bookings, host: &impl Host) {
-        bookings.add(host, self.place, self.leg.release());
+        let delta = self.leg.release().plus(unlist(host, self.listing));
+        bookings.add(host, self.place, delta);
     }
 
     /// Makes it known.
@@ -128,6 +147,7 @@ impl Tentative {
         };
         let live = Live {
             lane: self.place.lane,
+            listing: self.listing,
             leg: self.leg,
             booked: booked.clone(),
             whole,
@@ -139,7 +159,9 @@ impl Tentative {
         };
         bookings.live.insert(request, live);
         let booked = Booked { evidence, ..booked };
-        bookings.tell(host, metrics, owner, || Step::Book(Box::new(booked)));
+        bookings.tell(host, metrics, owner, self.at_ns, || {
+            Step::Book(Box::new(booked))
+        });
         BookingId(request)
     }
 }
@@ -147,18 +169,20 @@ impl Tentative {
 impl Bookings {
     /// Names the VM in reports.
     pub fn set_vm(&mut self, vm: u64) {
+        self.vm = vm;
         self.outbox.set_vm(vm);
     }
 
     /// Books a request with this much prefill to do and these blocks to hold, as far as they are
-    /// tracked.
+    /// tracked, and puts its prompt, where it is known, among the live ones.
     pub fn hold(
         &mut self,
         host: &impl Host,
+        metrics: &mut Metrics,
         place: Place,
         tracking: Tracking,
-        prefill_tokens: u32,
-        blocks: u32,
+        (prefill_tokens, blocks): (u32, u32),
+        prompt: Option<&mut Glimpse>,
     ) -> Tentative {
         let prefill_tokens = if tracking.prefill_tokens {
             prefill_tokens
@@ -167,13 +191,30 @@ impl Bookings {
         };
         let blocks = if tracking.active_blocks { blocks } else { 0 };
         let (leg, delta) = Leg::book(prefill_tokens, blocks);
+        let at_ns = host.unix_ns();
+        let is_known = prompt.is_some();
+        let listed = prompt.and_then(|prompt| {
+            self.listed += 1;
+            let id = EntryId {
+                vm: self.vm,
+                number: self.listed,
+            };
+            prompt.list(host, id, place.lane.name(), seconds(host))
+        });
+        if is_known && listed.is_none() {
+            metrics.count(host, Event::Unlisted, 1);
+        }
+        let double = listed.map_or(0, |(_, shared)| shared.into());
+        let delta = delta.plus(Delta::double(double));
         self.add(host, place, delta);
         Tentative {
             place,
+            listing: listed.map(|(listing, _)| listing),
             leg,
             prefill_tokens,
             blocks,
             delta,
+            at_ns,
         }
     }
 
@@ -183,10 +224,16 @@ impl Bookings {
             return;
         };
         let from = live.place();
-        let released = live.leg.release();
-        self.add(host, from, released);
+        let at_ns = host.unix_ns();
+        let moved = live
+            .listing
+            .and_then(|listing| listing.relocate(host, to.lane.name()));
+        let (left, joined) = moved.unwrap_or_default();
+        let left = Delta::double(-i64::from(left));
+        self.add(host, from, live.leg.release().plus(left));
         let (mut leg, booked) = Leg::book(live.booked.prefill_tokens, live.booked.blocks);
-        self.add(host, to, booked);
+        let joined = Delta::double(joined.into());
+        self.add(host, to, booked.plus(joined));
         if live.booked.decoding {
             let delta = leg.first_token();
             self.add(host, to, delta);
@@ -195,7 +242,7 @@ impl Bookings {
         live.lane = to.lane;
         live.booked.owner = to.owner;
         self.live.insert(id.0, live);
-        self.tell(host, metrics, to.owner, || Step::Move {
+        self.tell(host, metrics, to.owner, at_ns, || Step::Move {
             request: id.0,
             to: to.owner,
         });
@@ -208,14 +255,36 @@ impl Bookings {
         };
         live.booked.decoding = true;
         let (place, delta, whole) = (live.place(), live.leg.first_token(), live.whole);
+        let at_ns = host.unix_ns();
         self.add(host, place, delta);
         let request = id.0;
-        self.tell(host, metrics, place.owner, || {
+        self.tell(host, metrics, place.owner, at_ns, || {
             if whole {
                 Step::Prefilled { request }
             } else {
                 Step::FirstToken { request }
             }
+        });
+    }
+
+    /// Its worker has said what it found in its cache.
+    pub fn cached(
+        &mut self,
+        host: &impl Host,
+        metrics: &mut Metrics,
+        id: BookingId,
+        predicted: u32,
+        found: u32,
+    ) {
+        let Some(live) = self.live.get(&id.0) else {
+            return;
+        };
+        let owner = live.booked.owner;
+        let at_ns = host.unix_ns();
+        self.tell(host, metrics, owner, at_ns, || Step::Cached {
+            request: id.0,
+            predicted,
+            found,
         });
     }
 
@@ -233,8 +302,9 @@ impl Bookings {
         };
         live.booked.blocks = live.booked.blocks.saturating_add(blocks);
         let (place, delta) = (live.place(), live.leg.grow(blocks));
+        let at_ns = host.unix_ns();
         self.add(host, place, delta);
-        self.tell(host, metrics, place.owner, || Step::Grown {
+        self.tell(host, metrics, place.owner, at_ns, || Step::Grown {
             request: id.0,
             blocks,
             left,
@@ -251,7 +321,8 @@ impl Bookings {
         failure: Failure,
     ) {
         metrics.count(host, Event::Failure, 1);
-        self.tell(host, metrics, owner, || Step::Failed {
+        let at_ns = host.unix_ns();
+        self.tell(host, metrics, owner, at_ns, || Step::Failed {
             request: id.map_or(0, |id| id.0),
             owner,
             failure,
@@ -275,7 +346,7 @@ impl Bookings {
             let written_off = written_off.or_insert_with(|| Sum::new(sum.owner));
             written_off.add(sum.removal());
             let step = Step::WrittenOff(*written_off);
-            self.outbox.push(host, metrics, step);
+            self.outbox.push(host, metrics, step, host.unix_ns());
             metrics.count(host, Event::WrittenOff, 1);
         }
     }
@@ -286,8 +357,11 @@ impl Bookings {
             return;
         };
         let (place, delta) = (live.place(), live.leg.release());
-        self.add(host, place, delta);
-        self.tell(host, metrics, place.owner, || Step::Free { request: id.0 });
+        let at_ns = host.unix_ns();
+        self.add(host, place, delta.plus(unlist(host, live.listing)));
+        self.tell(host, metrics, place.owner, at_ns, || Step::Free {
+            request: id.0,
+        });
     }
 
     /// Reports what has happened, if it is time to.
@@ -309,6 +383,7 @@ impl Bookings {
         let state = self.written_off.values().copied().map(Step::WrittenOff);
         if self.outbox.tick(host, &self.sums, live, state) {
             metrics.count(host, Event::Complete, 1);
+            self.stamp(host);
         }
     }
 
@@ -343,6 +418,23 @@ impl Bookings {
         let live = self.live.values().map(|live| &live.booked);
         let state = self.written_off.values().copied().map(Step::WrittenOff);
         self.outbox.leave(host, &self.sums, live, state);
+    }
+
+    /// Shows other VMs that the prompts of this one are live.
+    fn stamp(&self, host: &impl Host) {
+        let listings = self.live.values().filter_map(|live| live.listing);
+        let live: HashSet<Listing> = listings.collect();
+        let shards: BTreeSet<u8> = live.iter().map(|listing| listing.shard).collect();
+        for shard in shards {
+            let is_live = |id| live.contains(&Listing { shard, id });
+            board::stamp(host, shard, seconds(host), is_live);
+        }
+    }
+
+    /// The prompt of a VM that is no more was taken off its board: so many of its blocks are in use
+    /// on the owner still, and count once less.
+    pub fn bury(&mut self, host: &impl Host, place: Place, shared: u32) {
+        self.add(host, place, Delta::double(-i64::from(shared)));
     }
 
     /// Reports what has happened, whenever the last report was.
@@ -400,12 +492,25 @@ impl Bookings {
         host: &impl Host,
         metrics: &mut Metrics,
         owner: OwnerKey,
+        at_ns: u64,
         step: impl FnOnce() -> Step,
     ) {
         if owner.pool != NO_POOL {
-            self.outbox.push(host, metrics, step());
+            self.outbox.push(host, metrics, step(), at_ns);
         }
     }
+}
+
+/// Takes a prompt off its board. What to add to the lanes for that.
+fn unlist(host: &impl Host, listing: Option<Listing>) -> Delta {
+    let removed = listing.and_then(|listing| listing.remove(host));
+    Delta::double(removed.map_or(0, |(_, shared)| -i64::from(shared)))
+}
+
+/// Seconds of the process's clock.
+#[must_use]
+pub fn seconds(host: &impl Host) -> u32 {
+    u32::try_from(host.now_ns() / 1_000_000_000).unwrap_or(u32::MAX)
 }
 
 impl Live {
@@ -447,7 +552,14 @@ mod tests {
         let two = one.beside();
         let (here, there) = (place(&one, 7), place(&two, 7));
         let (mut bookings, mut metrics) = (Bookings::default(), Metrics::default());
-        let booking = bookings.hold(&one, here, Tracking::default(), 100, 7);
+        let booking = bookings.hold(
+            &one,
+            &mut metrics,
+            here,
+            Tracking::default(),
+            (100, 7),
+            None,
+        );
         let load = Load {
             prefill_tokens: 100,
             waiting: 1,
@@ -474,7 +586,14 @@ mod tests {
         let (from, to) = (place(&host, 1), place(&host, 2));
         for decoding in [false, true] {
             let (mut bookings, mut metrics) = (Bookings::default(), Metrics::default());
-            let booking = bookings.hold(&host, from, Tracking::default(), 100, 7);
+            let booking = bookings.hold(
+                &host,
+                &mut metrics,
+                from,
+                Tracking::default(),
+                (100, 7),
+                None,
+            );
             let id = booking.open(&mut bookings, &host, &mut metrics, Told::default());
             if decoding {
                 bookings.first_token(&host, &mut metrics, id);
@@ -494,7 +613,14 @@ mod tests {
         let host = Fake::default();
         let here = place(&host, 1);
         let (mut bookings, mut metrics) = (Bookings::default(), Metrics::default());
-        let booking = bookings.hold(&host, here, Tracking::default(), 100, 7);
+        let booking = bookings.hold(
+            &host,
+            &mut metrics,
+            here,
+            Tracking::default(),
+            (100, 7),
+            None,
+        );
         let id = booking.open(&mut bookings, &host, &mut metrics, Told::default());
         let table = |names: &[&str]| Table {
             pools: names

@@ -14,7 +14,8 @@ use kv_core::policy::{Mode, Policy};
 use kv_core::reader::{Reader, View};
 use kv_core::rng::Rng;
 
-use crate::bookings::{Bookings, Place, Tentative};
+use crate::board::Glimpse;
+use crate::bookings::{self, Bookings, Place, Tentative};
 use crate::fleet::Served;
 use crate::hints::Pin;
 use crate::host::Host;
@@ -88,6 +89,8 @@ pub struct Choice {
     pub prefix: Option<(u32, u64)>,
     /// Share of the overlaps that counted.
     pub trust: f64,
+    /// When the loads were read, Unix nanoseconds.
+    pub read_ns: u64,
     /// What was weighed.
     pub weighed: Weighed,
 }
@@ -109,7 +112,9 @@ pub struct Chooser {
     rng: Rng,
     /// By candidate: what the first lane of its owner held when its load was read.
     read: Vec<u64>,
-    /// Leading blocks of the prompt that are in use, ascending by slot.
+    /// When that was, Unix nanoseconds.
+    read_ns: u64,
+    /// Leading blocks of the prompt that are in use elsewhere, ascending by slot.
     in_use: Vec<(Slot, u32)>,
 }
 
@@ -121,6 +126,7 @@ impl Chooser {
             reader: Reader::new(),
             rng: Rng::new(seed),
             read: Vec::new(),
+            read_ns: 0,
             in_use: Vec::new(),
         }
     }
@@ -155,6 +161,19 @@ impl Chooser {
             self.in_use = loads.in_use(ask.hashes);
             self.in_use.sort_unstable();
         }
+        // Where blocks count for each request, or not at all, nothing is counted more than once.
+        let tracking = pool.policy.tracking;
+        let counts_distinct = tracking.active_blocks && tracking.kv_reuse;
+        let mut prompt = (mode == Mode::Kv && counts_distinct)
+            .then(|| Glimpse::new(host, ask.hashes))
+            .flatten();
+        if let Some(prompt) = &mut prompt {
+            for (owner, shared) in prompt.expire(host, bookings::seconds(host)) {
+                if let Some(place) = served.place_named(owner) {
+                    bookings.bury(host, place, shared);
+                }
+            }
+        }
         let policy = pool.policy.trusted(trust);
         let candidates = match ask.pin {
             Some(pin) => {
@@ -185,6 +204,7 @@ impl Chooser {
             served,
             loads: published.loads,
             request,
+            prompt,
             candidates,
         };
         let (weighed, booking) = self.book(host, metrics, bookings, &mut round);
@@ -198,6 +218,7 @@ impl Chooser {
             booking,
             prefix: looked_up.then(|| self.prefix(ask.hashes)).flatten(),
             trust,
+            read_ns: self.read_ns,
             weighed,
         }
     }
@@ -229,7 +250,9 @@ impl Chooser {
                 let place = round.served.place(picked.owner)?;
                 let trusted = policy.trusted(round.request.trust);
                 let prefill = demand.uncached_tokens(&picked.overlap, &trusted);
-                let booking = bookings.hold(host, place, policy.tracking, prefill, demand.blocks());
+                let size = (prefill, demand.blocks());
+                let prompt = round.prompt.as_mut();
+                let booking = bookings.hold(host, metrics, place, policy.tracking, size, prompt);
                 Some((picked, place, booking))
             });
             let Some((picked, place, booking)) = booked else {
@@ -240,6 +263,9 @@ impl Chooser {
                 return (weighed, Some(booking));
             }
             metrics.count(host, Event::Raced, 1);
+            if let Some(prompt) = &mut round.prompt {
+                prompt.again(host, booking.listing());
+            }
             self.read_loads(host, round, Some((picked.owner, booking.delta())));
             if round.is_least(picked.owner) {
                 return (weighed, Some(booking));
@@ -264,7 +290,8 @@ impl Chooser {
         before.is_some_and(|(_, a)| a.wrapping_add_signed(delta.a) != place.lane.read_a(host))
     }
 
-    /// Reads the loads of all candidates, without what was just booked on one of them.
+    /// Reads the loads of all candidates, and what they use of the prompt, without what was just
+    /// booked on one of them.
     fn read_loads(
         &mut self,
         host: &impl Host,
@@ -272,6 +299,7 @@ impl Chooser {
         booked: Option<(usize, Delta)>,
     ) {
         self.read.clear();
+        self.read_ns = host.unix_ns();
         for candidate in &mut round.candidates {
             let place = round.served.place(candidate.owner);
             let mut lanes = place.map_or_else(Default::default, |place| place.lane.read(host));
@@ -282,6 +310,11 @@ impl Chooser {
                 lanes.b = lanes.b.wrapping_sub_signed(delta.b);
             }
             self.read.push(lanes.a);
+            let slot = round.served.owner(candidate.owner).map(|owner| owner.slot);
+            let elsewhere = slot.map_or(0, |slot| self.in_use(slot));
+            let here = round.prompt.as_ref().zip(place);
+            let here = here.map_or(0, |(prompt, place)| prompt.shared(place.lane.name()));
+            candidate.shared_blocks = here.max(elsewhere);
             let owner = round.served.owner(candidate.owner);
             candidate.load = match round.loads.zip(owner) {
                 Some((loads, owner)) => loads.correction(owner.slot).apply(&lanes.load()),
@@ -377,16 +410,19 @@ impl Chooser {
     fn candidate(&self, served: &Served<'_>, looked_up: bool, owner: usize) -> Candidate {
         let slot = served.owner(owner).map(|o| o.slot);
         let held = slot.filter(|_| looked_up);
-        let shared = slot.and_then(|slot| {
-            let at = self.in_use.binary_search_by_key(&slot, |(s, _)| *s).ok()?;
-            self.in_use.get(at)
-        });
         Candidate {
             owner,
             overlap: held.map_or_else(Overlap::default, |slot| self.reader.overlap(slot)),
             load: Load::default(),
-            shared_blocks: shared.map_or(0, |(_, depth)| *depth),
+            shared_blocks: 0,
         }
+    }
+
+    /// Leading blocks of the prompt that requests of other proxies use.
+    fn in_use(&self, slot: Slot) -> u32 {
+        let at = self.in_use.binary_search_by_key(&slot, |(s, _)| *s);
+        let found = at.ok().and_then(|at| self.in_use.get(at));
+        found.map_or(0, |(_, depth)| *depth)
     }
 }
 
@@ -395,6 +431,8 @@ struct Round<'a> {
     served: &'a Served<'a>,
     loads: Option<&'a PoolLoads>,
     request: Request,
+    /// The prompt among the live ones of this process.
+    prompt: Option<Glimpse>,
     candidates: Vec<Candidate>,
 }
 

@@ -54,11 +54,12 @@ struct Context {
     request: BTreeMap<String, Vec<u8>>,
     response: BTreeMap<String, Vec<u8>>,
     body: Vec<u8>,
+    /// The part of the answer that is at hand.
+    answer: Vec<u8>,
     received: u64,
     resumed: u32,
     upstream: Option<(String, u64)>,
     properties: HashMap<Vec<u8>, Vec<u8>>,
-    answer: Vec<u8>,
     reply: Option<(u32, Vec<u8>)>,
 }
 
@@ -130,6 +131,12 @@ impl Fake {
             context.received += part.len() as u64;
             context.body.len()
         })
+    }
+
+    /// Receives a part of the current request's answer.
+    pub(crate) fn answered(&self, part: &[u8]) -> usize {
+        self.context(|context| context.answer = part.to_vec());
+        part.len()
     }
 
     /// The value of a header as text.
@@ -409,9 +416,11 @@ impl Host for Fake {
         })
     }
 
-    fn answer_part(&self, size: usize) -> Vec<u8> {
-        let part = self.context(|context| context.answer.clone());
-        part[..size.min(part.len())].to_vec()
+    fn answer(&self, start: usize, size: usize) -> Vec<u8> {
+        self.context(|context| {
+            let rest = context.answer.get(start..).unwrap_or_default();
+            rest[..size.min(rest.len())].to_vec()
+        })
     }
 
     fn reply(&self, status: u32, json: &[u8]) -> bool {

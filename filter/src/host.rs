@@ -124,8 +124,8 @@ pub trait Host {
     fn remove_header(&self, map: Headers, name: &str) -> bool;
     /// Part of the buffered request body.
     fn body(&self, start: usize, size: usize) -> Vec<u8>;
-    /// The part of the response body that has just come.
-    fn answer_part(&self, size: usize) -> Vec<u8>;
+    /// Part of the part of the response body that is at hand.
+    fn answer(&self, start: usize, size: usize) -> Vec<u8>;
     /// Lets a held request go on.
     fn resume_request(&self) -> bool;
     /// Answers a request with JSON instead of sending it on. Its callback must pause it.

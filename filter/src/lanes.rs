@@ -5,6 +5,7 @@
 //! a lane mean is said in [`kv_core::load`]; they are no counts for people to read.
 
 use hashbrown::HashMap;
+use kv_core::board;
 use kv_core::id::OwnerId;
 use kv_core::ledger::Lanes as Raw;
 use kv_core::load::Delta;
@@ -20,9 +21,17 @@ const MAX_OWNERS: usize = 4096;
 pub struct Lane {
     a: MetricId,
     b: MetricId,
+    /// The owner as boards name it.
+    name: u64,
 }
 
 impl Lane {
+    /// The owner as [`kv_core::board`] names it.
+    #[must_use]
+    pub fn name(self) -> u64 {
+        self.name
+    }
+
     /// What they hold.
     #[must_use]
     pub fn read(self, host: &impl Host) -> Raw {
@@ -61,14 +70,15 @@ impl Lanes {
         if let Some(lane) = owners.get(&owner) {
             return Some(*lane);
         }
+        let OwnerId { worker, rank } = owner;
         let define = |lane: char| {
-            let OwnerId { worker, rank } = owner;
             let name = format!("kv_router_lane_{lane}.{pool}.{worker}.{rank}");
             host.define(MetricKind::Gauge, &name)
         };
         let lane = Lane {
             a: define('a')?,
             b: define('b')?,
+            name: board::owner(&format!("{pool}.{worker}.{rank}")),
         };
         // Reading them makes this VM one of those that keep them alive: a gauge ends with the last
         // VM that has touched it, and what was booked on it with it.

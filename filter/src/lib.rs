@@ -15,6 +15,7 @@
 //!   answered here.
 //! - [`world`], [`fleet`], [`lanes`], [`correction`]: pages, worker table and load as this VM sees
 //!   them.
+//! - [`board`]: the live prompts of all VMs.
 //! - [`bookings`], [`outbox`]: what this VM has added to the load, and its reports of it.
 //! - [`bridge`], [`relay`]: the one VM of a process that copies the sidecar's writes into shared
 //!   data and passes the reports of all VMs on to it.
@@ -34,6 +35,7 @@
 #[cfg(target_arch = "wasm32")]
 mod abi;
 pub mod answer;
+pub mod board;
 pub mod bookings;
 pub mod bridge;
 #[cfg(feature = "chaos")]
@@ -58,6 +60,7 @@ pub mod relay;
 pub mod request;
 pub mod routed;
 pub mod text;
+pub mod usage;
 pub mod vm;
 pub mod watchdog;
 pub mod world;

@@ -33,13 +33,20 @@ pub type Sums = HashMap<OwnerKey, Sum>;
 /// Position of a pool that has left the worker table: its owners are not reported.
 pub const NO_POOL: u16 = u16::MAX;
 
+/// A step and when it happened, Unix nanoseconds.
+#[derive(Debug)]
+struct Timed {
+    at_ns: u64,
+    step: Step,
+}
+
 /// Steps that wait, and how far the sidecar has been told.
 #[derive(Debug, Default)]
 pub struct Outbox {
     vm: u64,
     /// Number of the last report.
     sequence: u64,
-    steps: Vec<Step>,
+    steps: Vec<Timed>,
     bytes: usize,
     /// Owners whose sums have changed since they were last reported.
     touched: Vec<OwnerKey>,
@@ -73,8 +80,8 @@ impl Outbox {
         }
     }
 
-    /// Something has happened.
-    pub fn push(&mut self, host: &impl Host, metrics: &mut Metrics, step: Step) {
+    /// Something has happened at `at_ns`, Unix nanoseconds.
+    pub fn push(&mut self, host: &impl Host, metrics: &mut Metrics, step: Step, at_ns: u64) {
         let bytes = size(&step);
         if self.steps.len() >= MAX_WAITING || self.bytes + bytes > MAX_WAITING_BYTES {
             let lost = u32::try_from(self.steps.len() + 1).unwrap_or(u32::MAX);
@@ -83,7 +90,7 @@ impl Outbox {
             return;
         }
         self.bytes += bytes;
-        self.steps.push(step);
+        self.steps.push(Timed { at_ns, step });
     }
 
     /// Drops what waits; a complete report makes up for it.
@@ -163,8 +170,10 @@ impl Outbox {
             vm: self.vm,
             sequence: self.sequence + 1,
             complete: true,
+            at_ns: host.unix_ns(),
             sums: known.copied().collect(),
             steps,
+            ages_ns: Vec::new(),
         };
         self.send(host, &report, now_ns)
     }
@@ -179,15 +188,26 @@ impl Outbox {
                 .touched
                 .iter()
                 .filter(|owner| is_last && is_known(**owner));
+            let sums = sums.map(|owner| sum(all, *owner)).collect();
+            let at_ns = host.unix_ns();
+            let age = |timed: Timed| (timed.step, at_ns.saturating_sub(timed.at_ns));
+            let (steps, ages_ns) = self.steps.drain(..count).map(age).unzip();
             let report = Report {
                 vm: self.vm,
                 sequence: self.sequence + 1,
                 complete: false,
-                sums: sums.map(|owner| sum(all, *owner)).collect(),
-                steps: self.steps.drain(..count).collect(),
+                at_ns,
+                sums,
+                steps,
+                ages_ns,
             };
             if !self.send(host, &report, now_ns) {
-                self.steps.splice(..0, report.steps);
+                let timed = report.steps.into_iter().zip(report.ages_ns);
+                let timed = timed.map(|(step, age)| Timed {
+                    at_ns: at_ns.saturating_sub(age),
+                    step,
+                });
+                self.steps.splice(..0, timed);
                 return false;
             }
             self.bytes = self
@@ -203,8 +223,8 @@ impl Outbox {
     /// Steps at the front that one report takes: at least one, if there are any.
     fn fitting(&self) -> usize {
         let mut bytes = 0;
-        let fits = |step: &&Step| {
-            bytes += size(step);
+        let fits = |timed: &&Timed| {
+            bytes += size(&timed.step);
             bytes <= REPORT_BYTES
         };
         let fitting = self.steps.iter().take(MAX_STEPS).take_while(fits).count();
@@ -270,6 +290,7 @@ fn size(step: &Step) -> usize {
         Step::Move { .. }
         | Step::FirstToken { .. }
         | Step::Free { .. }
+        | Step::Cached { .. }
         | Step::Prefilled { .. }
         | Step::Grown { .. }
         | Step::Failed { .. }

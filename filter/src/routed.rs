@@ -8,13 +8,14 @@ use kv_core::table::Owner;
 
 use crate::answer::Growth;
 use crate::bookings::{BookingId, Told};
-use crate::choose::{Answer, Ask, Choice};
+use crate::choose::{Answer, Ask, Choice, Weighed};
 use crate::fleet::{Fleet, Served};
 use crate::host::{Headers, Host};
 use crate::metrics::{Fault, Miss};
 use crate::reason::Reason;
 use crate::record::{self, Evidence};
 use crate::request::DECISION;
+use crate::usage::Usage;
 use crate::vm::Router;
 
 /// Pool label of requests for which no pool is known.
@@ -37,6 +38,8 @@ pub struct Routed {
     named: [Option<OwnerKey>; 2],
     booking: Option<BookingId>,
     evidence: Option<Evidence>,
+    /// Where the worker's word on its cache can be held against the decision.
+    usage: Option<Usage>,
     /// Whether a worker has answered.
     answered: bool,
     /// The owner whose worker did.
@@ -59,6 +62,7 @@ impl Routed {
             named: [None; 2],
             booking: None,
             evidence: None,
+            usage: None,
             answered: false,
             server: None,
             is_error: false,
@@ -81,18 +85,20 @@ impl Routed {
             booking,
             prefix,
             trust,
+            read_ns,
             mut weighed,
             ..
         } = choice;
         record::keep_best(&mut weighed);
         let demand = weighed.demand;
+        let usage = predicted(served, ask, reason, &weighed).map(Usage::new);
         let booking = booking.map(|booking| {
             let known = prefix.map_or(0, |(depth, _)| depth as usize);
             let told = Told {
                 prefix,
                 hashes: ask.hashes.get(known..).unwrap_or_default().to_vec(),
                 evidence: Some(report::Evidence {
-                    at_ns: router.host.unix_ns(),
+                    at_ns: read_ns,
                     reason: reason.name().to_owned(),
                     tokens: ask.tokens,
                     #[allow(clippy::cast_possible_truncation)]
@@ -131,6 +137,7 @@ impl Routed {
             named: [owner.and_then(key), second.and_then(key)],
             booking,
             evidence,
+            usage,
             answered: false,
             server: None,
             is_error: false,
@@ -187,9 +194,13 @@ impl Routed {
         } = router;
         bookings.first_token(host, metrics, booking);
         if let Some(growth) = &mut self.growth
-            && let Some((blocks, left)) = growth.feed(&host.answer_part(size))
+            && let Some((blocks, left)) = growth.feed(&host.answer(0, size))
         {
             bookings.grow(host, metrics, booking, blocks, left);
+        }
+        if let Some(usage) = &mut self.usage {
+            let (start, wanted) = Usage::wanted(size);
+            usage.take(&host.answer(start, wanted));
         }
     }
 
@@ -212,6 +223,11 @@ impl Routed {
             ..
         } = router;
         if let Some(booking) = self.booking {
+            if let Some(usage) = &self.usage
+                && let Some(found) = usage.found()
+            {
+                bookings.cached(host, metrics, booking, usage.predicted(), found);
+            }
             bookings.free(host, metrics, booking);
         }
     }
@@ -263,6 +279,7 @@ impl Routed {
             self.server = chosen;
             return;
         }
+        self.usage = None;
         let miss = match chosen {
             None => Miss::Unattributed,
             Some(_) if attempts(host) > 1 => Miss::Retried,
@@ -282,13 +299,25 @@ impl Routed {
             (Some(booking), None) => bookings.free(host, metrics, booking),
             (None, Some(place)) => {
                 let Demand { tokens, .. } = self.demand;
-                let booking = bookings.hold(host, place, tracking, tokens, self.demand.blocks());
+                let size = (tokens, self.demand.blocks());
+                let booking = bookings.hold(host, metrics, place, tracking, size, None);
                 let told = Told::default();
                 self.booking = Some(booking.open(bookings, host, metrics, told));
             }
             (None, None) => {}
         }
     }
+}
+
+/// Prompt tokens that the chosen owner should find in its cache, where its overlap was looked up:
+/// an engine computes at least the last token, and with it the last block.
+fn predicted(served: &Served<'_>, ask: &Ask<'_>, reason: Reason, weighed: &Weighed) -> Option<u32> {
+    let chosen = weighed.scored.get(weighed.chosen?)?;
+    let [.., blocks] = chosen.candidate.overlap.depth;
+    let block = served.pool.block_size;
+    let usable = ask.tokens.checked_sub(1)?.checked_div(block)?;
+    let is_known = reason == Reason::Kv && !ask.hashes.is_empty();
+    is_known.then(|| blocks.min(usable).saturating_mul(block))
 }
 
 /// The learned rate of an owner.

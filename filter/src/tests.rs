@@ -1,6 +1,7 @@
 //! Whole VMs against the fake host.
 
 mod answers;
+mod board;
 mod bridge;
 mod direct;
 mod failures;

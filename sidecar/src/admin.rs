@@ -1,6 +1,8 @@
 //! The sidecar's HTTP API: health, metrics and `/v1`.
 
+mod dump;
 mod error;
+mod events;
 mod explain;
 
 use std::net::SocketAddr;
@@ -9,7 +11,7 @@ use std::sync::Arc;
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{ConnectInfo, DefaultBodyLimit, Query, RawQuery, Request, State};
 use axum::http::{StatusCode, header};
-use axum::middleware::{Next, from_fn};
+use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
@@ -18,6 +20,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::decision::{DecisionsReport, Wanted};
 use crate::index::{Control, IndexReport, WorkersReport};
+use crate::ingest::post::Desk;
 use crate::load::RawReport;
 use crate::metrics::{CONTENT_TYPE, Metrics};
 use error::AdminError;
@@ -29,14 +32,29 @@ const LONGEST_BODY: usize = 64 << 20;
 #[derive(Clone, Debug)]
 pub struct Admin {
     control: mpsc::Sender<Control>,
+    desk: Arc<Desk>,
     metrics: Arc<Metrics>,
+    /// What peers of other machines show to see content.
+    token: Option<Arc<str>>,
 }
 
 impl Admin {
-    /// Asks the index through `control`.
+    /// Asks the index through `control` and hands posts to `desk`.
     #[must_use]
-    pub fn new(control: mpsc::Sender<Control>, metrics: Arc<Metrics>) -> Self {
-        Self { control, metrics }
+    pub fn new(control: mpsc::Sender<Control>, desk: Arc<Desk>, metrics: Arc<Metrics>) -> Self {
+        Self {
+            control,
+            desk,
+            metrics,
+            token: None,
+        }
+    }
+
+    /// Shows content to peers of other machines too, if they bring this token.
+    #[must_use]
+    pub fn with_token(mut self, token: Option<String>) -> Self {
+        self.token = token.map(Into::into);
+        self
     }
 
     async fn ask<T>(
@@ -52,19 +70,21 @@ impl Admin {
     }
 }
 
-/// The routes. `/v1` shows content, so it answers only peers on this machine; serve it with
-/// connection info.
+/// The routes. `/v1` shows content, so it answers only peers on this machine and those with the
+/// token, but for posts of events, which show whose they are; serve it with connection info.
 pub fn router(admin: Admin) -> Router {
     let content = Router::new()
         .route("/v1/workers", get(workers))
         .route("/v1/index", get(index))
+        .route("/v1/index/dump", get(dump::dump))
         .route("/v1/explain", post(explain::explain))
         .route("/v1/decisions", get(decisions))
-        .route_layer(from_fn(only_local));
+        .route_layer(from_fn_with_state(admin.clone(), only_trusted));
     Router::new()
         .route("/healthz", get(async || "ok\n"))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
+        .route("/v1/events", post(events::post))
         .merge(content)
         .fallback(async || AdminError::NoSuchPath)
         .method_not_allowed_fallback(async || AdminError::WrongMethod)
@@ -72,16 +92,29 @@ pub fn router(admin: Admin) -> Router {
         .with_state(admin)
 }
 
-async fn only_local(
+async fn only_trusted(
+    State(admin): State<Admin>,
     ConnectInfo(peer): ConnectInfo<SocketAddr>,
     request: Request,
     next: Next,
 ) -> Result<Response, AdminError> {
-    if peer.ip().to_canonical().is_loopback() {
+    let shown = request.headers().get(header::AUTHORIZATION);
+    let shown = shown.and_then(|value| value.as_bytes().strip_prefix(b"Bearer "));
+    let is_known = match (&admin.token, shown) {
+        (Some(token), Some(shown)) => is_same(token.as_bytes(), shown),
+        _ => false,
+    };
+    if is_known || peer.ip().to_canonical().is_loopback() {
         Ok(next.run(request).await)
     } else {
         Err(AdminError::NotLocal)
     }
+}
+
+/// Takes the same time wherever a difference is.
+fn is_same(token: &[u8], shown: &[u8]) -> bool {
+    let differences = token.iter().zip(shown).fold(0, |sum, (a, b)| sum | (a ^ b));
+    token.len() == shown.len() && differences == 0
 }
 
 async fn ready(State(admin): State<Admin>) -> Result<Response, AdminError> {

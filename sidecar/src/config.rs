@@ -6,6 +6,7 @@
 
 mod check;
 mod error;
+mod events;
 mod file;
 mod layer;
 mod schema;
@@ -19,10 +20,12 @@ use kv_core::policy::Policy;
 use kv_core::table::Settings;
 use kv_core::text::Budget;
 
+use crate::ingest::engine::{self, media::Media};
 use crate::ingest::subject::Template;
 use crate::load;
 
 pub use error::{ConfigErrors, Problem};
+pub use events::{Events, FamilyUse, Socket, ZmqAddress};
 pub use file::{File, Tls};
 pub use layer::{Layer, Origin};
 pub use schema::schema;
@@ -38,6 +41,10 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Where the sidecar's HTTP API listens.
     pub admin: SocketAddr,
+    /// File with the token by which other machines may ask it for content.
+    pub admin_token_file: Option<PathBuf>,
+    /// Other sidecars' HTTP APIs, to take the index over from.
+    pub peers: Vec<http::Uri>,
     /// Envoy's admin interface.
     pub envoy_admin: SocketAddr,
     /// Unix socket of the bridge.
@@ -48,6 +55,12 @@ pub struct Config {
     pub filter_wasm: PathBuf,
     /// Where events come from.
     pub nats: Option<Nats>,
+    /// Where the standalone indexer listens.
+    pub indexer: Option<Indexer>,
+    /// `host:port` of the sockets of Dynamo's event plane over ZMQ.
+    pub dynamo_zmq: Vec<String>,
+    /// Most bytes a second of a worker's own stream of events.
+    pub event_bytes_per_second: u64,
     /// How load is tracked.
     pub load: load::Settings,
     /// Whether workers that fail are left out.
@@ -56,6 +69,15 @@ pub struct Config {
     pub settings: Settings,
     /// The pools, at least one; the first serves requests that name no known model.
     pub pools: Vec<Pool>,
+}
+
+/// The standalone indexer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Indexer {
+    /// Where it listens.
+    pub listen: SocketAddr,
+    /// File with the token that clients show.
+    pub token_file: Option<PathBuf>,
 }
 
 /// A NATS server and the planes to read there.
@@ -67,6 +89,8 @@ pub struct Nats {
     pub dynamo: Option<DynamoPlane>,
     /// Subject of plain JSON events.
     pub json: Option<Template>,
+    /// JetStream stream that keeps them; they are read from there.
+    pub json_stream: Option<String>,
     /// Whether load is exchanged with other sidecars and Dynamo's routers; needs `dynamo`.
     pub replica_sync: bool,
     /// Credentials file.
@@ -75,6 +99,23 @@ pub struct Nats {
     pub nkey_seed_file: Option<PathBuf>,
     /// TLS settings.
     pub tls: Option<Tls>,
+}
+
+impl Nats {
+    /// A server with nothing to read, without credentials; several URLs are separated by commas.
+    #[must_use]
+    pub fn at(url: &str) -> Self {
+        Self {
+            urls: url.split(',').map(|one| one.trim().to_owned()).collect(),
+            dynamo: None,
+            json: None,
+            json_stream: None,
+            replica_sync: false,
+            credentials_file: None,
+            nkey_seed_file: None,
+            tls: None,
+        }
+    }
 }
 
 /// A component of Dynamo.
@@ -103,6 +144,12 @@ pub struct Pool {
     pub kv_events: bool,
     /// How long a predicted block is believed in, milliseconds.
     pub ttl_ms: u64,
+    /// Tiers by the names of media that engines use.
+    pub media: Media,
+    /// Hash families of events without token ids.
+    pub families: Vec<FamilyUse>,
+    /// The model's placeholder token of images, where requests have it replaced.
+    pub image_token: Option<u32>,
     /// Whether any client may name its worker.
     pub trusts_hints: bool,
     /// Requests on a worker with an accelerator for each on one without.
@@ -111,6 +158,8 @@ pub struct Pool {
     pub tokenizer: Option<Tokenizer>,
     /// The workers.
     pub workers: Vec<Worker>,
+    /// Routing group, of a pool that workers registered for at run time. No request is routed to it.
+    pub routing_group: Option<String>,
 }
 
 /// How prompts that are text are read.
@@ -125,18 +174,21 @@ pub struct Tokenizer {
 }
 
 /// One engine instance.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Worker {
     /// Its id, unique over all pools.
     pub id: WorkerId,
-    /// Where it takes requests, unique over all pools.
-    pub endpoint: SocketAddr,
+    /// Where it takes requests, unique over all pools; `None` for one that registered to be indexed
+    /// alone.
+    pub endpoint: Option<SocketAddr>,
     /// What it does.
     pub role: Role,
     /// What it computes with.
     pub device: Device,
     /// Its data-parallel ranks.
     pub ranks: u32,
+    /// The stream of events that it publishes itself.
+    pub events: Option<Events>,
 }
 
 impl Worker {
@@ -195,14 +247,22 @@ impl Config {
         };
         differs("http_host, http_port", self.listen != next.listen);
         differs("admin", self.admin != next.admin);
+        let differs_token = self.admin_token_file != next.admin_token_file;
+        differs("admin_token_file", differs_token);
+        differs("peers", self.peers != next.peers);
         differs("socket", self.socket != next.socket);
         differs("state_dir", self.state_dir != next.state_dir);
         differs("filter_wasm", self.filter_wasm != next.filter_wasm);
         differs("nats", self.nats != next.nats);
+        differs("indexer", self.indexer != next.indexer);
+        differs("dynamo_zmq", self.dynamo_zmq != next.dynamo_zmq);
+        let quota = self.event_bytes_per_second != next.event_bytes_per_second;
+        differs("event_bytes_per_second", quota);
         let load = "router_track_*, router_assume_kv_reuse, active_request_expiry_secs";
         differs(load, self.load != next.load);
         differs("eject_workers", self.eject_workers != next.eject_workers);
-        let pools = "pools: their names, order, kv_cache_block_size, kv_events and tokenizer";
+        let pools = "pools: their names, order, kv_cache_block_size, kv_events, media, \
+                     families, image_token_id and tokenizer";
         differs(pools, self.shape() != next.shape());
         keys
     }
@@ -227,16 +287,12 @@ impl Config {
         }
     }
 
-    fn shape(&self) -> Vec<(&str, u32, bool, Option<&Tokenizer>)> {
+    fn shape(&self) -> Vec<(&str, bool, engine::Settings, Option<&Tokenizer>)> {
         let pools = self.pools.iter();
         pools
             .map(|p| {
-                (
-                    p.name.as_str(),
-                    p.block_size,
-                    p.kv_events,
-                    p.tokenizer.as_ref(),
-                )
+                let settings = engine::Settings::of(p);
+                (&*p.name, p.kv_events, settings, p.tokenizer.as_ref())
             })
             .collect()
     }

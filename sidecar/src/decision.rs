@@ -1,6 +1,7 @@
-//! Decisions of filters, each held against the exact state as it was before its booking.
+//! Decisions of filters, each held against the exact state as it was when it was made.
 
 mod formula;
+mod past;
 mod shadow;
 
 use std::collections::VecDeque;
@@ -15,6 +16,7 @@ use crate::index::Field;
 use crate::load::ProxyId;
 
 pub use formula::Formula;
+pub use past::Past;
 pub use shadow::{Shadow, Verdict, judge};
 
 /// Decisions kept.
@@ -27,7 +29,7 @@ const LONGEST_REASON: usize = 32;
 pub struct Decision {
     /// Numbers decisions from 1.
     pub number: u64,
-    /// When, Unix nanoseconds by Envoy's clock.
+    /// When the loads were read, Unix nanoseconds by Envoy's clock.
     pub at_ns: u64,
     /// Who decided.
     #[serde(flatten)]

@@ -8,8 +8,14 @@ mod apply;
 mod control;
 mod cursor;
 mod decisions;
+mod doubt;
+mod dumping;
+mod failing;
 mod field;
 mod health;
+mod hearing;
+mod knowledge;
+mod partition;
 mod peering;
 mod prediction;
 mod publisher;
@@ -18,10 +24,16 @@ mod report;
 mod roster;
 mod saving;
 mod slots;
+mod strangers;
+mod streams;
 mod subscriber;
+mod tokens;
+mod trust;
 mod underway;
+mod walk;
+mod watching;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -29,7 +41,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bytes::Bytes;
 use kv_core::approximate::Approximate;
 use kv_core::head::Head;
-use kv_core::id::WorkerId;
+use kv_core::id::{Slot, WorkerId};
 use kv_core::index::{Index, IndexConfig};
 use kv_core::table::{self, Settings, Table};
 use kv_core::wire::Subscribe;
@@ -39,8 +51,9 @@ use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 
 use crate::config::{self, Config};
-use crate::decision::Decisions;
-use crate::health::Health;
+use crate::decision::{Decisions, Past};
+use crate::dump::Line;
+use crate::ejection::Ejection;
 use crate::ingest::{Arrival, Plane};
 use crate::load::{Accounts, ProxyId};
 use crate::metrics::{Kind, Metrics};
@@ -48,10 +61,15 @@ use crate::state::{self, Restored};
 
 pub use control::Control;
 pub use cursor::Cursor;
+pub use dumping::{NotAdopted, NotDumped};
 pub use field::{Field, Standing};
+pub use hearing::{EventsReport, Known};
+pub use knowledge::Knowledge;
+pub use partition::Partition;
 pub use publisher::{Refusal, SubscriberReport};
 pub use report::{Available, IndexReport, OwnerReport, PoolReport, Readiness, WorkersReport};
 pub use slots::Slots;
+pub use strangers::{StrangerRank, StrangerReport};
 
 /// Blocks to a group of a page.
 const GROUP: u8 = 32;
@@ -73,6 +91,8 @@ const RECOVERY: Duration = Duration::from_secs(15);
 const REPORTS_FROM: u8 = 2;
 /// Protocol version from which on filters take out of the lanes what they are told to.
 const WRITE_OFFS_FROM: u8 = 3;
+/// Protocol version from which on the VMs of a proxy know of each other's live prompts.
+const BOARDS_FROM: u8 = 3;
 /// Most times of reception of one flush.
 const MAX_RECEIVED: usize = 1024;
 
@@ -85,10 +105,17 @@ pub struct Service {
     tables: Vec<Arc<table::Pool>>,
     accounts: Accounts,
     decisions: Decisions,
+    /// Decisions that wait to be judged, and the load up to them.
+    past: Past<decisions::Question>,
     /// Predicted blocks, by pool.
     predictions: BTreeMap<usize, Approximate>,
+    /// Blocks that may be gone, by pool and slot.
+    doubts: HashMap<(usize, Slot), doubt::Doubt>,
+    strangers: strangers::Strangers,
+    dumps: VecDeque<dumping::Dump>,
+    adoption: dumping::Adoption,
     underway: underway::Underway,
-    health: Health,
+    ejection: Ejection,
     /// Whether workers that fail are left out.
     ejects: bool,
     /// Looks at workers under way, at most one to each.
@@ -103,6 +130,8 @@ pub struct Service {
     epoch: u32,
     table_version: u64,
     is_restored: bool,
+    /// Whether a peer's index was taken over.
+    is_bootstrapped: bool,
     ready: bool,
     started: Instant,
     connected: BTreeSet<Plane>,
@@ -113,6 +142,8 @@ pub struct Service {
     flush_at: Option<Instant>,
     received_ns: Vec<u64>,
     saving: saving::Saving,
+    /// Kept for the standalone indexer alone.
+    tokens: Option<tokens::Tokens>,
     silence: Arc<Notify>,
     metrics: Arc<Metrics>,
 }
@@ -150,7 +181,10 @@ impl Service {
             table_version: 0,
             beat: unix_ms(),
         };
-        let planes = config.nats.iter().flat_map(planes).collect();
+        let zmq = (!config.dynamo_zmq.is_empty()).then_some(Plane::Dynamo);
+        let mut planes: Vec<_> = config.nats.iter().flat_map(planes).chain(zmq).collect();
+        planes.sort_unstable();
+        planes.dedup();
         let mut service = Self {
             index,
             roster: roster::Roster::default(),
@@ -158,9 +192,14 @@ impl Service {
             tables: Vec::new(),
             accounts: Accounts::new(config.load).numbering_from(unix_ms()),
             decisions: Decisions::default(),
+            past: Past::new(Accounts::replica(config.load.tracking)),
             predictions: BTreeMap::new(),
+            doubts: HashMap::new(),
+            strangers: strangers::Strangers::default(),
+            dumps: VecDeque::new(),
+            adoption: dumping::Adoption::default(),
             underway: underway::Underway::default(),
-            health: Health::default(),
+            ejection: Ejection::default(),
             ejects: config.eject_workers,
             probes: JoinSet::new(),
             peering: None,
@@ -171,6 +210,7 @@ impl Service {
             epoch,
             table_version: 0,
             is_restored,
+            is_bootstrapped: false,
             ready: false,
             started: Instant::now(),
             connected: BTreeSet::new(),
@@ -181,6 +221,7 @@ impl Service {
             flush_at: None,
             received_ns: Vec::new(),
             saving: saving::Saving::new(config.state_dir.as_deref().map(state::file)),
+            tokens: config.indexer.as_ref().map(|_| tokens::Tokens::default()),
             silence: Arc::default(),
             metrics,
         };
@@ -197,6 +238,12 @@ impl Service {
     #[must_use]
     pub fn silence(&self) -> Arc<Notify> {
         Arc::clone(&self.silence)
+    }
+
+    /// Whether the index came from the state folder.
+    #[must_use]
+    pub fn is_restored(&self) -> bool {
+        self.is_restored
     }
 
     /// Serves until cancelled, then saves.
@@ -220,6 +267,7 @@ impl Service {
                 self.publish_loads();
                 continue;
             }
+            let dump_out = self.dump_out();
             tokio::select! {
                 biased;
                 () = cancel.cancelled() => break,
@@ -235,6 +283,7 @@ impl Service {
                 }
                 Some(arrival) = arrivals.recv() => self.arrived(arrival),
                 () = std::future::ready(()), if self.saving.is_under_way() => self.save_step(),
+                place = room(dump_out) => self.dump_step(place),
             }
             if self.flush_at.is_none() && self.index.is_dirty() {
                 self.flush_at = Some(self.flushed + COALESCE);
@@ -276,6 +325,10 @@ impl Service {
             Control::Index(reply) => {
                 let _ = reply.send(self.report_index());
             }
+            Control::Dump { out, reply } => {
+                let begun = self.begin_dump(out);
+                let _ = reply.send(begun);
+            }
             Control::Readiness(reply) => {
                 let _ = reply.send(self.report_readiness());
             }
@@ -288,6 +341,19 @@ impl Service {
             }
             Control::Table(reply) => {
                 let _ = reply.send(self.table());
+            }
+            Control::Partitions(reply) => {
+                let _ = reply.send(self.partitions());
+            }
+            Control::Held {
+                pool,
+                prompt,
+                reply,
+            } => {
+                let _ = reply.send(self.held(pool, &prompt));
+            }
+            Control::Stores { pool, owner, reply } => {
+                let _ = reply.send(self.stores(pool, owner));
             }
         }
     }
@@ -305,7 +371,9 @@ impl Service {
         let id = self.publisher.subscribe(who, version, out, &self.index)?;
         if version >= REPORTS_FROM {
             // Envoy may hold what an earlier run said about load.
-            self.accounts.connected(proxy, id, self.now_ms());
+            let knows_its_own = version >= BOARDS_FROM;
+            self.accounts
+                .connected(proxy, id, knows_its_own, self.now_ms());
             if version >= WRITE_OFFS_FROM {
                 self.accounts.writes_off(id);
             }
@@ -318,10 +386,10 @@ impl Service {
     /// Removed workers' pages go out before the table that drops them or gives their slots away.
     fn configure(&mut self, config: &Config, written: oneshot::Sender<()>) {
         self.settings = config.settings;
+        self.add_pools(config);
         let change = self.roster.update(&config.pools);
         for (pool, slot) in &change.removed {
-            self.index.remove_owner(*pool, *slot);
-            self.forget_predictions(*pool, *slot);
+            self.drop_blocks(*pool, *slot);
         }
         if !change.removed.is_empty() {
             while self.index.is_dirty() {
@@ -329,6 +397,9 @@ impl Service {
             }
         }
         self.report_change(&change);
+        for worker in &change.joined {
+            self.adopt_stranger(*worker);
+        }
         self.reconfigure_health();
         self.serve_owners();
         self.reconfigure_peers();
@@ -394,15 +465,22 @@ impl Service {
         self.tick_health();
         self.tick_peers(tick);
         self.expire_predictions();
+        self.strangers.sweep(Instant::now());
+        self.sweep_dumps();
+        self.remember(unix_ns());
+        self.judge_due();
+        self.past.sweep(self.now_ms());
         self.check_ready();
         self.save_step();
         if tick.is_multiple_of(BEAT_TICKS) {
+            self.judge_workers();
             self.publisher.beat(self.ready, &mut self.index);
             self.measure();
         }
         if tick.is_multiple_of(SAVE_TICKS) {
             self.begin_saving();
-            self.learn();
+            self.sweep_tokens();
+            self.learn_rates();
         }
     }
 
@@ -412,11 +490,13 @@ impl Service {
         if self.ready {
             return;
         }
-        let expects_snapshots = self.planes.contains(&Plane::Json);
-        let is_answered = self.connected.contains(&Plane::Json)
-            && self.roster.workers().all(|w| w.repair.is_none());
+        let is_answered = !self.planes.contains(&Plane::Json)
+            || self.connected.contains(&Plane::Json)
+                && self.roster.workers().all(|w| w.repair.is_none());
+        let is_told = |w: &mut roster::Worker| !w.source.is_own() || w.is_told();
+        let is_complete = is_answered && self.roster.workers().all(is_told);
         let is_late = self.started.elapsed() >= RECOVERY;
-        if self.is_restored || !expects_snapshots || is_answered || is_late {
+        if self.is_restored || self.is_bootstrapped || is_complete || is_late {
             self.ready = true;
             self.publisher.beat(true, &mut self.index);
             tracing::info!(
@@ -431,8 +511,19 @@ impl Service {
 /// Planes of a configuration.
 fn planes(nats: &config::Nats) -> impl Iterator<Item = Plane> + use<> {
     let dynamo = nats.dynamo.is_some().then_some(Plane::Dynamo);
-    let json = nats.json.is_some().then_some(Plane::Json);
+    let json = nats.json.is_some().then_some(match nats.json_stream {
+        Some(_) => Plane::JetStream,
+        None => Plane::Json,
+    });
     dynamo.into_iter().chain(json)
+}
+
+/// A place in a channel: for ever without one, at once and none when nobody reads it any more.
+async fn room(out: Option<mpsc::Sender<Line>>) -> Option<mpsc::OwnedPermit<Line>> {
+    match out {
+        Some(out) => out.reserve_owned().await.ok(),
+        None => std::future::pending().await,
+    }
 }
 
 /// Waits for an instant; for ever without one.
@@ -444,8 +535,12 @@ async fn at(instant: Option<Instant>) {
 }
 
 fn unix_ms() -> u64 {
+    unix_ns() / 1_000_000
+}
+
+fn unix_ns() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX))
+    since.map_or(0, |d| u64::try_from(d.as_nanos()).unwrap_or(u64::MAX))
 }
 
 /// Random bits of the system; the sidecar can't do without.

@@ -4,12 +4,16 @@
 //! and the worker table into Envoy, where the filter decides with them.
 
 pub mod admin;
+pub mod bootstrap;
 pub mod bridge;
+pub mod check_events;
 pub mod config;
 pub mod decision;
+pub mod dump;
+pub mod ejection;
 pub mod envoy;
-pub mod health;
 pub mod index;
+pub mod indexer;
 pub mod ingest;
 pub mod load;
 pub mod metrics;

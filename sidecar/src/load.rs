@@ -14,10 +14,11 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use kv_core::id::{OwnerId, Slot};
 use kv_core::ledger::{Continuity, Lanes};
-use kv_core::loads::{LivePrefix, PoolLoads, WriteOff};
+use kv_core::loads::{PoolLoads, WriteOff};
 use kv_core::report::{Booked, OwnerKey, Report, Step, Sum};
-use kv_core::tracker::{ActiveLoad, Booking, BookingId, TrackError, Tracker, Tracking};
+use kv_core::tracker::{ActiveLoad, Booking, BookingId, Change, TrackError, Tracker, Tracking};
 
+use correction::Passing;
 pub use proxy::ProxyId;
 use proxy::{Proxy, Told};
 pub use view::{LoadReport, ProxyRequests, RawReport};
@@ -28,6 +29,12 @@ const MAX_BOOKINGS: usize = 1 << 18;
 const VM_SILENCE_MS: u64 = 5_000;
 /// How long a proxy may be without a stream.
 const PROXY_SILENCE_MS: u64 = 8_000;
+
+/// How long a correction of blocks has to last where one proxy alone books: its lanes are right by
+/// themselves. Where others book too, what they have booked is worth more at once.
+const LASTING_ALONE_MS: u64 = 150;
+/// How long nobody else must have booked anything for that.
+const ALONE_MS: u64 = 2_000;
 
 /// Load as the sidecar is configured to track it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -48,6 +55,10 @@ pub struct Accounts {
     expiry_ms: u64,
     /// Number of the last write-off.
     write_offs: u64,
+    /// Whether blocks count once however many requests use them, as boards have it.
+    counts_distinct: bool,
+    /// Whether corrections were found that may pass.
+    is_unsettled: bool,
 }
 
 /// The prompt of a booking, as far as it is known.
@@ -82,6 +93,8 @@ pub enum Outcome {
     OfVm,
     /// It is over.
     Freed,
+    /// Its worker said what it found in its cache.
+    Cached,
     /// It was not booked.
     Unknown,
     /// It could not be booked.
@@ -102,6 +115,7 @@ impl Outcome {
             Self::Failed => "failed",
             Self::OfVm => "vm",
             Self::Freed => "freed",
+            Self::Cached => "cached",
             Self::Unknown => "unknown",
             Self::Refused(error) => error.kind(),
         }
@@ -139,11 +153,13 @@ impl Accounts {
     #[must_use]
     pub fn new(settings: Settings) -> Self {
         Self {
-            tracker: Tracker::new(settings.tracking, MAX_BOOKINGS),
+            tracker: Tracker::new(settings.tracking, MAX_BOOKINGS).with_journal(),
             proxies: BTreeMap::new(),
             owners: Vec::new(),
             expiry_ms: settings.expiry_ms,
             write_offs: 0,
+            counts_distinct: settings.tracking.active_blocks && settings.tracking.kv_reuse,
+            is_unsettled: false,
         }
     }
 
@@ -166,10 +182,11 @@ impl Accounts {
         }
     }
 
-    /// A proxy has a stream, which takes the place of any before it.
-    pub fn connected(&mut self, id: ProxyId, stream: u64, now_ms: u64) {
+    /// A proxy has a stream, which takes the place of any before it. `knows_its_own` where its VMs
+    /// know of each other's live prompts.
+    pub fn connected(&mut self, id: ProxyId, stream: u64, knows_its_own: bool, now_ms: u64) {
         let proxy = self.proxies.entry(id).or_default();
-        proxy.connect(stream, now_ms);
+        proxy.connect(stream, knows_its_own, now_ms);
     }
 
     /// The filter on a stream takes out of the lanes what it is told to.
@@ -282,6 +299,7 @@ impl Accounts {
                 (grown, Outcome::Grown)
             }
             Step::Free { request } => (tracker.free(&id(request)), Outcome::Freed),
+            Step::Cached { request, .. } => (tracker.get(&id(request)).is_some(), Outcome::Cached),
             Step::Failed { .. } => (true, Outcome::Failed),
             // The ledger has taken them already.
             Step::WrittenOff(_) | Step::Leave => (true, Outcome::OfVm),
@@ -335,20 +353,45 @@ impl Accounts {
     }
 
     /// What is to be told to proxies whose corrections or live prefixes have changed.
-    pub fn news(&mut self) -> Vec<News> {
-        let mut prefixes: Option<Vec<Vec<LivePrefix>>> = None;
+    pub fn news(&mut self, now_ms: u64) -> Vec<News> {
         let mut news = Vec::new();
+        self.is_unsettled = false;
         for proxy in self.proxies.values_mut() {
             let Some(stream) = proxy.stream else { continue };
-            let prefixes =
-                prefixes.get_or_insert_with(|| prefix::live(&self.tracker, &self.owners));
-            let pools = (0_u16..).zip(&self.owners).zip(prefixes.iter());
-            let pools = pools.map(|((pool, owners), prefixes)| PoolLoads {
-                corrections: correction::of(&self.tracker, &proxy.ledger, pool, owners),
-                prefixes: prefixes.clone(),
-            });
+            let own = proxy.known_vms();
+            // What others had booked is to be taken back at once, too.
+            let mut bookings = self.tracker.bookings();
+            if bookings.any(|(id, ..)| !own.contains(&id.source)) {
+                proxy.crowded_ms = Some(now_ms);
+            }
+            let is_alone = proxy
+                .crowded_ms
+                .is_none_or(|at| now_ms.saturating_sub(at) >= ALONE_MS);
+            let is_right = proxy.knows_its_own && self.counts_distinct && is_alone;
+            let last_ms = match proxy.told {
+                Some(_) if is_right => LASTING_ALONE_MS,
+                _ => 0,
+            };
+            let mut prefixes = prefix::live(&self.tracker, &self.owners, &own).into_iter();
+            proxy
+                .passing
+                .resize_with(self.owners.len(), Passing::default);
+            let told = proxy.told.iter().flat_map(|told| &told.pools);
+            let told = told.map(|pool| &pool.corrections[..]);
+            let mut told = told.chain(std::iter::repeat(&[][..]));
+            let mut pools = Vec::new();
+            for ((pool, owners), passing) in (0..).zip(&self.owners).zip(&mut proxy.passing) {
+                let found = correction::of(&self.tracker, &proxy.ledger, pool, owners);
+                let told = told.next().unwrap_or_default();
+                let corrections = passing.lasting(&found, told, owners, (last_ms, now_ms));
+                self.is_unsettled |= corrections != found;
+                pools.push(PoolLoads {
+                    corrections,
+                    prefixes: prefixes.next().unwrap_or_default(),
+                });
+            }
             let told = Told {
-                pools: pools.collect(),
+                pools,
                 write_off: proxy.write_off.clone(),
             };
             if proxy.told.as_ref() != Some(&told) {
@@ -362,6 +405,23 @@ impl Accounts {
             }
         }
         news
+    }
+
+    /// Whether more is to be told although nothing changes.
+    #[must_use]
+    pub fn is_unsettled(&self) -> bool {
+        self.is_unsettled
+    }
+
+    /// What has changed since it was last taken.
+    pub fn take_journal(&mut self) -> Vec<Change> {
+        self.tracker.take_journal()
+    }
+
+    /// A tracker to make the same changes in.
+    #[must_use]
+    pub fn replica(tracking: Tracking) -> Tracker {
+        Tracker::new(tracking, MAX_BOOKINGS)
     }
 
     /// All bookings.
@@ -381,18 +441,11 @@ impl Accounts {
         self.tracker.load(owner)
     }
 
-    /// Leading blocks of a prompt in use on an owner.
+    /// Where a booking whose whole prompt is known is, and the blocks of its prompt.
     #[must_use]
-    pub fn shared_blocks(&self, owner: &OwnerKey, prompt: &[u64]) -> u32 {
-        let shared = self.tracker.shared_blocks(owner, prompt);
-        u32::try_from(shared).unwrap_or(u32::MAX)
-    }
-
-    /// The blocks of a booking whose whole prompt is known.
-    #[must_use]
-    pub fn blocks(&self, vm: u64, request: u64) -> Option<&[u64]> {
-        let (_, booking) = self.tracker.get(&booking_id(vm, request))?;
-        (booking.start == 0).then_some(&booking.hashes)
+    pub fn prompt(&self, vm: u64, request: u64) -> Option<(OwnerKey, &[u64])> {
+        let (owner, booking) = self.tracker.get(&booking_id(vm, request))?;
+        (booking.start == 0).then_some((owner, &booking.hashes))
     }
 
     /// The owner of a booking.

@@ -7,7 +7,8 @@ use std::process::ExitCode;
 use anyhow::Context as _;
 use clap::{Parser, Subcommand, ValueEnum};
 use kv_router::config::{Config, Flags, Layer, from_environment, schema};
-use kv_router::{envoy, serve};
+use kv_router::ingest::post;
+use kv_router::{check_events, envoy, serve};
 use tokio_util::sync::CancellationToken;
 use tracing_subscriber::EnvFilter;
 
@@ -33,7 +34,11 @@ enum Command {
         log_format: LogFormat,
     },
     /// Prints the JSON Schema of the configuration file.
-    Schema,
+    Schema {
+        /// Of the body of `POST /v1/events` instead.
+        #[arg(long)]
+        events: bool,
+    },
     /// Prints a complete Envoy bootstrap and writes the files it watches.
     Envoy {
         #[command(flatten)]
@@ -45,6 +50,9 @@ enum Command {
         #[arg(long, value_name = "BOOTSTRAP")]
         check: Option<PathBuf>,
     },
+    /// Says what an engine's events look like and what the index makes of them. Fails if they are
+    /// not understood.
+    CheckEvents(check_events::command::Command),
 }
 
 #[derive(Debug, clap::Args)]
@@ -101,7 +109,8 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             let config = source.load()?;
             serve(&source, files, config)?;
         }
-        Command::Schema => print(&format!("{:#}\n", schema()))?,
+        Command::Schema { events: false } => print(&format!("{:#}\n", schema()))?,
+        Command::Schema { events: true } => print(&format!("{:#}\n", post::schema()))?,
         Command::Envoy {
             source,
             files,
@@ -114,6 +123,18 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             let files = envoy::Files::new(&config, files)?;
             files.write(&config)?;
             print(&envoy::bootstrap(&config, &files))?;
+        }
+        Command::CheckEvents(command) => {
+            let as_json = command.json;
+            let report = command.run(&from_environment(|name| std::env::var(name).ok()))?;
+            if as_json {
+                print(&format!("{:#}\n", serde_json::to_value(&report)?))?;
+            } else {
+                print(&report.to_string())?;
+            }
+            if !report.understood {
+                return Ok(ExitCode::FAILURE);
+            }
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -1,6 +1,8 @@
 //! Every metric of the sidecar. The doc comment of each field is its entry in the catalogue; the
 //! help text in the exposition is its short form.
 
+use std::sync::atomic::AtomicU64;
+
 use prometheus_client::encoding::EncodeLabelSet;
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
@@ -15,7 +17,7 @@ pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; cha
 /// An event plane and what happened there.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct PlaneKind {
-    /// `dynamo` or `json`.
+    /// [`crate::ingest::Plane::kind`].
     pub plane: &'static str,
     /// What happened.
     pub kind: &'static str,
@@ -33,6 +35,15 @@ pub struct Kind {
 pub struct InPool {
     /// The pool's name.
     pub pool: String,
+}
+
+/// A worker.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct OfWorker {
+    /// The pool's name.
+    pub pool: String,
+    /// The worker.
+    pub worker: u64,
 }
 
 /// What the exact state says of a decision.
@@ -90,6 +101,11 @@ metrics! {
     rejections: Family<PlaneKind, Counter> = Family::default(), "event_rejections", None, "Events dropped";
     /// `kv_router_event_gaps_total{pool}`: jumps in the event ids of an owner: events were lost.
     gaps: Family<InPool, Counter> = Family::default(), "event_gaps", None, "Jumps in event ids";
+    /// `kv_router_streams_total{plane,kind}`: what became of workers' own streams: `opened`,
+    /// `closed`, `failed` and `protocol` attempts to open one, `too_large` and `malformed` messages,
+    /// `replay`, `replay_failed`, `gap`, `restarted`, `throttled` by their quota, `refused` posts,
+    /// `second_reader` where a polled engine's events vanish, `unknown_worker` in a stream of all.
+    streams: Family<PlaneKind, Counter> = Family::default(), "streams", None, "What became of engines' own streams";
     /// `kv_router_index_changes_total{kind}`: blocks by what an event did with them; `unknown`
     /// removals and `orphaned` stores point to lost events.
     changes: Family<Kind, Counter> = Family::default(), "index_changes", None, "Blocks by what was done with them";
@@ -98,6 +114,23 @@ metrics! {
     snapshots: Family<Kind, Counter> = Family::default(), "snapshots", None, "Snapshot requests by outcome";
     /// `kv_router_partial_owners`: owners of which blocks may be missing or left over.
     partial_owners: Gauge = Gauge::default(), "partial_owners", None, "Owners with incomplete knowledge";
+    /// `kv_router_doubtful_blocks`: blocks that may be gone, because events about them were lost;
+    /// they count for nothing until something vouches for them.
+    doubtful: Gauge = Gauge::default(), "doubtful_blocks", None, "Blocks that may be gone";
+    /// `kv_router_workers_without_endpoint`: workers that publish on Dynamo's plane and that the
+    /// configuration lacks.
+    strangers: Gauge = Gauge::default(), "workers_without_endpoint", None, "Workers that publish and have no endpoint";
+    /// `kv_router_unwell_workers{kind}`: workers whose events don't agree with what they do: kind
+    /// `silent`, `dropped`, `mismatched`, `inaccurate`, `dropping`, `two_sources`.
+    unwell: Family<Kind, Gauge> = Family::default(), "unwell_workers", None, "Workers whose events do not agree with what they do";
+    /// `kv_router_prediction_accuracy{pool,worker}`: share of the cached prompt tokens, predicted or
+    /// found by the engine, that were both, over the last answers; 0 to 1.
+    accuracy: Family<OfWorker, Gauge<f64, AtomicU64>> = Family::default(), "prediction_accuracy", None, "Share of cached tokens predicted rightly";
+    /// `kv_router_predicted_cached_tokens_total{pool,worker}`: prompt tokens that decisions took to
+    /// be cached, of answers that say how many were.
+    predicted_tokens: Family<OfWorker, Counter> = Family::default(), "predicted_cached_tokens", None, "Prompt tokens taken to be cached";
+    /// `kv_router_found_cached_tokens_total{pool,worker}`: prompt tokens that were, by those answers.
+    found_tokens: Family<OfWorker, Counter> = Family::default(), "found_cached_tokens", None, "Prompt tokens found in caches";
     /// `kv_router_index_blocks`: distinct blocks in the index.
     blocks: Gauge = Gauge::default(), "index_blocks", None, "Distinct blocks";
     /// `kv_router_index_owner_blocks`: blocks counted once for each owner.
@@ -135,7 +168,7 @@ metrics! {
     /// `fenced`, `malformed`, `version`, `empty`. A `gap`: reports before it were lost.
     reports: Family<Kind, Counter> = Family::default(), "reports", None, "Reports of VMs";
     /// `kv_router_report_steps_total{kind}`: steps of requests, kind `booked`, `kept`, `moved`,
-    /// `first_token`, `prefilled`, `grown`, `freed`, `failed`, `unknown`, `duplicate`, `full`, and
+    /// `first_token`, `prefilled`, `grown`, `cached`, `freed`, `failed`, `unknown`, `duplicate`, `full`, and
     /// of VMs, kind `vm`. `unknown` after a gap is normal.
     steps: Family<Kind, Counter> = Family::default(), "report_steps", None, "Steps of requests";
     /// `kv_router_unknown_prefixes_total`: bookings that name a prefix which the index has no more;
@@ -159,7 +192,7 @@ metrics! {
     /// `broken`, `status` ([`kv_core::report::Failure`]).
     worker_failures: Family<Kind, Counter> = Family::default(), "worker_failures", None, "Requests that a worker failed";
     /// `kv_router_worker_changes_total{kind}`: workers left out, kind `unreachable` or `failing`
-    /// ([`crate::health::Why`]), taken back, kind `returned`, or kept because too few others were
+    /// ([`crate::ejection::Why`]), taken back, kind `returned`, or kept because too few others were
     /// left, kind `spared`.
     worker_changes: Family<Kind, Counter> = Family::default(), "worker_changes", None, "Workers left out and taken back";
     /// `kv_router_workers_out`: workers that take no requests because they fail.
@@ -209,6 +242,9 @@ metrics! {
     text_remembered: Gauge = Gauge::default(), "text_remembered", Some(Unit::Bytes), "Token ids that are remembered";
     /// `kv_router_state_saves_total{kind}`: snapshots of the index to disk, kind `saved`, `failed`.
     saves: Family<Kind, Counter> = Family::default(), "state_saves", None, "Snapshots written";
+    /// `kv_router_bootstraps_total{kind}`: attempts to take over a peer's index, kind `taken` or why
+    /// not ([`crate::bootstrap::BootstrapError`]).
+    bootstraps: Family<Kind, Counter> = Family::default(), "bootstraps", None, "Attempts to take over the index of a peer";
     /// `kv_router_state_restores_total{kind}`: starts by where the index came from, kind
     /// `restored`, `absent`, `corrupt`.
     restores: Family<Kind, Counter> = Family::default(), "state_restores", None, "Starts by state found";

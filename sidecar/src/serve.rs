@@ -1,6 +1,6 @@
 //! The running sidecar: its tasks, and changes of its configuration.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,17 +10,20 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::admin;
 use crate::bridge::Bridge;
-use crate::config::{Config, Layer, Pool};
+use crate::config::{self, Config, Layer, Pool};
 use crate::envoy::{Files, FilesError, endpoints_of};
 use crate::index::{Control, Service, state_file};
+use crate::indexer::{self, Ask, Registry};
+use crate::ingest::doors::Doors;
 use crate::ingest::nats;
+use crate::ingest::stream::Hall;
 use crate::metrics::{Kind, Metrics};
 use crate::peers::Link;
 use crate::state;
 use crate::text::Reader;
 use crate::watch::Watch;
+use crate::{admin, bootstrap};
 
 /// Messages of events that wait for the index; a full channel slows the source down.
 const ARRIVALS: usize = 256;
@@ -28,11 +31,17 @@ const ARRIVALS: usize = 256;
 const CONTROLS: usize = 1024;
 /// Requests for snapshots under way, at most one to a worker.
 const REQUESTS: usize = 1 << 16;
+/// Registrations that wait for the configuration.
+const ASKED: usize = 64;
 /// Least time between two replacements of trapped VMs: one that was taken for trapped wrongly must
 /// not keep Envoy busy.
 const REPLACE_PAUSE: Duration = Duration::from_secs(10);
 /// How long Envoy may take to have a worker table before its endpoints follow.
 const TABLE_WRITTEN: Duration = Duration::from_secs(2);
+/// How long a start that asks peers waits for NATS.
+const NATS_FIRST: Duration = Duration::from_secs(1);
+/// Pause between looks at it.
+const NATS_POLL: Duration = Duration::from_millis(10);
 /// How long tasks may take to end.
 const SHUTDOWN: Duration = Duration::from_secs(10);
 
@@ -71,15 +80,23 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
     let (arrivals, arrived) = mpsc::channel(ARRIVALS);
     let (control, controlled) = mpsc::channel(CONTROLS);
     let (requests, requested) = mpsc::channel(REQUESTS);
+    let (registry, asked) = mpsc::channel(ASKED);
     let state_file = state_file(&config);
     let restored =
         tokio::task::spawn_blocking(move || state::restore(state_file.as_deref())).await?;
     let mut service = Service::new(&config, restored, requests, Arc::clone(&metrics));
     let silence = service.silence();
+    let token = match &config.admin_token_file {
+        Some(file) => Some(read_token("admin_token_file", file).await?),
+        None => None,
+    };
 
     let mut tasks: JoinSet<anyhow::Result<()>> = JoinSet::new();
+    let mut stored = None;
     if let Some(settings) = &config.nats {
+        let arrivals = arrivals.clone();
         let nats = nats::Source::new(settings, arrivals, requested, Arc::clone(&metrics)).await?;
+        stored = nats.stored(settings);
         let cancel = cancel.clone();
         tasks.spawn(async move {
             nats.run(cancel).await;
@@ -97,6 +114,21 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
             Ok(())
         });
     }
+    if !service.is_restored() && !config.peers.is_empty() {
+        // Events that come meanwhile wait in the channel, and those before them are in the dump.
+        // Workers' own streams are opened after it, where it leaves them.
+        tokio::select! {
+            () = cancel.cancelled() => {}
+            () = take_over(&config, token.as_deref(), &mut service, &metrics) => {}
+        }
+    }
+    let hall = Hall {
+        arrivals,
+        bytes_per_second: config.event_bytes_per_second,
+        metrics: Arc::clone(&metrics),
+    };
+    let mut doors = Doors::new(hall, stored);
+    doors.open(&config, service.resumes());
     let (index_cancel, bridge_cancel) = (cancel.clone(), cancel.clone());
     tasks.spawn(async move {
         service.run(controlled, arrived, index_cancel).await;
@@ -107,7 +139,8 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
         let served = bridge.run(bridge_control, bridge_metrics, reader, bridge_cancel);
         served.await.context("the bridge's socket failed")
     });
-    let app = admin::router(admin::Admin::new(control.clone(), Arc::clone(&metrics)));
+    let api = admin::Admin::new(control.clone(), doors.desk(), Arc::clone(&metrics));
+    let app = admin::router(api.with_token(token));
     let admin_cancel = cancel.clone();
     tasks.spawn(async move {
         let app = app.into_make_service_with_connect_info::<std::net::SocketAddr>();
@@ -116,12 +149,18 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
             .await
             .context("the admin listener failed")
     });
+    if let Some(indexer) = &config.indexer {
+        tasks.spawn(serve_indexer(indexer, control.clone(), registry, cancel.clone()).await?);
+    }
     tracing::info!(admin = %config.admin, socket = %config.socket.display(), "serving");
     let reloader = Reloader {
         config,
+        registry: Registry::default(),
+        asked,
         source,
         files,
         control,
+        doors,
         metrics,
         silence,
     };
@@ -134,6 +173,66 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
         Ok(())
     });
     supervise(tasks, &cancel).await
+}
+
+/// The standalone indexer, once it listens.
+async fn serve_indexer(
+    indexer: &config::Indexer,
+    control: mpsc::Sender<Control>,
+    registry: mpsc::Sender<Ask>,
+    cancel: CancellationToken,
+) -> anyhow::Result<impl Future<Output = anyhow::Result<()>> + use<>> {
+    let token = match &indexer.token_file {
+        Some(file) => Some(read_token("indexer.token_file", file).await?),
+        None => None,
+    };
+    let listener = tokio::net::TcpListener::bind(indexer.listen)
+        .await
+        .with_context(|| format!("can't listen on indexer {}", indexer.listen))?;
+    let app = indexer::router(indexer::Face::new(control, registry, token));
+    Ok(async move {
+        axum::serve(listener, app)
+            .with_graceful_shutdown(cancel.cancelled_owned())
+            .await
+            .context("the indexer's listener failed")
+    })
+}
+
+async fn read_token(key: &str, file: &Path) -> anyhow::Result<String> {
+    let token = tokio::fs::read_to_string(file).await;
+    let token = token.with_context(|| format!("{key} {}", file.display()))?;
+    let token = token.trim();
+    // Anybody can show an empty one.
+    anyhow::ensure!(!token.is_empty(), "{key} {} is empty", file.display());
+    Ok(token.to_owned())
+}
+
+/// Takes the index of the first peer over that has one.
+async fn take_over(config: &Config, token: Option<&str>, service: &mut Service, metrics: &Metrics) {
+    if config.nats.is_some() {
+        // What is published from the dump on must not be missed.
+        let connected = async {
+            while metrics.nats_connected.get() == 0 {
+                tokio::time::sleep(NATS_POLL).await;
+            }
+        };
+        let _ = tokio::time::timeout(NATS_FIRST, connected).await;
+    }
+    for peer in &config.peers {
+        let outcome = bootstrap::from_peer(peer, token, service).await;
+        let kind = match &outcome {
+            Ok(()) => "taken",
+            Err(error) => error.kind(),
+        };
+        metrics.bootstraps.get_or_create(&Kind { kind }).inc();
+        match outcome {
+            Ok(()) => {
+                tracing::info!(%peer, "took over the index of a peer");
+                return;
+            }
+            Err(error) => tracing::warn!(%peer, %error, "can't take over the index of a peer"),
+        }
+    }
 }
 
 /// Waits for all tasks; one that ends before its time ends the others.
@@ -179,10 +278,15 @@ async fn silence(silence: &Notify, replaced_at: Option<Instant>) {
 
 /// Keeps the running sidecar in line with its file.
 struct Reloader {
+    /// As the file has it.
     config: Config,
+    /// What lies over it at run time.
+    registry: Registry,
+    asked: mpsc::Receiver<Ask>,
     source: Source,
     files: Option<Files>,
     control: mpsc::Sender<Control>,
+    doors: Doors,
     metrics: Arc<Metrics>,
     silence: Arc<Notify>,
 }
@@ -195,7 +299,7 @@ impl Reloader {
             Ok(mut watch) => {
                 // It may have changed after it was read and before it was watched.
                 let read = Config::load(&self.source.file, &self.source.layers);
-                if read.is_ok_and(|read| read != self.config) {
+                if !read.is_ok_and(|read| read == self.config) {
                     self.reload().await;
                 }
                 loop {
@@ -208,6 +312,7 @@ impl Reloader {
                             self.replace_trapped();
                             replaced_at = Some(Instant::now());
                         }
+                        Some(ask) = self.asked.recv() => self.answer(ask).await,
                     }
                 }
                 tracing::error!("watching the configuration has failed, changes need a restart");
@@ -217,10 +322,52 @@ impl Reloader {
             }
         }
         loop {
-            silence(&self.silence, replaced_at).await;
-            self.replace_trapped();
-            replaced_at = Some(Instant::now());
+            tokio::select! {
+                () = silence(&self.silence, replaced_at) => {
+                    self.replace_trapped();
+                    replaced_at = Some(Instant::now());
+                }
+                Some(ask) = self.asked.recv() => self.answer(ask).await,
+            }
         }
+    }
+
+    /// Workers come and go at run time. They take no requests, so Envoy's files stay as they are.
+    async fn answer(&mut self, ask: Ask) {
+        // Whoever asked may have gone away.
+        match ask {
+            Ask::Register(asked, reply) => {
+                let outcome = self.registry.register(&self.config, asked);
+                if outcome.is_ok() {
+                    self.registry_changed().await;
+                }
+                let _ = reply.send(outcome);
+            }
+            Ask::Unregister(asked, reply) => {
+                let outcome = self.registry.unregister(&asked);
+                if outcome.is_ok() {
+                    self.registry_changed().await;
+                }
+                let _ = reply.send(outcome);
+            }
+            Ask::Workers(reply) => {
+                let _ = reply.send(self.registry.list(&self.config));
+            }
+        }
+    }
+
+    async fn registry_changed(&mut self) {
+        self.configure(&self.config).await;
+        self.doors.configure(&self.registry.over(&self.config));
+    }
+
+    /// Tells the index of a configuration and of what lies over it. The channel says when every
+    /// Envoy has the table.
+    async fn configure(&self, config: &Config) -> Option<oneshot::Receiver<()>> {
+        let (written, has_table) = oneshot::channel();
+        let config = Arc::new(self.registry.over(config));
+        let told = Control::Configure { config, written };
+        self.control.send(told).await.ok().map(|()| has_table)
     }
 
     /// A trapped VM lets its thread's requests pass by until the filter's configuration changes.
@@ -280,22 +427,17 @@ impl Reloader {
         self.write_endpoints(&next, |before, after| {
             let mut both = endpoints_of(after);
             let leaving = endpoints_of(before).into_iter();
-            both.extend(leaving.filter(|e| !after.workers.iter().any(|w| w.endpoint == *e)));
+            both.extend(leaving.filter(|e| !after.workers.iter().any(|w| w.endpoint == Some(*e))));
             both
         })?;
-        let (written, has_table) = oneshot::channel();
-        let config = Arc::new(next.clone());
-        if self
-            .control
-            .send(Control::Configure { config, written })
-            .await
-            .is_ok()
+        if let Some(has_table) = self.configure(&next).await
             && tokio::time::timeout(TABLE_WRITTEN, has_table)
                 .await
                 .is_err()
         {
             tracing::warn!("not every envoy has the worker table yet, endpoints go ahead");
         }
+        self.doors.configure(&self.registry.over(&next));
         self.write_endpoints(&next, |_, after| endpoints_of(after))?;
         self.config = next;
         Ok(())

@@ -6,15 +6,17 @@ use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
-use kv_core::id::OwnerId;
+use kv_core::id::{OwnerId, WorkerId};
 use kv_core::index::Held;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64;
 
-use crate::index::{Cursor, Slots};
+use crate::index::{Cursor, Knowledge, Slots};
+use crate::ingest::Plane;
+use crate::ingest::batch::Resume;
 
 const MAGIC: &[u8; 8] = b"KVRSTATE";
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 const HEADER: usize = MAGIC.len() + 1 + 8;
 
 /// Everything that a restarted sidecar takes up again.
@@ -39,8 +41,23 @@ pub struct PoolState {
     pub key: u64,
     /// Slots of its owners.
     pub slots: Slots,
+    /// Its workers' own streams.
+    pub streams: Vec<StreamState>,
     /// Its owners.
     pub owners: Vec<OwnerState>,
+}
+
+/// A worker's own stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamState {
+    /// The worker.
+    pub worker: WorkerId,
+    /// Its number among the worker's streams.
+    pub stream: u32,
+    /// How it comes in.
+    pub plane: Plane,
+    /// Where it has come to.
+    pub resume: Resume,
 }
 
 /// An owner.
@@ -52,10 +69,14 @@ pub struct OwnerState {
     pub dynamo: Cursor,
     /// Ids of its worker's events on the JSON plane.
     pub json: Cursor,
-    /// Whether blocks may be missing or left over.
-    pub partial: bool,
+    /// How much of its cache is known.
+    pub knowledge: Knowledge,
     /// Its blocks, parents first.
+    #[serde(default)]
     pub blocks: Vec<Held>,
+    /// Blocks that may be gone, parents first.
+    #[serde(default)]
+    pub doubtful: Vec<Held>,
 }
 
 /// What goes wrong with the file.
@@ -234,11 +255,22 @@ mod tests {
             id,
             dynamo: Cursor::after(Some(u64::MAX)),
             json: Cursor::default(),
-            partial: true,
+            knowledge: Knowledge::Partial,
             blocks: vec![
                 block(u64::MAX, None, None),
                 block(2, Some(u64::MAX), Some(3)),
             ],
+            doubtful: vec![block(7, None, Some(8))],
+        };
+        let stream = StreamState {
+            worker: 9,
+            stream: 1,
+            plane: Plane::Zmq,
+            resume: Resume {
+                sequence: u64::MAX,
+                mark: 5,
+                is_whole: true,
+            },
         };
         State {
             epoch: 7,
@@ -248,6 +280,7 @@ mod tests {
                 block_size: 16,
                 key: u64::MAX,
                 slots,
+                streams: vec![stream],
                 owners: vec![owner],
             }],
         }

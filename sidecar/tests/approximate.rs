@@ -241,7 +241,12 @@ async fn a_prefix_that_the_index_lost_counts_as_nobody_elses() {
         metrics.contains("kv_router_unknown_prefixes_total 1"),
         "{metrics}"
     );
-    assert!(metrics.contains("kv_router_shadow_total{outcome=\"unknown_prompt\"} 1"));
+    let is_judged = async || {
+        let metrics = sidecar.get("/metrics").await.unwrap();
+        let line = "kv_router_shadow_total{outcome=\"unknown_prompt\"} 1";
+        metrics.contains(line).then_some(())
+    };
+    eventually("a verdict", is_judged).await;
     assert_eq!(overlaps(&sidecar, &tokens(0, 3)).await, [0, 0]);
     let gauges = async || {
         let metrics = sidecar.get("/metrics").await.unwrap();

@@ -1,8 +1,9 @@
 //! The configuration file: what is refused, how layers lie over it, what the schema says.
 
 use clap::{Args as _, FromArgMatches as _};
+use kv_core::id::{Family, Tier};
 use kv_core::policy::Mode;
-use kv_router::config::{Config, Flags, Layer, from_environment, schema};
+use kv_router::config::{Config, Events, Flags, Layer, from_environment, schema};
 
 fn flags(arguments: &[&str]) -> Vec<Layer> {
     let command = Flags::augment_args(clap::Command::new("kv-router"));
@@ -199,7 +200,9 @@ fn a_reload_takes_workers_and_policies_and_names_what_needs_a_restart() {
     let needed = before.restart_needed(&resized);
     assert_eq!(
         needed,
-        ["pools: their names, order, kv_cache_block_size and kv_events"]
+        [
+            "pools: their names, order, kv_cache_block_size, kv_events, media, families and image_token_id"
+        ]
     );
     assert_eq!(before.reloaded(resized).pools, before.pools);
 }
@@ -236,4 +239,106 @@ fn load_is_tracked_as_in_dynamo_unless_flags_say_otherwise() {
     let before = Config::parse("", &[]).unwrap();
     assert_eq!(before.restart_needed(&config).len(), 1);
     assert_eq!(before.reloaded(config).load, before.load);
+}
+
+const WITH_EVENTS: &str = r#"
+media: {tape: external}
+families:
+  - {family: flex-kv, media: [ssd, CPU]}
+  - {family: lm-cache, media: [Tape], block_size: 256}
+workers:
+  - id: 1
+    endpoint: "1.2.3.4:80"
+    data_parallel_size: 2
+    events: {zmq: {endpoint: "tcp://engine-1:5557", topic: kv-events, replay_endpoint: "tcp://engine-1:5567"}}
+  - {id: 2, endpoint: "1.2.3.4:81", events: {trtllm: {url: "http://10.0.0.1:8000/kv_cache_events"}}}
+  - {id: 3, endpoint: "1.2.3.4:82", events: {http: {token_file: /dev/null}}}
+"#;
+
+#[test]
+fn a_worker_may_have_a_stream_of_its_own() {
+    let config = Config::parse(WITH_EVENTS, &[]).unwrap();
+    let pool = &config.pools[0];
+    let events: Vec<_> = pool.workers.iter().map(|w| w.events.clone()).collect();
+    let [
+        Some(Events::Zmq {
+            endpoint,
+            topic,
+            replay,
+        }),
+        Some(Events::TrtLlm { url, poll }),
+        http,
+    ] = &events[..]
+    else {
+        panic!("{events:?}");
+    };
+    assert_eq!(topic, "kv-events");
+    assert_eq!(endpoint.of(1).as_deref(), Some("engine-1:5558"));
+    let replay = replay.as_ref().and_then(|replay| replay.of(0));
+    assert_eq!(replay.as_deref(), Some("engine-1:5567"));
+    assert_eq!(url.path(), "/kv_cache_events");
+    assert_eq!(poll.as_millis(), 50);
+    let expected = Events::Http {
+        token_file: Some("/dev/null".into()),
+        trusts_loopback: false,
+    };
+    assert_eq!(*http, Some(expected));
+    assert_eq!(pool.media.tier("TAPE"), Some(Tier::External));
+    let uses = [
+        (Family::FlexKv, vec!["SSD", "CPU"], 16),
+        (Family::LmCache, vec!["TAPE"], 256),
+    ];
+    for (used, (family, media, block_size)) in pool.families.iter().zip(uses) {
+        assert_eq!((used.family, used.block_size), (family, block_size));
+        assert_eq!(used.media, media);
+    }
+}
+
+#[test]
+fn media_and_families_of_a_running_sidecar_stay() {
+    let before = Config::parse(WITH_EVENTS, &[]).unwrap();
+    let after = Config::parse(&WITH_EVENTS.replace("external", "disk"), &[]).unwrap();
+    let keys = [
+        "pools: their names, order, kv_cache_block_size, kv_events, media, families and image_token_id",
+    ];
+    assert_eq!(before.restart_needed(&after), keys);
+    assert_eq!(before.reloaded(after), before);
+}
+
+#[test]
+fn streams_of_events_that_make_no_sense_are_refused() {
+    let text = r#"
+media: {"": disk, odd: attic}
+families:
+  - {family: dynamo, media: [CPU]}
+  - {family: flex-kv, media: [cpu, VAULT], block_size: 24}
+workers:
+  - {id: 1, endpoint: "1.2.3.4:80", events: {}}
+  - {id: 2, endpoint: "1.2.3.4:81", events: {zmq: {endpoint: "tcp://*:5557"}}}
+  - {id: 3, endpoint: "1.2.3.4:82", events: {zmq: {endpoint: "tcp://a:65535"}}, data_parallel_size: 2}
+  - {id: 4, endpoint: "1.2.3.4:83", events: {zmq: {endpoint: "tcp://b:1"}}, data_parallel_size: 2}
+  - {id: 5, endpoint: "1.2.3.4:84", events: {zmq: {endpoint: "tcp://b:2"}}}
+  - {id: 6, endpoint: "1.2.3.4:85", events: {trtllm: {url: "ftp://b:2"}, http: {token_file: /nowhere}}}
+  - {id: 7, endpoint: "1.2.3.4:86", events: {trtllm: {poll_ms: 0}}}
+"#;
+    assert_eq!(
+        refused(text, &[]),
+        [
+            "families[0].family: must be an engine's: Dynamo's hashes come from token ids, got dynamo",
+            "families[1].block_size: must be a multiple of kv_cache_block_size, 16, got 24",
+            "families[1].media[0]: is taken by families[0].media[0], got CPU",
+            "families[1].media[1]: is no medium: give its tier under `media`, got VAULT",
+            r#"media.odd: must be one of device, host, disk, external, got "attic""#,
+            r#"media: must have names of 1 to 64 bytes, got """#,
+            "workers[0].events: must have one of zmq, trtllm and http, got 0 of them",
+            r#"workers[1].events.zmq.endpoint: must be tcp://host:port, got "tcp://*:5557""#,
+            "workers[2].events.zmq.endpoint: leaves no port for rank 1, got tcp://a:65535",
+            "workers[4].events.zmq.endpoint: is read by workers[3].events.zmq.endpoint, got b:2",
+            "workers[5].events.http.token_file: can't be read (No such file or directory (os error 2)), got /nowhere",
+            r#"workers[5].events.trtllm.url: must be a URL such as http://host:8000/kv_cache_events, got "ftp://b:2""#,
+            "workers[5].events: must have one of zmq, trtllm and http, got 2 of them",
+            "workers[6].events.trtllm.poll_ms: must be at least 1, got 0",
+            "workers[6].events.trtllm.url: missing",
+        ]
+    );
 }

@@ -87,15 +87,16 @@ async fn two_processes_see_the_same_load_and_shared_blocks_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn live_prefixes_are_published_with_their_owners_shared_ones_first() {
+async fn live_prefixes_of_other_proxies_are_published_shared_ones_first() {
     let sidecar = Sidecar::start(TWO_WORKERS).await;
     let mut proxy = Proxy::start(&sidecar.socket(), 1).await;
+    let mut other = Proxy::start(&sidecar.socket(), 2).await;
     proxy.vm.book(1, 1, &[1, 2, 3, 4]);
     proxy.vm.book(2, 1, &[1, 2, 3, 5]);
     proxy.vm.book(3, 2, &[1, 2, 3, 6]);
     proxy.report().await;
     let is_shared = |loads: &Loads| loads.pools[0].prefixes.len() == 4;
-    let loads = proxy.bridge.loads("live prefixes", is_shared).await;
+    let loads = other.bridge.loads("live prefixes", is_shared).await;
     let prefixes: Vec<_> = loads.pools[0]
         .prefixes
         .iter()
@@ -112,10 +113,21 @@ async fn live_prefixes_are_published_with_their_owners_shared_ones_first() {
         let prefixes = &loads.pools[0].prefixes;
         matches!(prefixes.as_slice(), [only] if (only.hash, only.depth) == (6, 4))
     };
-    proxy.bridge.loads("the one that is left", is_whole).await;
+    other.bridge.loads("the one that is left", is_whole).await;
+    // Who shares its own prompts knows of them.
+    other.vm.book(1, 2, &[1, 2, 3, 6, 7]);
+    other.report().await;
+    let loads = proxy
+        .bridge
+        .loads("the other's", |l| !l.pools[0].prefixes.is_empty());
+    let told = loads.await.pools.remove(0).prefixes;
+    let told: Vec<_> = told.iter().map(|p| (p.hash, p.slots.clone())).collect();
+    assert_eq!(told, [(6, vec![Slot(1)]), (7, vec![Slot(1)])]);
     proxy.vm.free(3);
     proxy.report().await;
-    all_zero(&sidecar, &[&proxy]).await;
+    other.vm.free(1);
+    other.report().await;
+    all_zero(&sidecar, &[&proxy, &other]).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

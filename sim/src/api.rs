@@ -38,6 +38,8 @@ pub(crate) fn router(shared: Arc<Shared>) -> axum::Router {
         .route("/metrics", get(metrics))
         .route("/sim/blocks", get(blocks))
         .route("/sim/clear", post(clear))
+        .route("/sim/restart", post(restart))
+        .route("/kv_cache_events", post(poll))
         .fallback(|| async { ApiError::not_found("no such path") })
         .method_not_allowed_fallback(|| async { ApiError::method_not_allowed() })
         .layer(DefaultBodyLimit::max(BODY_BYTES))
@@ -140,6 +142,17 @@ async fn blocks(State(shared): State<Arc<Shared>>) -> Response {
         "blocks": blocks,
     }))
     .into_response()
+}
+
+async fn restart(State(shared): State<Arc<Shared>>) -> StatusCode {
+    shared.restart();
+    StatusCode::NO_CONTENT
+}
+
+async fn poll(State(shared): State<Arc<Shared>>) -> Result<Response, ApiError> {
+    let events = shared.poll();
+    let events = events.ok_or_else(|| ApiError::not_found("events are not kept to be polled"))?;
+    Ok(Json(events).into_response())
 }
 
 async fn clear(State(shared): State<Arc<Shared>>) -> StatusCode {

@@ -9,9 +9,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use kv_core::event::{EventData, Removed, Stored, StoredBlock};
-
 use crate::chain::Key;
+use crate::change::Change;
 
 /// Blocks in one change, which bounds the size of an event.
 const CHANGE_BLOCKS: usize = 1024;
@@ -26,7 +25,7 @@ pub(crate) struct Cache {
     idle: BTreeMap<u64, usize>,
     releases: u64,
     generation: u64,
-    changes: Vec<EventData>,
+    changes: Vec<Change>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -86,7 +85,7 @@ impl Cache {
     pub(crate) fn keys(&self) -> impl Iterator<Item = Key> + '_ {
         self.named
             .values()
-            .filter_map(|&block| self.blocks[block].key)
+            .filter_map(|&block| self.blocks[block].key.clone())
     }
 
     /// How many leading blocks of `keys` are in the cache.
@@ -154,9 +153,9 @@ impl Cache {
                 lease.blocks[at] = shared;
                 self.unpin(own);
             } else {
-                self.blocks[own].key = Some(*key);
+                self.blocks[own].key = Some(key.clone());
                 self.named.insert(key.engine_hash, own);
-                self.record_stored(*key);
+                self.record_stored(key.clone());
             }
         }
         lease.named = lease.named.max(end);
@@ -177,7 +176,7 @@ impl Cache {
         self.empty
             .extend(std::mem::take(&mut self.idle).into_values());
         self.generation += 1;
-        self.changes.push(EventData::Cleared);
+        self.changes.push(Change::Cleared);
     }
 
     /// Drops idle blocks by name wherever they stand in their chain; names that are unknown or
@@ -210,7 +209,7 @@ impl Cache {
     }
 
     /// What changed since the last call, in order.
-    pub(crate) fn take_changes(&mut self) -> Vec<EventData> {
+    pub(crate) fn take_changes(&mut self) -> Vec<Change> {
         std::mem::take(&mut self.changes)
     }
 
@@ -251,35 +250,24 @@ impl Cache {
     }
 
     fn record_stored(&mut self, key: Key) {
-        let block = StoredBlock {
-            block_hash: key.engine_hash,
-            tokens_hash: key.tokens_hash,
-            mm_extra_info: None,
-        };
-        if let Some(EventData::Stored(run)) = self.changes.last_mut()
-            && run.blocks.last().map(|last| last.block_hash) == key.parent
-            && run.blocks.len() < CHANGE_BLOCKS
+        if let Some(Change::Stored(run)) = self.changes.last_mut()
+            && run.last().map(|last| last.engine_hash) == key.parent
+            && run.len() < CHANGE_BLOCKS
         {
-            run.blocks.push(block);
+            run.push(key);
             return;
         }
-        self.changes.push(EventData::Stored(Stored {
-            parent_hash: key.parent,
-            start_position: None,
-            blocks: vec![block],
-        }));
+        self.changes.push(Change::Stored(vec![key]));
     }
 
     fn record_removed(&mut self, engine_hash: u64) {
-        if let Some(EventData::Removed(run)) = self.changes.last_mut()
-            && run.block_hashes.len() < CHANGE_BLOCKS
+        if let Some(Change::Removed(run)) = self.changes.last_mut()
+            && run.len() < CHANGE_BLOCKS
         {
-            run.block_hashes.push(engine_hash);
+            run.push(engine_hash);
             return;
         }
-        self.changes.push(EventData::Removed(Removed {
-            block_hashes: vec![engine_hash],
-        }));
+        self.changes.push(Change::Removed(vec![engine_hash]));
     }
 }
 

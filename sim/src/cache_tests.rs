@@ -1,5 +1,6 @@
 use std::collections::HashMap;
 
+use kv_core::event::EventData;
 use kv_core::hash::Seed;
 use proptest::prelude::*;
 
@@ -27,9 +28,9 @@ fn run(cache: &mut Cache, keys: &[Key]) -> usize {
 struct Listener(HashMap<u64, (u64, Option<u64>)>);
 
 impl Listener {
-    fn apply(&mut self, changes: Vec<EventData>) {
+    fn apply(&mut self, changes: &[Change]) {
         for change in changes {
-            match change {
+            match change.data() {
                 EventData::Stored(run) => {
                     let mut parent = run.parent_hash;
                     for block in run.blocks {
@@ -73,11 +74,9 @@ fn the_leaf_of_the_least_recently_used_chain_goes_first() {
     run(&mut cache, &old);
     run(&mut cache, &young);
     cache.take_changes();
-    for expected in [old[1], old[0], young[1], young[0]] {
+    for expected in [&old[1], &old[0], &young[1], &young[0]] {
         assert_eq!(cache.evict(1), 1);
-        let change = EventData::Removed(Removed {
-            block_hashes: vec![expected.engine_hash],
-        });
+        let change = Change::Removed(vec![expected.engine_hash]);
         assert_eq!(cache.take_changes(), [change]);
     }
     assert_eq!(cache.evict(1), 0);
@@ -172,11 +171,11 @@ fn a_run_of_stores_is_one_change_with_its_parent() {
     cache.take_changes();
     run(&mut cache, &prompt);
     let changes = cache.take_changes();
-    let [EventData::Stored(stored)] = changes.as_slice() else {
+    let [Change::Stored(stored)] = changes.as_slice() else {
         panic!("{changes:?}");
     };
-    assert_eq!(stored.parent_hash, Some(prompt[0].engine_hash));
-    assert_eq!(stored.blocks.len(), 2);
+    assert_eq!(stored[0].parent, Some(prompt[0].engine_hash));
+    assert_eq!(stored.len(), 2);
 }
 
 #[derive(Clone, Debug)]
@@ -223,7 +222,7 @@ fn play(steps: Vec<Step>, holes: bool) {
                 tokens.extend(&[0, 0]);
                 if cache.grow(lease, 1) {
                     let parent = keys.last().map(|key| key.engine_hash);
-                    let mut next = tokens.keys()[0];
+                    let mut next = tokens.keys()[0].clone();
                     next.engine_hash = crate::rng::mix(parent.unwrap_or(1));
                     next.parent = parent;
                     keys.push(next);
@@ -246,7 +245,7 @@ fn play(steps: Vec<Step>, holes: bool) {
             Step::Clear => cache.clear(),
             Step::Grow(_) | Step::Finish(_) | Step::Remove(_) => {}
         }
-        listener.apply(cache.take_changes());
+        listener.apply(&cache.take_changes());
         listener.assert_equals(&cache);
         if !holes {
             for key in cache.keys() {

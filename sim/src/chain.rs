@@ -1,5 +1,7 @@
 //! Names of blocks: the public hash of a block's tokens, and the engine's own chained name.
 
+use std::sync::Arc;
+
 use kv_core::hash::Seed;
 use serde::{Deserialize, Serialize};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
@@ -7,7 +9,7 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 use crate::rng::mix;
 
 /// One full block of a sequence.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Key {
     /// The engine's name; covers the tokens of this block and of all before it.
     pub engine_hash: u64,
@@ -15,6 +17,12 @@ pub struct Key {
     pub tokens_hash: u64,
     /// The engine's name of the block before; `None` for the first.
     pub parent: Option<u64>,
+    /// Token ids of the block.
+    #[serde(skip)]
+    pub tokens: Arc<[u32]>,
+    /// Salt of the sequence.
+    #[serde(skip)]
+    pub salt: Arc<str>,
 }
 
 /// Names the blocks of one sequence as it grows.
@@ -23,6 +31,7 @@ pub struct Chain {
     block_size: usize,
     seed: Seed,
     engine_seed: u64,
+    salt: Arc<str>,
     keys: Vec<Key>,
 }
 
@@ -35,8 +44,16 @@ impl Chain {
             block_size,
             seed,
             engine_seed: mix(worker_id ^ seed.0),
+            salt: Arc::default(),
             keys: Vec::new(),
         }
+    }
+
+    /// Says what the seed was made of.
+    #[must_use]
+    pub fn salted(mut self, salt: &str) -> Self {
+        self.salt = salt.into();
+        self
     }
 
     /// The blocks named so far.
@@ -58,6 +75,8 @@ impl Chain {
                 engine_hash: xxh3_64_with_seed(&bytes, self.engine_seed),
                 tokens_hash,
                 parent,
+                tokens: block.into(),
+                salt: Arc::clone(&self.salt),
             });
         }
     }

@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use kv_sim::Limits;
 use kv_sim::engine::Config;
 use kv_sim::load::{Format, Options, Pace, Workload};
+use kv_sim::own::{Dialect, Faults, OwnEvents, Zmq};
 use kv_sim::publish::{Encoding, EventPlane};
 
 /// Simulated LLM engines with real KV events, and load for any OpenAI endpoint.
@@ -66,6 +67,35 @@ pub(crate) struct EngineArgs {
     /// Steps take no time.
     #[arg(long)]
     instant: bool,
+    /// The engine's own KV events: tcp://HOST:PORT to publish over ZMQ (port 0 takes a free one),
+    /// http://HOST:PORT/v1/events to post them to the router, poll to keep them for
+    /// POST /kv_cache_events.
+    #[arg(long, value_parser = own_events)]
+    events: Option<Own>,
+    /// tcp://HOST:PORT for replays of what was published over ZMQ.
+    #[arg(long, requires = "events")]
+    replay: Option<String>,
+    /// How the engine writes its own events over ZMQ.
+    #[arg(long, value_enum, default_value_t = DialectName::Vllm)]
+    dialect: DialectName,
+    /// Topic of its own events over ZMQ.
+    #[arg(long, default_value = "kv-events")]
+    topic: String,
+    /// Messages kept for replays, or events kept to be polled.
+    #[arg(long, default_value_t = 10_000)]
+    event_buffer: usize,
+    /// File with the token to post events with.
+    #[arg(long, requires = "events")]
+    token_file: Option<PathBuf>,
+    /// Numbers of ZMQ messages that are not sent, separated by commas.
+    #[arg(long, value_delimiter = ',')]
+    drop_messages: Vec<u64>,
+    /// Write block hashes over ZMQ as 32 bytes.
+    #[arg(long)]
+    bytes_hashes: bool,
+    /// Write batches over ZMQ without their rank.
+    #[arg(long)]
+    short_batches: bool,
     /// NATS server for KV events, such as nats://127.0.0.1:4222; without it none are published.
     #[arg(long)]
     nats: Option<String>,
@@ -84,6 +114,33 @@ pub(crate) struct EngineArgs {
     /// Subject of the json encoding; requests on SUBJECT.snapshot are answered with the cache.
     #[arg(long, default_value = "kv-events.{worker_id}")]
     json_subject: String,
+}
+
+/// Where an engine's own events go.
+#[derive(Clone, Debug)]
+enum Own {
+    Zmq(String),
+    Http(String),
+    Poll,
+}
+
+fn own_events(text: &str) -> Result<Own, String> {
+    match text {
+        "poll" => Ok(Own::Poll),
+        _ if text.starts_with("tcp://") => Ok(Own::Zmq(text.to_owned())),
+        _ if text.starts_with("http://") => Ok(Own::Http(text.to_owned())),
+        _ => Err(format!("{text:?} is neither tcp://, http:// nor poll")),
+    }
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum DialectName {
+    /// vLLM, events as maps.
+    Vllm,
+    /// An earlier vLLM, events as lists.
+    VllmLists,
+    /// SGLang, short lists and signed hashes.
+    Sglang,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -176,7 +233,40 @@ pub(crate) struct ReportArgs {
 const DEFAULT_RATE: f64 = 10.0;
 
 impl EngineArgs {
+    fn own(&self) -> anyhow::Result<Option<OwnEvents>> {
+        Ok(match &self.events {
+            None => None,
+            Some(Own::Poll) => Some(OwnEvents::Poll {
+                buffer: self.event_buffer,
+            }),
+            Some(Own::Http(url)) => {
+                let mut settings = kv_publisher::Settings::new(url, self.worker_id);
+                if let Some(file) = &self.token_file {
+                    settings.token = Some(std::fs::read_to_string(file)?.trim().to_owned());
+                }
+                Some(OwnEvents::Http(settings))
+            }
+            Some(Own::Zmq(listen)) => Some(OwnEvents::Zmq(Zmq {
+                listen: listen.clone(),
+                replay: self.replay.clone(),
+                topic: self.topic.clone(),
+                buffer: self.event_buffer,
+                dialect: match self.dialect {
+                    DialectName::Vllm => Dialect::VllmMaps,
+                    DialectName::VllmLists => Dialect::VllmLists,
+                    DialectName::Sglang => Dialect::Sglang,
+                },
+                faults: Faults {
+                    drop: self.drop_messages.iter().copied().collect(),
+                    bytes_hashes: self.bytes_hashes,
+                    short_batches: self.short_batches,
+                },
+            })),
+        })
+    }
+
     pub(crate) fn config(self) -> anyhow::Result<Config> {
+        let own = self.own()?;
         let encoding = match self.encoding {
             EncodingName::Dynamo => Encoding::Dynamo {
                 namespace: self.namespace,
@@ -202,6 +292,7 @@ impl EngineArgs {
             },
             instant: self.instant,
             events: self.nats.map(|url| EventPlane { url, encoding }),
+            own,
         })
     }
 }

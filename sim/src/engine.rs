@@ -14,6 +14,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use crate::api;
 use crate::chain::Key;
 use crate::metrics::{Counters, Gauges};
+use crate::own::{Outlet, OwnError, OwnEvents};
 use crate::publish::{EventPlane, PublishError, Publisher};
 use crate::scheduler::Limits;
 
@@ -37,8 +38,10 @@ pub struct Config {
     pub limits: Limits,
     /// Steps take no time.
     pub instant: bool,
-    /// Where events go; `None` publishes none.
+    /// Where events go on NATS; `None` publishes none there.
     pub events: Option<EventPlane>,
+    /// The stream of events that the engine offers itself.
+    pub own: Option<OwnEvents>,
 }
 
 impl Default for Config {
@@ -58,6 +61,7 @@ impl Default for Config {
             },
             instant: false,
             events: None,
+            own: None,
         }
     }
 }
@@ -79,6 +83,9 @@ pub enum StartError {
     /// NATS cannot be used.
     #[error(transparent)]
     Publish(#[from] PublishError),
+    /// The own stream cannot be offered.
+    #[error(transparent)]
+    Own(#[from] OwnError),
 }
 
 /// Why a request is not taken.
@@ -158,6 +165,18 @@ impl Engine {
             shared.attach(publisher);
             tasks.extend(senders);
         }
+        if let Some(own) = &shared.config.own {
+            let source = Arc::downgrade(&shared);
+            let content = move || {
+                let shared = source.upgrade();
+                shared.map_or_else(Vec::new, |shared| shared.blocks().1)
+            };
+            let (block_size, blocks) = (shared.config.limits.block_size, shared.config.blocks);
+            let (outlet, senders) =
+                Outlet::start(own, block_size, blocks, Box::new(content), stop.clone()).await?;
+            shared.attach_own(outlet);
+            tasks.extend(senders);
+        }
         tasks.push(tokio::spawn(state::run_steps(
             Arc::clone(&shared),
             stop.clone(),
@@ -205,6 +224,18 @@ impl Engine {
     #[must_use]
     pub fn content(&self) -> (u64, Vec<Key>) {
         self.shared.blocks()
+    }
+
+    /// Addresses of the own stream's sockets, `tcp://host:port`: events and replay.
+    #[must_use]
+    pub fn event_addresses(&self) -> (Option<String>, Option<String>) {
+        self.shared.addresses()
+    }
+
+    /// Empties the cache and begins the own stream anew without a word, as a restart of the process
+    /// would but for its connections.
+    pub fn restart_events(&self) {
+        self.shared.restart();
     }
 
     /// Id of the last event, 0 before the first.

@@ -9,9 +9,11 @@
 mod api;
 mod cache;
 pub mod chain;
+mod change;
 pub mod engine;
 pub mod load;
 pub mod metrics;
+pub mod own;
 pub mod publish;
 pub mod rng;
 mod scheduler;

@@ -34,13 +34,16 @@ async fn engine(args: EngineArgs) -> anyhow::Result<ExitCode> {
     let mut terminate = signal(SignalKind::terminate())?;
     let engine = Engine::start(args.config()?).await?;
     // The first line tells scripts where to find an engine that took a free port.
-    println!(
-        "{}",
-        serde_json::json!({
-            "worker_id": engine.worker_id(),
-            "address": engine.address().to_string(),
-        })
-    );
+    let mut first = serde_json::json!({
+        "worker_id": engine.worker_id(),
+        "address": engine.address().to_string(),
+    });
+    let (events, replay) = engine.event_addresses();
+    if let Some(first) = first.as_object_mut() {
+        let addresses = [("events", events), ("replay", replay)].into_iter();
+        first.extend(addresses.filter_map(|(key, a)| Some((key.to_owned(), a?.into()))));
+    }
+    println!("{first}");
     tokio::select! {
         _ = interrupt.recv() => {}
         _ = terminate.recv() => {}

@@ -2,11 +2,10 @@
 
 use std::collections::HashMap;
 
-use kv_core::event::{
-    EventData, KvCacheEvent, RouterEvent, SnapshotPart, StorageTier, Stored, StoredBlock,
-};
+use kv_core::event::{EventData, KvCacheEvent, RouterEvent, SnapshotPart, StorageTier};
 
 use crate::chain::Key;
+use crate::change::Change;
 
 /// Bytes of JSON in the events of one part; NATS takes 1 MB by default.
 const PART_BYTES: usize = 480 * 1024;
@@ -32,9 +31,12 @@ pub(crate) fn event(worker_id: u64, event_id: u64, data: EventData) -> RouterEve
 
 /// Stores that rebuild a cache: each after the store of its parent, where the parent is cached.
 #[must_use]
-pub(crate) fn stores(mut keys: Vec<Key>) -> Vec<Stored> {
+pub(crate) fn runs(mut keys: Vec<Key>) -> Vec<Change> {
     keys.sort_unstable_by_key(|key| key.engine_hash);
-    let cached: HashMap<u64, Key> = keys.iter().map(|key| (key.engine_hash, *key)).collect();
+    let cached: HashMap<u64, Key> = keys
+        .iter()
+        .map(|key| (key.engine_hash, key.clone()))
+        .collect();
     let mut children: HashMap<u64, Vec<Key>> = HashMap::new();
     let mut open = Vec::new();
     for key in keys {
@@ -43,30 +45,22 @@ pub(crate) fn stores(mut keys: Vec<Key>) -> Vec<Stored> {
             None => open.push(key),
         }
     }
-    let mut stores = Vec::new();
+    let mut runs = Vec::new();
     while let Some(first) = open.pop() {
-        let mut run = Stored {
-            parent_hash: first.parent,
-            start_position: None,
-            blocks: Vec::new(),
-        };
+        let mut run = Vec::new();
         let mut next = Some(first);
         while let Some(key) = next.take() {
-            run.blocks.push(StoredBlock {
-                block_hash: key.engine_hash,
-                tokens_hash: key.tokens_hash,
-                mm_extra_info: None,
-            });
             let mut below = children.remove(&key.engine_hash).unwrap_or_default();
-            if below.len() == 1 && run.blocks.len() < RUN_BLOCKS {
+            run.push(key);
+            if below.len() == 1 && run.len() < RUN_BLOCKS {
                 next = below.pop();
             } else {
                 open.append(&mut below);
             }
         }
-        stores.push(run);
+        runs.push(Change::Stored(run));
     }
-    stores
+    runs
 }
 
 /// The answer to a snapshot request; one empty part for an empty cache.
@@ -74,8 +68,8 @@ pub(crate) fn stores(mut keys: Vec<Key>) -> Vec<Stored> {
 pub(crate) fn parts(worker_id: u64, event_id: u64, keys: Vec<Key>) -> Vec<SnapshotPart> {
     let mut groups: Vec<Vec<RouterEvent>> = vec![Vec::new()];
     let mut bytes = 0;
-    for store in stores(keys) {
-        let event = event(worker_id, event_id, EventData::Stored(store));
+    for run in runs(keys) {
+        let event = event(worker_id, event_id, run.data());
         let size = serde_json::to_vec(&event).map_or(0, |json| json.len() + 1);
         if bytes + size > PART_BYTES {
             groups.push(Vec::new());
@@ -103,10 +97,19 @@ pub(crate) fn parts(worker_id: u64, event_id: u64, keys: Vec<Key>) -> Vec<Snapsh
 mod tests {
     use std::collections::HashSet;
 
+    use kv_core::event::Stored;
     use kv_core::hash::Seed;
 
     use super::*;
     use crate::chain::Chain;
+
+    fn stores(keys: Vec<Key>) -> Vec<Stored> {
+        let store = |run: &Change| match run.data() {
+            EventData::Stored(store) => store,
+            other => panic!("{other:?}"),
+        };
+        runs(keys).iter().map(store).collect()
+    }
 
     fn chain(tokens: &[u32]) -> Vec<Key> {
         let mut chain = Chain::new(1, 1, Seed::new("", ""));
@@ -141,7 +144,7 @@ mod tests {
     #[test]
     fn blocks_without_their_parent_are_told_too() {
         let keys = chain(&[1, 2, 3]);
-        let stores = stores(vec![keys[0], keys[2]]);
+        let stores = stores(vec![keys[0].clone(), keys[2].clone()]);
         let parents: HashSet<_> = stores.iter().map(|store| store.parent_hash).collect();
         assert_eq!(parents, HashSet::from([None, Some(keys[1].engine_hash)]));
     }

@@ -107,4 +107,18 @@ impl Envoy {
         };
         wait::until("idle lanes", idle).await;
     }
+
+    /// Waits until 98 % of the requests that are over were answered by the worker chosen for them.
+    pub async fn intended(&self) {
+        let share = async || {
+            let intended = self.total("kv_router_routed_as_intended_total").await;
+            let missed = self.total("kv_router_missed_total").await;
+            if intended > 0 && intended * 100 >= (intended + missed) * 98 {
+                Ok(())
+            } else {
+                Err((intended, missed))
+            }
+        };
+        wait::until("98 % of requests routed as intended", share).await;
+    }
 }

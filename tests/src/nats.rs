@@ -55,5 +55,11 @@ impl Nats {
 fn spawn(port: u16, log: &Path) -> Process {
     let port = port.to_string();
     let mut command = Command::new(place::nats_server());
-    Process::start(command.args(["--addr", "127.0.0.1", "--port", &port]), log)
+    command.args(["--addr", "127.0.0.1", "--port", &port]);
+    // What streams keep outlives a restart.
+    command
+        .arg("--jetstream")
+        .arg("--store_dir")
+        .arg(log.with_extension("js"));
+    Process::start(&mut command, log)
 }

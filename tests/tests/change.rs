@@ -111,6 +111,7 @@ async fn workers_join_and_leave_and_a_returning_one_is_asked_what_it_holds() {
     };
     wait::until("traffic on all workers", workers).await;
     stack.envoy.idle().await;
+    stack.envoy.intended().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -172,6 +173,7 @@ async fn a_killed_sidecar_costs_no_request_and_comes_back_with_its_index() {
         assert_eq!(chosen(&stack, &prompt(worker)).await.0, u64::from(worker));
     }
     stack.envoy.idle().await;
+    stack.envoy.intended().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use kv_router::config::{Config, Flags, schema};
-use kv_router::metrics::{InPool, Kind, Metrics, OfOwner, Outcome, PlaneKind};
+use kv_router::metrics::{InPool, Kind, Metrics, OfOwner, OfWorker, Outcome, PlaneKind};
 use serde_json::Value;
 
 const CONFIGURATION: &str = include_str!("../../docs/guide/configuration.md");
@@ -88,7 +88,12 @@ fn documented_metrics(heading: &str) -> BTreeSet<String> {
 fn every_metric_of_the_sidecar_is_in_the_catalogue() {
     let metrics = Metrics::default();
     let (plane, kind) = ("", "");
-    let planes = [&metrics.messages, &metrics.events, &metrics.rejections];
+    let planes = [
+        &metrics.messages,
+        &metrics.events,
+        &metrics.rejections,
+        &metrics.streams,
+    ];
     for family in planes {
         family.get_or_create(&PlaneKind { plane, kind }).inc();
     }
@@ -110,10 +115,18 @@ fn every_metric_of_the_sidecar_is_in_the_catalogue() {
         &metrics.peer_dropped,
         &metrics.peer_snapshots,
         &metrics.revivals,
+        &metrics.bootstraps,
         &metrics.worker_failures,
         &metrics.worker_changes,
     ] {
         family.get_or_create(&Kind { kind }).inc();
+    }
+    metrics.unwell.get_or_create(&Kind { kind }).set(1);
+    let (pool, worker) = (String::new(), 0);
+    let of_worker = OfWorker { pool, worker };
+    metrics.accuracy.get_or_create(&of_worker).set(1.0);
+    for family in [&metrics.predicted_tokens, &metrics.found_tokens] {
+        family.get_or_create(&of_worker).inc();
     }
     let outcome = "";
     metrics.shadow.get_or_create(&Outcome { outcome }).inc();
@@ -195,6 +208,11 @@ fn every_label_is_explained() {
     assert_eq!(first_cells(METRICS, "### Peers"), dropped);
     let verdicts = labels("sidecar/src/decision/shadow.rs", "Verdict");
     assert_eq!(first_cells(METRICS, "### Verdicts"), verdicts);
+    let ailments = [
+        first_cells(EVENTS, "## Workers whose events do not fit"),
+        labels("sidecar/src/index/health.rs", "Ailment"),
+    ];
+    assert!(ailments[0].is_superset(&ailments[1]));
     let mut steps = labels("sidecar/src/load.rs", "Outcome");
     steps.extend(labels("core/src/tracker.rs", "TrackError"));
     let named = |row: &&Vec<&str>| row[0].contains("kv_router_report_steps_total");
@@ -207,7 +225,8 @@ fn every_label_is_explained() {
         .split_once("Outcomes of requests")
         .expect("the outcomes");
     let documented = rows(rejections);
-    let documented = documented.iter().map(|row| codes(row[0])[0].to_owned());
+    let documented = documented.iter().flat_map(|row| codes(row[0]));
+    let documented = documented.map(str::to_owned);
     let expected = labels("sidecar/src/ingest.rs", "Rejection");
     assert_eq!(documented.collect::<BTreeSet<_>>(), expected);
     for outcome in labels("sidecar/src/ingest.rs", "NoSnapshot") {
@@ -272,6 +291,7 @@ fn every_key_is_documented_with_its_default() {
     let headings = [
         "## Keys for the whole installation",
         "## Keys of `nats`",
+        "## Keys of `indexer`",
         "## Keys of a pool",
     ];
     let documented: BTreeMap<&str, &str> = headings
@@ -297,10 +317,19 @@ fn every_key_is_documented_with_its_default() {
         .iter()
         .filter(|(_, default)| **default == "required");
     let required: Vec<&str> = required.map(|(key, _)| *key).collect();
-    let expected = ["nats.dynamo.component", "nats.dynamo.namespace", "nats.url"];
-    assert_eq!(required[..3], expected);
-    let in_pool = ["tokenizer.path", "workers[].endpoint", "workers[].id"];
-    assert_eq!(required[3..], in_pool);
+    let expected = [
+        "families[].family",
+        "families[].media",
+        "nats.dynamo.component",
+        "nats.dynamo.namespace",
+        "nats.url",
+        "tokenizer.path",
+        "workers[].endpoint",
+        "workers[].events.trtllm.url",
+        "workers[].events.zmq.endpoint",
+        "workers[].id",
+    ];
+    assert_eq!(required, expected);
 }
 
 #[test]

@@ -156,6 +156,7 @@ async fn decisions_match_the_naive_index(threads: u32) {
         "{some_overlap} of 500 prompts were cached somewhere"
     );
     stack.envoy.idle().await;
+    stack.envoy.intended().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

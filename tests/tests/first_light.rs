@@ -111,6 +111,7 @@ async fn conversations_stay_where_their_blocks_are(threads: u32) {
         "conversations spread over workers: {spread:?}"
     );
     stack.envoy.idle().await;
+    stack.envoy.intended().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

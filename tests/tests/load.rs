@@ -93,6 +93,7 @@ async fn requests_at_once_spread_evenly_over_threads() {
         assert!(spread.iter().all(|n| (7..=9).contains(n)), "{spread:?}");
         stack.idle().await;
     }
+    stack.envoy.intended().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -105,6 +106,7 @@ async fn requests_at_once_spread_evenly_over_two_proxies() {
         assert!(spread.iter().all(|n| (6..=10).contains(n)), "{spread:?}");
         stack.idle().await;
     }
+    stack.envoy.intended().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -178,6 +180,7 @@ async fn requests_one_after_the_other_reach_every_worker() {
         "{spread:?}"
     );
     stack.idle().await;
+    stack.envoy.intended().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -131,4 +131,5 @@ async fn the_model_selects_the_pool_its_block_size_and_its_policy() {
     assert_eq!(ids.collect::<Vec<_>>(), ["llama-8b", "llama-70b", "sql"]);
     assert_eq!(stack.envoy.total("kv_router_unknown_model").await, 1);
     stack.envoy.idle().await;
+    stack.envoy.intended().await;
 }

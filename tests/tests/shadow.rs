@@ -99,31 +99,10 @@ async fn judged(stack: &Stack, decisions: u64) -> BTreeMap<String, u64> {
     wait::until("all decisions judged", all).await
 }
 
-async fn intended(stack: &Stack) {
-    let share = async || {
-        let intended = stack
-            .envoy
-            .total("kv_router_routed_as_intended_total")
-            .await;
-        let missed = stack.envoy.total("kv_router_missed_total").await;
-        let ended = intended + missed;
-        let enough = ended >= REQUESTS as u64 && intended * 100 >= ended * 98;
-        if enough {
-            Ok(())
-        } else {
-            Err((intended, missed))
-        }
-    };
-    wait::until("98 % of requests routed as intended", share).await;
-}
-
 async fn one_at_a_time(threads: u32) {
     let (stack, _engines) = start(threads, true).await;
     for request in 0..REQUESTS {
-        // What the last one stored is visible, and its load is gone, before the next is sent.
-        if request % 20 == 0 {
-            judged(&stack, request as u64).await;
-        }
+        // What the last one stored is visible before the next is sent.
         let quiet = async || {
             let index = stack.sidecar.index().await?;
             if index["settled"] == true {
@@ -139,8 +118,8 @@ async fn one_at_a_time(threads: u32) {
     let verdicts = judged(&stack, REQUESTS as u64).await;
     let agree = verdicts.get("agree").unwrap_or(&0) + verdicts.get("tie").unwrap_or(&0);
     let all: u64 = verdicts.values().sum();
-    assert!(agree * 1000 >= all * 998, "{verdicts:?}");
-    intended(&stack).await;
+    assert_eq!(agree, all, "{verdicts:?}");
+    stack.envoy.intended().await;
     stack.envoy.idle().await;
 }
 
@@ -160,14 +139,16 @@ async fn thirty_two_at_a_time(threads: u32) {
         .buffer_unordered(32)
         .collect::<Vec<()>>()
         .await;
-    let verdicts = judged(&stack, REQUESTS as u64).await;
+    // A report under way to a bridge that is replaced is lost, and its decisions with it.
+    let verdicts = judged(&stack, REQUESTS as u64 * 98 / 100).await;
     let all: u64 = verdicts.values().sum();
-    let explained = all - verdicts.get("not_least").unwrap_or(&0);
-    assert_eq!(
-        explained, all,
-        "a filter took another than the least: {verdicts:?}"
-    );
-    intended(&stack).await;
+    let of = |verdict: &str| verdicts.get(verdict).copied().unwrap_or(0);
+    let agree = of("agree") + of("tie");
+    assert!(agree * 100 >= all * 98, "{verdicts:?}");
+    // What is left was decided on events or bookings that were on their way.
+    let explained = agree + of("load") + of("overlap") + of("overlap_and_load");
+    assert_eq!(explained, all, "{verdicts:?}");
+    stack.envoy.intended().await;
     stack.envoy.idle().await;
 }
 
@@ -182,11 +163,11 @@ async fn one_request_at_a_time_agrees_with_the_exact_state_on_four_threads() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn many_requests_at_a_time_take_the_least_of_what_they_saw_on_one_thread() {
+async fn many_requests_at_a_time_agree_with_the_exact_state_on_one_thread() {
     thirty_two_at_a_time(1).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn many_requests_at_a_time_take_the_least_of_what_they_saw_on_four_threads() {
+async fn many_requests_at_a_time_agree_with_the_exact_state_on_four_threads() {
     thirty_two_at_a_time(4).await;
 }

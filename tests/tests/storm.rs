@@ -258,6 +258,11 @@ async fn an_overload_leaves_nothing_booked() {
         while let Some(Some(())) = futures::FutureExt::now_or_never(running.next()) {}
     }
     drop(running);
-    assert!(answered.load(Ordering::Relaxed) > 20, "{answered:?}");
+    // Few are answered in time, which is what an overload is.
+    let routed = stack.envoy.total("kv_router_requests_total").await;
+    assert!(
+        routed > 50 * seconds,
+        "{routed} requests, {answered:?} answered in time"
+    );
     stack.idle().await;
 }

@@ -1,6 +1,7 @@
 //! One owner's names for its blocks. Engine hashes are opaque and belong to the owner alone, so
 //! workers whose engines hash differently still share blocks in the tree.
 
+use std::collections::BTreeSet;
 use std::hash::BuildHasher;
 
 use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
@@ -41,6 +42,8 @@ pub(super) struct Owner {
     aliases: HashMap<NodeId, [u32; Tier::COUNT]>,
     /// Waiting stores by the parent they wait for.
     orphans: HashMap<u64, Vec<Orphan>>,
+    /// Each block in a waiting store with the parent that the store waits for.
+    awaited: BTreeSet<(u64, u64)>,
 }
 
 /// What removing a name means for the block.
@@ -121,6 +124,9 @@ impl Owner {
     }
 
     pub(super) fn wait(&mut self, parent: u64, orphan: Orphan) {
+        for block in &orphan.blocks {
+            self.awaited.insert((block.hash, parent));
+        }
         self.orphans.entry(parent).or_default().push(orphan);
     }
 
@@ -129,17 +135,27 @@ impl Owner {
         if self.orphans.is_empty() {
             return Vec::new();
         }
-        self.orphans.remove(&parent).unwrap_or_default()
+        let orphans = self.orphans.remove(&parent).unwrap_or_default();
+        for block in orphans.iter().flat_map(|orphan| &orphan.blocks) {
+            self.awaited.remove(&(block.hash, parent));
+        }
+        orphans
     }
 
-    /// Removes a block of a waiting store. Whether there was one.
+    /// Removes a block from every store that waits with it. Whether there was one.
     pub(super) fn remove_waiting(&mut self, hash: u64, tier: Tier) -> bool {
-        let orphans = self.orphans.values_mut().flatten();
-        let mut blocks = orphans
-            .filter(|orphan| orphan.tier == tier)
-            .flat_map(|orphan| &mut orphan.blocks);
-        let found = blocks.find(|block| block.hash == hash && !block.gone);
-        found.map(|block| block.gone = true).is_some()
+        let mut found = false;
+        for (_, parent) in self.awaited.range((hash, 0)..=(hash, u64::MAX)) {
+            let orphans = self.orphans.get_mut(parent).into_iter().flatten();
+            let blocks = orphans
+                .filter(|orphan| orphan.tier == tier)
+                .flat_map(|orphan| &mut orphan.blocks);
+            for block in blocks.filter(|block| block.hash == hash && !block.gone) {
+                block.gone = true;
+                found = true;
+            }
+        }
+        found
     }
 
     /// Blocks in waiting stores.

@@ -378,6 +378,27 @@ fn an_orphan_waits_for_its_parent_within_the_bound() {
 }
 
 #[test]
+fn a_removed_block_does_not_come_back_with_a_store_that_waited() {
+    let waits_twice = [
+        stored(Some(2), &[(3, 33)]),
+        stored(Some(2), &[(3, 33), (4, 44)]),
+    ];
+    let held_and_waits = [
+        stored(None, &[(1, 11), (2, 22), (3, 33)]),
+        removed(&[2]),
+        stored(Some(2), &[(3, 33)]),
+    ];
+    for before in [waits_twice.as_slice(), &held_and_waits] {
+        let mut index = small();
+        let end = [removed(&[3]), stored(None, &[(1, 11), (2, 22)])];
+        for data in before.iter().chain(&end) {
+            index.apply(0, Slot(0), Tier::Device, data);
+        }
+        assert_eq!(depth(&index, 0), 2, "{before:?}");
+    }
+}
+
+#[test]
 fn a_block_with_two_names_stays_until_both_are_gone() {
     let mut index = small();
     index.apply(0, Slot(0), Tier::Device, &stored(None, &[(1, 11)]));

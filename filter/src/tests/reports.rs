@@ -193,6 +193,38 @@ fn reported_sums_are_the_lanes_whenever_a_request_ends() {
 }
 
 #[test]
+fn what_a_worker_found_in_its_cache_is_told_beside_what_was_predicted() {
+    let mut site = Site::new();
+    let tokens: Vec<u32> = (0..12).collect();
+    site.publish(&table(4, Mode::Kv), &[(0, Slot(2), &tokens[..8])]);
+    site.tick();
+    let mut sidecar = Sidecar::default();
+    let answer = br#"{"usage":{"prompt_tokens_details":{"cached_tokens":4}}}"#;
+
+    for reaches in [2, 3, 2].map(endpoint) {
+        let context = site.complete(&body(&tokens));
+        site.host.reach(&reaches, 1);
+        site.vm.on_response_headers(context);
+        let size = site.host.answered(answer);
+        site.vm.on_response_body(context, size);
+        site.over(context);
+    }
+    site.tick();
+    sidecar.read(&[&site]);
+    let told = sidecar.steps().into_iter().filter_map(|step| match step {
+        Step::Cached {
+            request,
+            predicted,
+            found,
+        } => Some((request, predicted, found)),
+        _ => None,
+    });
+    // Another worker than the chosen one answered the second.
+    assert_eq!(told.collect::<Vec<_>>(), [(1, 8, 4), (3, 8, 4)]);
+    site.assert_idle();
+}
+
+#[test]
 fn a_step_is_told_at_once_and_more_of_them_together() {
     let mut site = site();
     site.host.advance_ms(5);

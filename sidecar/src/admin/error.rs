@@ -4,6 +4,10 @@ use axum::Json;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 
+use super::events;
+use crate::index::NotDumped;
+use crate::ingest::post::PostError;
+
 /// Why a request isn't answered.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum AdminError {
@@ -11,10 +15,12 @@ pub(super) enum AdminError {
     NoSuchPath,
     #[error("the path does not take this method")]
     WrongMethod,
-    #[error("this path answers only peers on this machine")]
+    #[error("this path answers only peers on this machine, or with the admin token")]
     NotLocal,
     #[error("the sidecar is shutting down")]
     ShuttingDown,
+    #[error("{0}")]
+    NotDumped(#[from] NotDumped),
     #[error("the body is not valid: {0}")]
     Body(String),
     #[error("the query is not valid: {0}")]
@@ -23,6 +29,14 @@ pub(super) enum AdminError {
     NoSuchPool(String),
     #[error("the prompt is not token ids: {0}")]
     NoTokens(&'static str),
+    #[error("the content type must be application/json or application/msgpack")]
+    ContentType,
+    #[error("the body did not come in time")]
+    SlowBody,
+    #[error("the body is broken off or above {0} bytes")]
+    LongBody(usize),
+    #[error(transparent)]
+    Post(#[from] PostError),
 }
 
 impl AdminError {
@@ -32,10 +46,16 @@ impl AdminError {
             Self::WrongMethod => "wrong_method",
             Self::NotLocal => "not_local",
             Self::ShuttingDown => "shutting_down",
+            Self::NotDumped(NotDumped::NotReady) => "not_ready",
+            Self::NotDumped(NotDumped::TooMany) => "too_many_dumps",
             Self::Body(_) => "invalid_body",
             Self::Query(_) => "invalid_query",
             Self::NoSuchPool(_) => "no_such_pool",
             Self::NoTokens(_) => "no_tokens",
+            Self::ContentType => "content_type",
+            Self::SlowBody => "slow_body",
+            Self::LongBody(_) => "long_body",
+            Self::Post(error) => error.kind(),
         }
     }
 
@@ -44,10 +64,14 @@ impl AdminError {
             Self::NoSuchPath => StatusCode::NOT_FOUND,
             Self::WrongMethod => StatusCode::METHOD_NOT_ALLOWED,
             Self::NotLocal => StatusCode::FORBIDDEN,
-            Self::ShuttingDown => StatusCode::SERVICE_UNAVAILABLE,
+            Self::ShuttingDown | Self::NotDumped(_) => StatusCode::SERVICE_UNAVAILABLE,
             Self::NoSuchPool(_) => StatusCode::NOT_FOUND,
             Self::Body(_) | Self::Query(_) => StatusCode::BAD_REQUEST,
             Self::NoTokens(_) => StatusCode::UNPROCESSABLE_ENTITY,
+            Self::ContentType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::SlowBody => StatusCode::REQUEST_TIMEOUT,
+            Self::LongBody(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::Post(error) => events::status(error),
         }
     }
 }
@@ -55,6 +79,9 @@ impl AdminError {
 impl IntoResponse for AdminError {
     /// `{"error": {"kind": ..., "message": ...}}`.
     fn into_response(self) -> Response {
+        if let Self::Post(error) = &self {
+            return events::refusal(error);
+        }
         let body = serde_json::json!({
             "error": { "kind": self.kind(), "message": self.to_string() }
         });

@@ -154,7 +154,7 @@ impl Bridge {
     /// The reports that can be read.
     fn decoded(&self, id: u64, reports: &[Vec<u8>]) -> Vec<Report> {
         let decode = |bytes: &Vec<u8>| {
-            let report = wire::decode::<Report>(bytes);
+            let report = Report::decode(bytes);
             let lost = |error: &wire::WireError| {
                 let kind = error.kind();
                 self.metrics.reports.get_or_create(&Kind { kind }).inc();

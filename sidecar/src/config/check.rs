@@ -14,7 +14,7 @@ use super::error::{ConfigErrors, Problem};
 use super::file;
 use super::file::File;
 use super::layer::Layer;
-use super::{Config, DEFAULT_POOL, DynamoPlane, Nats, Pool, Tokenizer, Worker};
+use super::{Config, DEFAULT_POOL, DynamoPlane, Indexer, Nats, Pool, Tokenizer, Worker};
 use crate::ingest::subject::{Template, TemplateError};
 use crate::load;
 
@@ -36,6 +36,7 @@ pub(super) fn check(
         names: HashMap::new(),
         workers: HashMap::new(),
         endpoints: HashMap::new(),
+        streams: HashMap::new(),
         served: HashMap::new(),
     };
     let config = check.file(file);
@@ -47,11 +48,12 @@ pub(super) fn check(
 }
 
 /// Problems so far, and at which path each unique value was first seen.
-struct Check {
+pub(super) struct Check {
     problems: Vec<Problem>,
     names: HashMap<String, String>,
     workers: HashMap<u64, String>,
     endpoints: HashMap<SocketAddr, String>,
+    pub(super) streams: HashMap<String, String>,
     served: HashMap<String, String>,
 }
 
@@ -88,11 +90,16 @@ impl Check {
             pools: pools.collect(),
             listen,
             admin: self.address("admin", &file.admin, "must be ip:port"),
+            admin_token_file: file.admin_token_file.clone(),
+            peers: self.peers(file),
             envoy_admin: self.address("envoy_admin", &file.envoy_admin, "must be ip:port"),
             socket: file.socket.clone(),
             state_dir: file.state_dir.clone(),
             filter_wasm: file.filter_wasm.clone(),
             nats: file.nats.as_ref().map(|nats| self.nats(nats)),
+            indexer: file.indexer.as_ref().map(|indexer| self.indexer(indexer)),
+            dynamo_zmq: self.dynamo_zmq(&file.dynamo_zmq),
+            event_bytes_per_second: file.event_bytes_per_second,
             load: load::Settings {
                 tracking,
                 expiry_ms: milliseconds(file.active_request_expiry_secs),
@@ -104,6 +111,39 @@ impl Check {
                 decision_header: file.decision_header,
             },
         }
+    }
+
+    fn indexer(&mut self, indexer: &file::Indexer) -> Indexer {
+        let listen = self.address("indexer.listen", &indexer.listen, "must be ip:port");
+        if indexer.token_file.is_none() && listen != UNKNOWN && !listen.ip().is_loopback() {
+            let why = "needs indexer.token_file, because other machines reach it";
+            self.refuse("indexer.listen", listen, why);
+        }
+        self.readable("indexer.token_file", indexer.token_file.as_deref());
+        Indexer {
+            listen,
+            token_file: indexer.token_file.clone(),
+        }
+    }
+
+    fn peers(&mut self, file: &File) -> Vec<http::Uri> {
+        self.readable("admin_token_file", file.admin_token_file.as_deref());
+        let mut peers = Vec::new();
+        for (i, peer) in file.peers.iter().enumerate() {
+            let uri = peer.parse::<http::Uri>().ok();
+            let uri = uri.filter(|uri| {
+                let is_bare = matches!(
+                    uri.path_and_query().map(http::uri::PathAndQuery::as_str),
+                    None | Some("/")
+                );
+                uri.scheme_str() == Some("http") && uri.host().is_some() && is_bare
+            });
+            match uri {
+                Some(uri) => peers.push(uri),
+                None => self.refuse(format!("peers[{i}]"), peer, "must be http://host:port"),
+            }
+        }
+        peers
     }
 
     fn nats(&mut self, nats: &file::Nats) -> Nats {
@@ -135,6 +175,10 @@ impl Check {
             };
             template.map_err(refuse).ok()
         });
+        if let (Some(stream), None) = (&nats.json_stream, &nats.json_subject) {
+            let why = "needs nats.json_subject, which it keeps";
+            self.refuse("nats.json_stream", stream, why);
+        }
         if let (Some(credentials), Some(_)) = (&nats.credentials_file, &nats.nkey_seed_file) {
             let why = "excludes nkey_seed_file";
             self.refuse("nats.credentials_file", credentials.display(), why);
@@ -162,6 +206,7 @@ impl Check {
                 component: plane.component.clone().unwrap_or_default(),
             }),
             json,
+            json_stream: nats.json_stream.clone(),
             replica_sync: nats.replica_sync,
             credentials_file: nats.credentials_file.clone(),
             nkey_seed_file: nats.nkey_seed_file.clone(),
@@ -229,18 +274,25 @@ impl Check {
             }
             Worker {
                 id: worker.id.unwrap_or_default(),
-                endpoint,
+                endpoint: Some(endpoint),
                 role: worker.role,
                 device: worker.device,
                 ranks: worker.data_parallel_size,
+                events: worker.events.as_ref().and_then(|events| {
+                    self.events(events, worker.data_parallel_size, &path("events"))
+                }),
             }
         });
         let workers = workers.collect();
         let tokenizer = pool.tokenizer.as_ref();
         let tokenizer = tokenizer.map(|t| self.tokenizer(t, &path("tokenizer.path")));
+        let media = self.media(pool, prefix);
         Pool {
             tokenizer,
             workers,
+            families: self.families(pool, &media, prefix),
+            media,
+            image_token: pool.image_token_id,
             name: pool.name.clone(),
             models: pool.models.clone(),
             lora_adapters: pool.lora_adapters.clone(),
@@ -251,6 +303,7 @@ impl Check {
             },
             kv_events: pool.kv_events,
             ttl_ms: milliseconds(pool.router_ttl_secs),
+            routing_group: None,
             trusts_hints: pool.trust_hints,
             device_ratio: pool.encoder_cuda_to_cpu_ratio,
         }
@@ -310,14 +363,19 @@ impl Check {
         }
     }
 
-    fn readable(&mut self, path: &str, file: Option<&Path>) {
+    pub(super) fn readable(&mut self, path: &str, file: Option<&Path>) {
         let Some(file) = file else { return };
         if let Err(e) = std::fs::File::open(file) {
             self.refuse(path, file.display(), &format!("can't be read ({e})"));
         }
     }
 
-    fn refuse(&mut self, path: impl Into<String>, value: impl std::fmt::Display, why: &str) {
+    pub(super) fn refuse(
+        &mut self,
+        path: impl Into<String>,
+        value: impl std::fmt::Display,
+        why: &str,
+    ) {
         self.problems.push(Problem::value(path, value, why));
     }
 }

@@ -1,9 +1,10 @@
 //! The configuration file as it is written. Each key's documentation is also its description in
 //! the JSON Schema.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use kv_core::id::{Device, Role};
+use kv_core::id::{Device, Family, Role, Tier};
 use kv_core::policy::Mode;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -20,6 +21,15 @@ pub struct File {
     pub http_port: u16,
     /// `ip:port` of the sidecar's own HTTP API: health, metrics, `/v1`.
     pub admin: String,
+    /// File with the token by which `/v1` of `admin` answers peers of other machines, sent as
+    /// `Authorization: Bearer`. Without it they get nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "PathBuf")]
+    pub admin_token_file: Option<PathBuf>,
+    /// `http://host:port` of other sidecars' `admin`. One that starts without a snapshot takes the
+    /// index over from the first of them that has it, showing the token of `admin_token_file`.
+    #[schemars(length(max = 16))]
+    pub peers: Vec<String>,
     /// `ip:port` of Envoy's admin interface, which the bootstrap gives it.
     pub envoy_admin: String,
     /// Unix socket that the filter connects to. At most 100 bytes, a limit of the kernel.
@@ -36,6 +46,19 @@ pub struct File {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Nats")]
     pub nats: Option<Nats>,
+    /// The standalone indexer: Dynamo's HTTP interface to the index. Needs a restart, as everything
+    /// under `indexer` does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Indexer")]
+    pub indexer: Option<Indexer>,
+    /// `tcp://host:port` of the sockets of Dynamo's event plane over ZMQ, publishers' or brokers'.
+    /// Needs a restart.
+    #[schemars(length(max = 4096))]
+    pub dynamo_zmq: Vec<String>,
+    /// Most bytes a second of a worker's own stream of events; what is above waits or, posted, is
+    /// refused. Needs a restart.
+    #[schemars(range(min = 65_536))]
+    pub event_bytes_per_second: u64,
     /// Requests with a longer body are routed by load and not buffered.
     #[schemars(range(min = 1, max = 67_108_864))]
     pub body_limit_bytes: u64,
@@ -74,11 +97,16 @@ impl Default for File {
             http_host: "0.0.0.0".into(),
             http_port: 8000,
             admin: "127.0.0.1:9100".into(),
+            admin_token_file: None,
+            peers: Vec::new(),
             envoy_admin: "127.0.0.1:9901".into(),
             socket: "/run/kv-router/bridge.sock".into(),
             state_dir: None,
             filter_wasm: "kv_filter.wasm".into(),
             nats: None,
+            indexer: None,
+            dynamo_zmq: Vec::new(),
+            event_bytes_per_second: 64 << 20,
             body_limit_bytes: 16 << 20,
             token_limit: 1_500_000,
             decision_header: false,
@@ -150,6 +178,18 @@ pub struct Pool {
     /// `--router-decode-active-request-weight`.
     #[schemars(range(min = 0.0, max = 1_000_000.0))]
     pub decode_active_request_weight: f64,
+    /// Names of media in engines' events, beyond the usual ones, and the tiers they stand for.
+    /// Upper and lower case are the same. Needs a restart.
+    #[schemars(extend("maxProperties" = 64))]
+    pub media: BTreeMap<String, Tier>,
+    /// What the hashes are in events without token ids. Needs a restart.
+    #[schemars(length(max = 8))]
+    pub families: Vec<FamilyUse>,
+    /// The model's placeholder token of images, where requests have another id in its place that
+    /// stands for the image, as Dynamo's frontend puts there. Needs a restart.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "u32")]
+    pub image_token_id: Option<u32>,
     /// In the mode `direct`: whether any client may name its worker. Otherwise only those may whose
     /// route says so in its metadata.
     pub trust_hints: bool,
@@ -219,6 +259,9 @@ impl Default for Pool {
             host_cache_hit_weight: policy.host_cache_hit_weight,
             disk_cache_hit_weight: policy.disk_cache_hit_weight,
             decode_active_request_weight: policy.decode_active_request_weight,
+            media: BTreeMap::new(),
+            families: Vec::new(),
+            image_token_id: None,
             trust_hints: false,
             encoder_cuda_to_cpu_ratio: 8,
             tokenizer: None,
@@ -248,10 +291,116 @@ pub struct Worker {
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 1024))]
     pub data_parallel_size: u32,
+    /// The stream of events that it publishes itself. Without it the worker's events are what NATS
+    /// brings for its id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Events")]
+    pub events: Option<Events>,
 }
 
 fn one() -> u32 {
     1
+}
+
+/// A worker's own stream of events: one of the three.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Events {
+    /// It is subscribed to over ZMQ: vLLM, SGLang, TensorRT-LLM, Dynamo's consolidator.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Zmq")]
+    pub zmq: Option<Zmq>,
+    /// It is polled: TensorRT-LLM's HTTP server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "TrtLlm")]
+    pub trtllm: Option<TrtLlm>,
+    /// It posts its events to the sidecar's HTTP API.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Http")]
+    pub http: Option<Http>,
+}
+
+/// Where an engine publishes over ZMQ.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Zmq {
+    /// `tcp://host:port` of rank 0's PUB socket. Rank r is at port + r.
+    #[schemars(required)]
+    pub endpoint: Option<String>,
+    /// Topic to subscribe to; empty takes all.
+    #[serde(default)]
+    pub topic: String,
+    /// `tcp://host:port` of rank 0's replay socket. Rank r is at port + r.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "String")]
+    pub replay_endpoint: Option<String>,
+}
+
+/// Where TensorRT-LLM's events are polled. Reading takes them away: one reader alone.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct TrtLlm {
+    /// `http://host:port/kv_cache_events`.
+    #[schemars(required)]
+    pub url: Option<String>,
+    /// Milliseconds between polls.
+    #[serde(default = "fifty")]
+    #[schemars(range(min = 1, max = 60_000))]
+    pub poll_ms: u64,
+}
+
+fn fifty() -> u64 {
+    50
+}
+
+/// How an engine that posts its events shows who it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Http {
+    /// File with the token that it sends as `Authorization: Bearer`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "PathBuf")]
+    pub token_file: Option<PathBuf>,
+    /// Whether an engine on the sidecar's own machine needs no token.
+    #[serde(default)]
+    pub trust_loopback: bool,
+}
+
+/// Hashes that events without token ids carry, by the medium they are about.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FamilyUse {
+    /// How they are computed: any but `dynamo`.
+    #[schemars(required)]
+    pub family: Option<Family>,
+    /// Names of media, each in one family at most.
+    #[schemars(required, length(min = 1, max = 64))]
+    pub media: Option<Vec<String>>,
+    /// Tokens to a hash, a multiple of `kv_cache_block_size`, which it is unless given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "u32", range(min = 1, max = 65_536))]
+    pub block_size: Option<u32>,
+}
+
+/// Where the standalone indexer listens.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Indexer {
+    /// `ip:port`. An address that other machines reach needs `token_file`.
+    pub listen: String,
+    /// File with the token that clients send as `Authorization: Bearer`. Read at the start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "PathBuf")]
+    pub token_file: Option<PathBuf>,
+}
+
+impl Default for Indexer {
+    fn default() -> Self {
+        Self {
+            listen: "127.0.0.1:8090".into(),
+            token_file: None,
+        }
+    }
 }
 
 /// The NATS server and the planes to read there.
@@ -269,6 +418,11 @@ pub struct Nats {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "String")]
     pub json_subject: Option<String>,
+    /// Name of a JetStream stream that keeps `json_subject`. Events are read from there, from where
+    /// the sidecar's snapshot ends, and engines are asked for no snapshots.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "String", length(min = 1))]
+    pub json_stream: Option<String>,
     /// Whether load is exchanged with other sidecars, and with Dynamo's routers; needs `dynamo`,
     /// whose subjects it goes over. Mirrors Dynamo's `--router-replica-sync`.
     #[serde(default)]

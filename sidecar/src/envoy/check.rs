@@ -243,8 +243,9 @@ impl Checker<'_> {
             }
         }
         for worker in self.config.pools.iter().flat_map(|p| &p.workers) {
-            if is_known && !hosts.contains(&worker.endpoint) {
-                let (id, endpoint) = (worker.id, worker.endpoint);
+            let unknown = worker.endpoint.filter(|e| is_known && !hosts.contains(e));
+            if let Some(endpoint) = unknown {
+                let id = worker.id;
                 self.lack("clusters", format!("none has worker {id} at {endpoint}"));
             }
         }

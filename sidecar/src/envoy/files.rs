@@ -103,7 +103,7 @@ impl Files {
 /// The endpoints of a pool, in the order of the configuration.
 #[must_use]
 pub fn endpoints_of(pool: &Pool) -> Vec<SocketAddr> {
-    pool.workers.iter().map(|w| w.endpoint).collect()
+    pool.workers.iter().filter_map(|w| w.endpoint).collect()
 }
 
 /// An unchanged file is left alone: Envoy would start the filter's VMs anew for nothing.

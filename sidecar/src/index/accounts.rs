@@ -9,7 +9,7 @@ use kv_core::report::{Booked, Failure, Report, Step, Sum};
 use kv_core::table;
 use tokio::time::{Duration, Instant};
 
-use super::{Service, unix_ms};
+use super::{Service, unix_ms, unix_ns};
 use crate::decision::Origin;
 use crate::load::{Outcome, Prompt, ProxyId};
 use crate::metrics::Kind;
@@ -35,6 +35,8 @@ impl Service {
             fenced.inc_by(reports.len() as u64);
             return;
         };
+        // What has changed besides.
+        self.remember(unix_ns());
         for report in reports {
             let kind = match self.accounts.report(stream, &report, now_ms) {
                 None | Some(Continuity::Repeated) => "repeated",
@@ -46,6 +48,15 @@ impl Service {
             if kind == "repeated" {
                 continue;
             }
+            let arrived_ns = unix_ns();
+            let time = |at_ns: u64| {
+                if at_ns == 0 {
+                    arrived_ns
+                } else {
+                    at_ns.min(arrived_ns)
+                }
+            };
+            self.remember(time(report.at_ns));
             if report.complete {
                 self.report_for_peers(report.vm);
             }
@@ -53,25 +64,36 @@ impl Service {
                 proxy: proxy.clone(),
                 vm: report.vm,
             };
-            for step in &report.steps {
-                let outcome = self.step(&origin, step, now_ms);
+            for (at_ns, step) in report.timed() {
+                let outcome = self.step(&origin, step, time(at_ns), now_ms);
                 self.step_for_peers(report.vm, step);
                 let kind = outcome.kind();
                 self.metrics.steps.get_or_create(&Kind { kind }).inc();
             }
         }
+        self.judge_due();
         self.announce();
         self.loads_due();
     }
 
-    fn step(&mut self, origin: &Origin, step: &Step, now_ms: u64) -> Outcome {
+    /// What has changed happened at this time.
+    pub(super) fn remember(&mut self, at_ns: u64) {
+        let now_ms = self.now_ms();
+        for change in self.accounts.take_journal() {
+            self.past.change(change, at_ns, now_ms);
+        }
+    }
+
+    fn step(&mut self, origin: &Origin, step: &Step, mut at_ns: u64, now_ms: u64) -> Outcome {
         let vm = origin.vm;
         self.before_step(vm, step, now_ms);
         let outcome = match step {
             Step::Book(booked) => {
                 let prompt = self.prompt(booked);
                 if let Some(evidence) = &booked.evidence {
-                    self.judge(origin.clone(), booked, evidence, &prompt);
+                    // One that was held against later loads stands since then.
+                    at_ns = at_ns.max(evidence.at_ns.min(unix_ns()));
+                    self.take_decision(origin.clone(), booked, evidence, &prompt, now_ms);
                 }
                 let is_told = prompt.start == 0 && self.is_predicted(booked.owner);
                 let told = is_told.then(|| prompt.hashes.clone());
@@ -87,16 +109,43 @@ impl Service {
             }
             _ => self.accounts.step(vm, step, now_ms),
         };
+        self.remember(at_ns);
+        self.learn(vm, step, outcome);
         if let Step::Move { request, to } = step
             && outcome == Outcome::Moved
             && self.is_predicted(*to)
-            && let Some(blocks) = self.accounts.blocks(vm, *request)
+            && let Some((_, blocks)) = self.accounts.prompt(vm, *request)
         {
             let blocks = blocks.to_vec();
             let known = self.predict(*to, &blocks, now_ms);
             self.underway.predicted(vm, *request, known);
         }
         outcome
+    }
+
+    /// What a step says about the worker's cache.
+    fn learn(&mut self, vm: u64, step: &Step, outcome: Outcome) {
+        match step {
+            Step::FirstToken { request } | Step::Prefilled { request }
+                if matches!(outcome, Outcome::FirstToken | Outcome::Prefilled) =>
+            {
+                let prompt = self.accounts.prompt(vm, *request);
+                if let Some((owner, Some(last))) = prompt.map(|(o, p)| (o, p.last().copied())) {
+                    self.prompt_computed(owner, last);
+                }
+            }
+            Step::Cached {
+                request,
+                predicted,
+                found,
+            } => {
+                let prompt = self.accounts.prompt(vm, *request);
+                if let Some((owner, prompt)) = prompt.map(|(o, p)| (o, p.to_vec())) {
+                    self.cache_found(owner, &prompt, *predicted, *found);
+                }
+            }
+            _ => {}
+        }
     }
 
     /// What a step tells of the worker that has the request when it comes.
@@ -132,7 +181,11 @@ impl Service {
                 }
                 self.worker_failed(*owner, *failure);
             }
-            Step::Book(_) | Step::Grown { .. } | Step::WrittenOff(_) | Step::Leave => {}
+            Step::Book(_)
+            | Step::Cached { .. }
+            | Step::Grown { .. }
+            | Step::WrittenOff(_)
+            | Step::Leave => {}
         }
     }
 
@@ -141,18 +194,14 @@ impl Service {
         let Some(known) = self.underway.missed(vm, request) else {
             return;
         };
-        let (owner, blocks) = (
-            self.accounts.owner(vm, request),
-            self.accounts.blocks(vm, request),
-        );
-        if let Some((owner, blocks)) = owner.zip(blocks) {
+        if let Some((owner, blocks)) = self.accounts.prompt(vm, request) {
             let blocks = blocks.get(known..).unwrap_or_default().to_vec();
             self.take_back(owner, &blocks);
         }
     }
 
     /// Tells proxies of rates that were learned, where they differ from what was told.
-    pub(super) fn learn(&mut self) {
+    pub(super) fn learn_rates(&mut self) {
         let (accounts, owners) = (&self.accounts, &self.tables);
         let is_known = |id: &OwnerId| {
             let mut pools = owners.iter();
@@ -247,7 +296,7 @@ impl Service {
     /// Takes the pools and owners of the roster over.
     pub(super) fn serve_owners(&mut self) {
         self.forget_gauges();
-        let pools = self.roster.table_pools(&self.health).into_iter();
+        let pools = self.roster.table_pools(&self.ejection).into_iter();
         self.tables = pools.map(Arc::new).collect();
         let owners = |pool: &Arc<table::Pool>| {
             let owners = pool.owners.iter();
@@ -267,7 +316,7 @@ impl Service {
     pub(super) fn publish_loads(&mut self) {
         let begun = Instant::now();
         self.loads_at = None;
-        for news in self.accounts.news() {
+        for news in self.accounts.news(self.now_ms()) {
             self.loads_version = unix_ms().max(self.loads_version + 1);
             let loads = Loads {
                 epoch: self.epoch,
@@ -281,6 +330,9 @@ impl Service {
         }
         let pause = LOADS_PAUSE.max(LOADS_SHARE * begun.elapsed());
         self.loads_from = Instant::now() + pause;
+        if self.accounts.is_unsettled() {
+            self.loads_due();
+        }
     }
 
     /// Milliseconds since the start.

@@ -1,11 +1,12 @@
 //! Events and snapshots into the index.
 
 use kv_core::event::{EventData, RouterEvent, SnapshotPart};
-use kv_core::id::WorkerId;
+use kv_core::id::{Slot, Tier, WorkerId};
 use kv_core::index::Applied;
 use tokio::time::Instant;
 
 use super::cursor::{Cursor, Step};
+use super::knowledge::Knowledge;
 use super::repair::{PAUSE, RETRY, Repair, Snapshot};
 use super::report::by_kind;
 use super::{MAX_RECEIVED, Service};
@@ -41,6 +42,8 @@ impl Service {
                 }
             }
             Arrival::Snapshot { worker, part } => self.snapshot(worker, part),
+            Arrival::Batch(origin, plane, batch) => self.batch(origin, plane, batch),
+            Arrival::Turn(origin, plane, turn) => self.turn(origin, plane, turn),
         }
     }
 
@@ -49,18 +52,24 @@ impl Service {
             self.reject(plane, rejection);
         }
         for event in decoded.events {
-            let outcome = match plane {
-                _ if !self.takes_events(event.worker_id) => Err(Rejection::EventsOff),
-                Plane::Dynamo => self.dynamo(&event, decoded.publisher),
-                Plane::Json => self.json(event),
+            let worker = event.worker_id;
+            let outcome = match (plane, self.may_speak(worker, plane)) {
+                (Plane::Json, Ok(())) => self.json(event),
+                // Dynamo numbers events in this way whatever carries them.
+                (_, Ok(())) => self.dynamo(plane, &event, decoded.publisher),
+                (Plane::Dynamo, Err(Rejection::UnknownWorker)) => {
+                    let at = Instant::now();
+                    self.strangers.take(&event, decoded.publisher, at)
+                }
+                (_, Err(rejection)) => Err(rejection),
             };
             if let Err(rejection) = outcome {
-                self.reject(plane, rejection);
+                self.reject_of(worker, plane, rejection);
             }
         }
     }
 
-    fn reject(&mut self, plane: Plane, rejection: Rejection) {
+    pub(super) fn reject(&mut self, plane: Plane, rejection: Rejection) {
         self.counts.plane(plane).reject(rejection.kind());
         let (plane, kind) = (plane.kind(), rejection.kind());
         self.metrics
@@ -70,7 +79,12 @@ impl Service {
     }
 
     /// Dynamo numbers events per rank, and a restarted publisher is another one.
-    fn dynamo(&mut self, event: &RouterEvent, publisher: Option<u64>) -> Result<(), Rejection> {
+    fn dynamo(
+        &mut self,
+        plane: Plane,
+        event: &RouterEvent,
+        publisher: Option<u64>,
+    ) -> Result<(), Rejection> {
         let (pool, worker) = self
             .roster
             .worker(event.worker_id)
@@ -78,24 +92,22 @@ impl Service {
         let owner = worker
             .owner_mut(event.event.dp_rank)
             .ok_or(Rejection::UnknownRank)?;
-        let slot = owner.slot;
-        let step = owner.dynamo.step(event.event.event_id, publisher);
-        let is_first_of_all = event.event.event_id <= 1;
-        match step {
+        let (slot, before) = (owner.slot, owner.dynamo.last);
+        let (id, rank) = (event.event.event_id, event.event.dp_rank);
+        match owner.dynamo.step(id, publisher) {
             Step::Next => {}
             Step::Back => return Err(Rejection::DuplicateId),
-            Step::First(is_whole) => owner.partial = !is_whole,
+            Step::First(is_whole) => owner.knowledge = Knowledge::of(is_whole),
             Step::Gap => {
-                owner.partial = true;
-                owner.gaps += 1;
-                self.count_gap(pool);
+                let missing = before.map_or(0, |last| id.saturating_sub(last + 1));
+                self.lost(event.worker_id, rank, missing);
             }
             Step::Restart => {
-                owner.partial = !is_first_of_all;
-                self.index.remove_owner(pool, slot);
+                owner.knowledge = Knowledge::of(id <= 1);
+                self.drop_blocks(pool, slot);
             }
         }
-        self.apply(Plane::Dynamo, event)
+        self.apply(plane, event)
     }
 
     /// Plain JSON events are numbered per worker, and a worker can be asked for everything.
@@ -124,7 +136,7 @@ impl Service {
             }
             Step::First(true) => {
                 worker.json = cursor;
-                worker.owners.iter_mut().for_each(|o| o.partial = false);
+                worker.know(Knowledge::Whole);
                 return self.apply(Plane::Json, &event);
             }
             Step::Gap => {
@@ -151,12 +163,48 @@ impl Service {
             .ok_or(Rejection::UnknownRank)?;
         let slot = owner.slot;
         let data = &event.event.data;
-        if *data == EventData::Cleared {
-            owner.partial = false;
+        let is_cleared = *data == EventData::Cleared;
+        if is_cleared {
+            owner.knowledge = Knowledge::Whole;
         }
-        let applied = self
-            .index
-            .apply(pool, slot, event.storage_tier.into(), data);
+        self.heard(event.worker_id, event.event.dp_rank);
+        // A clear is one of all tiers.
+        let tier = (!is_cleared).then(|| event.storage_tier.into());
+        self.apply_data(plane, pool, slot, tier, data);
+        Ok(())
+    }
+
+    /// Applies a change of an owner's cache; one of no tier is a clear of all.
+    pub(super) fn apply_data(
+        &mut self,
+        plane: Plane,
+        pool: usize,
+        slot: Slot,
+        tier: Option<Tier>,
+        data: &EventData,
+    ) {
+        if let Some(tokens) = &mut self.tokens {
+            tokens.note(pool, data);
+        }
+        let doubtful = self.vouch(pool, slot, tier, data);
+        let mut applied = match (data, tier) {
+            (EventData::Cleared, Some(tier)) => Applied {
+                removed: self.index.clear_tier(pool, slot, tier),
+                ..Applied::default()
+            },
+            (EventData::Cleared, None) => {
+                let removed = self.index.remove_owner(pool, slot);
+                self.drop_blocks(pool, slot);
+                Applied {
+                    removed,
+                    ..Applied::default()
+                }
+            }
+            (_, tier) => self.index.apply(pool, slot, tier.unwrap_or_default(), data),
+        };
+        // Those were known, though they counted for nothing.
+        applied.unknown = applied.unknown.saturating_sub(doubtful);
+        applied.removed += doubtful;
         let kind = match data {
             EventData::Stored(_) => "stored",
             EventData::Removed(_) => "removed",
@@ -169,7 +217,6 @@ impl Service {
             .get_or_create(&PlaneKind { plane, kind })
             .inc();
         self.count_applied(&applied);
-        Ok(())
     }
 
     fn count_applied(&mut self, applied: &Applied) {
@@ -182,7 +229,7 @@ impl Service {
         }
     }
 
-    fn count_gap(&mut self, pool: usize) {
+    pub(super) fn count_gap(&mut self, pool: usize) {
         self.counts.gaps += 1;
         if let Some(pool) = self.roster.pools.get(pool) {
             let pool = pool.config.name.clone();
@@ -198,6 +245,13 @@ impl Service {
         let Some((_, worker)) = self.roster.worker(id) else {
             return;
         };
+        if worker
+            .source
+            .plane()
+            .is_some_and(|plane| plane != Plane::Json)
+        {
+            return;
+        }
         let at = Instant::now();
         let ask_at = worker.ask_from.map_or(at, |from| from.max(at));
         worker.repair = Some(Repair::new(ask_at, restarted, worker.repair.take()));
@@ -247,7 +301,10 @@ impl Service {
         let again = self.roster.workers().filter(|worker| {
             worker.repair.is_none()
                 && worker.json.last.is_some()
-                && worker.owners.iter().any(|owner| owner.partial)
+                && worker
+                    .owners
+                    .iter()
+                    .any(|o| o.knowledge != Knowledge::Whole)
                 && worker.ask_from.is_none_or(|from| at >= from + RETRY)
         });
         let again: Vec<_> = again.map(|worker| worker.config.id).collect();
@@ -286,11 +343,21 @@ impl Service {
         let held = repair.held();
         let is_first_of_all = worker.json.last.is_none()
             && held.first().is_some_and(|first| first.event.event_id <= 1);
-        if is_replaced || repair.restarted {
-            for slot in slots {
-                self.index.remove_owner(pool, slot);
+        // What came before the first event held back is lost.
+        let first = held.first().map(|first| first.event.event_id);
+        let missing = first.zip(worker.json.last);
+        let missing = missing.map_or(0, |(first, last)| first.saturating_sub(last + 1));
+        for slot in slots {
+            if is_replaced || repair.restarted {
+                self.drop_blocks(pool, slot);
+            } else if missing > 0 {
+                // Counted when it was found.
+                self.put_in_doubt(pool, slot, missing);
             }
         }
+        let Some((_, worker)) = self.roster.worker(id) else {
+            return;
+        };
         match outcome {
             Ok(snapshot) => {
                 worker.json = Cursor::after(Some(snapshot.event_id));
@@ -302,9 +369,8 @@ impl Service {
                 }
             }
             Err(_) => {
-                // What came before the first event held back has been counted as one gap.
-                if let Some(first) = held.first() {
-                    worker.json = Cursor::after(first.event.event_id.checked_sub(1));
+                if let Some(first) = first {
+                    worker.json = Cursor::after(first.checked_sub(1));
                 }
                 tracing::warn!(
                     worker = id,
@@ -316,7 +382,10 @@ impl Service {
         self.metrics.snapshots.get_or_create(&Kind { kind }).inc();
         let is_whole = is_replaced || is_first_of_all;
         if let Some((_, worker)) = self.roster.worker(id) {
-            worker.owners.iter_mut().for_each(|o| o.partial = !is_whole);
+            // Of one that neither answers nor publishes nothing is known.
+            if is_whole || worker.json.last.is_some() {
+                worker.know(Knowledge::of(is_whole));
+            }
         }
         let held = repair.into_held();
         self.apply_held(id, held);
@@ -340,23 +409,22 @@ impl Service {
 
     fn apply_held(&mut self, id: WorkerId, held: Vec<RouterEvent>) {
         for event in held {
-            let Some((pool, worker)) = self.roster.worker(id) else {
+            let Some((_, worker)) = self.roster.worker(id) else {
                 return;
             };
-            let step = worker.json.step(event.event.event_id, None);
+            let before = worker.json.last;
+            let event_id = event.event.event_id;
+            let step = worker.json.step(event_id, None);
             if step == Step::Back {
                 // The snapshot includes it.
                 continue;
             }
             if step == Step::Gap {
-                if let Some(owner) = worker.owner_mut(event.event.dp_rank) {
-                    owner.gaps += 1;
-                    owner.partial = true;
-                }
-                self.count_gap(pool);
+                let missing = before.map_or(0, |last| event_id.saturating_sub(last + 1));
+                self.lost(id, event.event.dp_rank, missing);
             }
             if let Err(rejection) = self.apply(Plane::Json, &event) {
-                self.reject(Plane::Json, rejection);
+                self.reject_of(id, Plane::Json, rejection);
             }
         }
     }

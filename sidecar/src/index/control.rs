@@ -3,14 +3,18 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use kv_core::event::RouterEvent;
+use kv_core::id::OwnerId;
+use kv_core::overlap::Overlap;
 use kv_core::report::{Report, Sum};
 use kv_core::table::Table;
 use kv_core::wire::{Ack, Subscribe};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Field, IndexReport, Readiness, Refusal, WorkersReport};
+use super::{Field, IndexReport, NotDumped, Partition, Readiness, Refusal, WorkersReport};
 use crate::config::Config;
 use crate::decision::{DecisionsReport, Wanted};
+use crate::dump::Line;
 use crate::load::RawReport;
 use crate::peers;
 
@@ -53,6 +57,13 @@ pub enum Control {
     Decisions(Wanted, oneshot::Sender<DecisionsReport>),
     /// The index and its publication.
     Index(oneshot::Sender<IndexReport>),
+    /// The whole index, line by line.
+    Dump {
+        /// Takes the lines.
+        out: mpsc::Sender<Line>,
+        /// Whether it begins.
+        reply: oneshot::Sender<Result<(), NotDumped>>,
+    },
     /// What is missing for service.
     Readiness(oneshot::Sender<Readiness>),
     /// What a prompt would meet.
@@ -66,4 +77,24 @@ pub enum Control {
     },
     /// The worker table.
     Table(oneshot::Sender<Table>),
+    /// What the standalone indexer goes by.
+    Partitions(oneshot::Sender<Vec<Partition>>),
+    /// What the owners of a pool hold of a prompt, without those that hold nothing.
+    Held {
+        /// Pool number.
+        pool: usize,
+        /// Sequence hashes of the prompt's blocks.
+        prompt: Vec<u64>,
+        /// The owners.
+        reply: oneshot::Sender<Vec<(OwnerId, Overlap)>>,
+    },
+    /// All blocks of an owner, as stores of one block each, parents first.
+    Stores {
+        /// Pool number.
+        pool: usize,
+        /// The owner.
+        owner: OwnerId,
+        /// The stores.
+        reply: oneshot::Sender<Vec<RouterEvent>>,
+    },
 }

@@ -7,7 +7,7 @@ use kv_core::id::Role;
 use kv_core::overlap::Overlap;
 use kv_core::report::OwnerKey;
 use kv_core::table;
-use kv_core::tracker::ActiveLoad;
+use kv_core::tracker::{ActiveLoad, Tracker};
 
 use super::Service;
 
@@ -34,6 +34,16 @@ pub struct Standing {
 }
 
 impl Field {
+    /// Takes the load as a tracker has it.
+    pub(super) fn load(&mut self, tracker: &Tracker, pool: u16, prompt: &[u64]) {
+        for (owner, standing) in self.pool.owners.iter().zip(&mut self.standings) {
+            let key = OwnerKey { pool, id: owner.id };
+            standing.load = tracker.load(&key);
+            let shared = tracker.shared_blocks(&key, prompt);
+            standing.shared_blocks = u32::try_from(shared).unwrap_or(u32::MAX);
+        }
+    }
+
     /// Owners that take whole requests, as the filter chooses among them.
     #[must_use]
     pub fn candidates(&self) -> Vec<Candidate> {
@@ -53,20 +63,22 @@ impl Field {
 impl Service {
     /// What a prompt would meet in a pool, if there is such a pool.
     pub(super) fn field(&self, pool: usize, prompt: &[u64]) -> Option<Field> {
+        let mut field = self.unloaded_field(pool, prompt)?;
+        field.load(self.accounts.tracker(), u16::try_from(pool).ok()?, prompt);
+        Some(field)
+    }
+
+    /// The same, but for the load.
+    pub(super) fn unloaded_field(&self, pool: usize, prompt: &[u64]) -> Option<Field> {
         let table = Arc::clone(self.tables.get(pool)?);
-        let number = u16::try_from(pool).ok()?;
         let overlaps = self.index.overlaps(pool, prompt);
         let standing = |owner: &table::Owner| {
-            let key = OwnerKey {
-                pool: number,
-                id: owner.id,
-            };
             let held = overlaps.binary_search_by_key(&owner.slot, |(slot, _)| *slot);
             let held = held.ok().and_then(|at| overlaps.get(at));
             Standing {
                 overlap: held.map_or_else(Overlap::default, |(_, overlap)| *overlap),
-                load: self.accounts.load(&key),
-                shared_blocks: self.accounts.shared_blocks(&key, prompt),
+                load: ActiveLoad::default(),
+                shared_blocks: 0,
             }
         };
         let standings = table.owners.iter().map(standing).collect();

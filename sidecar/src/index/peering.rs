@@ -73,7 +73,11 @@ impl Service {
             | Step::Prefilled { request }
             | Step::Free { request } => *request,
             // Peers are told of no such thing.
-            Step::Grown { .. } | Step::Failed { .. } | Step::WrittenOff(_) | Step::Leave => return,
+            Step::Cached { .. }
+            | Step::Grown { .. }
+            | Step::Failed { .. }
+            | Step::WrittenOff(_)
+            | Step::Leave => return,
         };
         peering.announcer.changed(BookingId {
             source: vm,

@@ -1,4 +1,5 @@
-//! Blocks of pools without KV events, predicted from bookings.
+//! Blocks of pools without KV events, and of workers whose events don't count, predicted from
+//! bookings.
 
 use kv_core::approximate::Approximate;
 use kv_core::event::{EventData, Removed};
@@ -6,7 +7,7 @@ use kv_core::id::{Slot, Tier};
 use kv_core::index::Held;
 use kv_core::report::OwnerKey;
 
-use super::Service;
+use super::{Service, roster};
 
 /// Predicted blocks of a pool, counted once for each owner.
 const MAX_PREDICTED: usize = 1 << 21;
@@ -17,7 +18,11 @@ impl Service {
     /// Whether no events tell of an owner's blocks.
     pub(super) fn is_predicted(&self, owner: OwnerKey) -> bool {
         let pool = self.roster.pools.get(usize::from(owner.pool));
-        pool.is_some_and(|pool| !pool.config.kv_events)
+        let is_ill = |pool: &roster::Pool| {
+            let worker = pool.workers.get(&owner.id.worker);
+            worker.is_some_and(|worker| worker.health.ailment().is_some())
+        };
+        pool.is_some_and(|pool| !pool.config.kv_events || is_ill(pool))
     }
 
     /// A prompt goes to an owner: its blocks are taken to be there. Returns how many of its leading
@@ -36,7 +41,7 @@ impl Service {
             .map(|(parent, hash)| Held {
                 sequence: *hash,
                 parent,
-                name: Some(*hash),
+                name: Some(predicted_name(*hash)),
                 tiers: 1 << Tier::Device.index(),
             })
             .collect();
@@ -88,21 +93,27 @@ impl Service {
     fn unpredict(&mut self, pool: usize, blocks: &[(Slot, u64)]) {
         for (slot, hash) in blocks {
             let removed = EventData::Removed(Removed {
-                block_hashes: vec![*hash],
+                block_hashes: vec![predicted_name(*hash)],
             });
             self.index.apply(pool, *slot, Tier::Device, &removed);
         }
     }
 
-    /// An owner has left.
-    pub(super) fn forget_predictions(&mut self, pool: usize, slot: Slot) {
-        if let Some(approximate) = self.predictions.get_mut(&pool) {
-            approximate.remove_owner(slot);
-        }
+    /// Forgets what was predicted for an owner.
+    pub(super) fn unpredict_owner(&mut self, pool: usize, slot: Slot) {
+        let approximate = self.predictions.get_mut(&pool);
+        let blocks = approximate.map_or_else(Vec::new, |a| a.remove_owner(slot));
+        let blocks: Vec<_> = blocks.into_iter().map(|hash| (slot, hash)).collect();
+        self.unpredict(pool, &blocks);
     }
 
     /// Predicted blocks, over all pools.
     pub(super) fn predicted(&self) -> usize {
         self.predictions.values().map(Approximate::len).sum()
     }
+}
+
+/// Name of a predicted block, apart from those of engines that name blocks by their sequence hash.
+fn predicted_name(hash: u64) -> u64 {
+    !hash
 }

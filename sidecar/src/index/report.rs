@@ -9,9 +9,13 @@ use kv_core::report::OwnerKey;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use serde::Serialize;
+use tokio::time::Instant;
 
+use super::hearing::{EventsReport, Known};
+use super::knowledge::Knowledge;
 use super::peering::{ByPeer, PeerRequests};
 use super::publisher::SubscriberReport;
+use super::strangers::StrangerReport;
 use super::{Service, roster};
 use crate::ingest::Plane;
 use crate::load::{LoadReport, ProxyId, ProxyRequests};
@@ -90,6 +94,8 @@ pub struct IndexReport {
     pub ready: bool,
     /// Whether its contents came from the state folder.
     pub restored: bool,
+    /// Whether they came from a peer.
+    pub bootstrapped: bool,
     /// Whether somebody subscribed, and every page and load is written and acknowledged by every
     /// subscriber.
     pub settled: bool,
@@ -111,6 +117,8 @@ pub struct WorkersReport {
     pub load: Available,
     /// The pools.
     pub pools: Vec<PoolReport>,
+    /// Workers that publish and that the configuration gives no endpoint.
+    pub no_endpoint: Vec<StrangerReport>,
 }
 
 /// Whether load is known.
@@ -161,8 +169,8 @@ pub struct OwnerReport {
     pub rank: DpRank,
     /// Its number in the pages.
     pub slot: u16,
-    /// Where it takes requests.
-    pub endpoint: String,
+    /// Where it takes requests; `null` for one that is indexed alone.
+    pub endpoint: Option<String>,
     /// What it does.
     pub role: Role,
     /// Whether it takes requests.
@@ -171,10 +179,16 @@ pub struct OwnerReport {
     pub blocks: usize,
     /// Id of its last event.
     pub last_event_id: Option<u64>,
-    /// Jumps in its event ids.
+    /// Times that events of it were lost.
     pub gaps: u64,
     /// Whether blocks may be missing or left over.
     pub partial: bool,
+    /// How much of its cache is known.
+    pub knowledge: Knowledge,
+    /// Blocks that may be gone: they count for nothing until something vouches for them.
+    pub doubtful: usize,
+    /// Its worker's events.
+    pub events: EventsReport,
     /// Whether its snapshot is awaited.
     pub repairing: bool,
     /// Its true load, over all proxies; `null` while none reports any.
@@ -190,6 +204,8 @@ pub struct OwnerReport {
 pub struct Readiness {
     /// What is missing, empty when ready.
     pub missing: Vec<String>,
+    /// Ranks by how much of their caches is known.
+    pub ranks: Known,
 }
 
 impl Service {
@@ -201,6 +217,7 @@ impl Service {
             table_version: self.table_version,
             ready: self.ready,
             restored: self.is_restored,
+            bootstrapped: self.is_bootstrapped,
             settled: !self.index.is_dirty()
                 && self.loads_at.is_none()
                 && !subscribers.is_empty()
@@ -226,6 +243,7 @@ impl Service {
             pools: pools
                 .map(|(number, pool)| self.report_pool(number, pool, &requests, &by_peer))
                 .collect(),
+            no_endpoint: self.strangers.report(Instant::now()),
         }
     }
 
@@ -259,13 +277,16 @@ impl Service {
                     worker: id.worker,
                     rank: id.rank,
                     slot: owner.slot.0,
-                    endpoint: worker.config.endpoint.to_string(),
+                    endpoint: worker.config.endpoint.map(|e| e.to_string()),
                     role: worker.config.role,
-                    accepting: self.health.is_in(id.worker),
+                    accepting: worker.config.endpoint.is_some() && self.ejection.is_in(id.worker),
                     blocks: self.index.owner_blocks(number.into(), owner.slot),
                     last_event_id: owner.dynamo.last.max(worker.json.last),
                     gaps: owner.gaps,
-                    partial: owner.partial,
+                    partial: owner.knowledge != Knowledge::Whole,
+                    knowledge: owner.knowledge,
+                    doubtful: self.doubtful(number.into(), owner.slot),
+                    events: self.report_events(worker, id.rank, owner),
                     repairing: worker.repair.is_some(),
                     load: is_reported.then(|| self.accounts.load(&key).into()),
                     requests: of_owner(&key).collect(),
@@ -297,7 +318,10 @@ impl Service {
         if !self.publisher.report().iter().any(|s| s.synced) {
             missing.push("no envoy holds all pages".to_owned());
         }
-        Readiness { missing }
+        Readiness {
+            missing,
+            ranks: self.known(),
+        }
     }
 
     /// Sizes into the metrics.
@@ -309,9 +333,10 @@ impl Service {
         self.metrics.left_out_units.set(stats.left_out_units as i64);
         self.metrics.pages.set(i64::from(stats.pages));
         let owners = self.roster.workers().flat_map(|w| w.owners.iter());
-        let partial = owners.filter(|o| o.partial).count();
+        let partial = owners.filter(|o| o.knowledge != Knowledge::Whole).count();
         self.metrics.partial_owners.set(partial as i64);
         self.measure_load();
+        self.measure_health();
     }
 
     fn measure_load(&self) {
@@ -347,5 +372,6 @@ impl Service {
         self.metrics.active_blocks.clear();
         self.metrics.active_prefill_tokens.clear();
         self.metrics.active_requests.clear();
+        self.metrics.accuracy.clear();
     }
 }

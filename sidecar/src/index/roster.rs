@@ -7,10 +7,12 @@ use kv_core::table::{self, Traits};
 use tokio::time::Instant;
 
 use super::cursor::Cursor;
+use super::health::Health;
+use super::knowledge::{Knowledge, Source, Stream};
 use super::repair::Repair;
 use super::slots::Slots;
 use crate::config;
-use crate::health::Health;
+use crate::ejection::Ejection;
 
 /// A pool with its workers.
 #[derive(Debug)]
@@ -36,6 +38,12 @@ pub(super) struct Worker {
     pub(super) repair: Option<Repair>,
     /// Before this it is not asked for a snapshot again.
     pub(super) ask_from: Option<Instant>,
+    /// Where its events come from.
+    pub(super) source: Source,
+    /// Its own streams, by number.
+    pub(super) streams: BTreeMap<u32, Stream>,
+    /// Whether its events agree with what it does.
+    pub(super) health: Health,
     /// Owners, by rank.
     pub(super) owners: Vec<Owner>,
 }
@@ -47,10 +55,12 @@ pub(super) struct Owner {
     pub(super) slot: Slot,
     /// Ids of its events on Dynamo's plane, which numbers them per rank.
     pub(super) dynamo: Cursor,
-    /// Jumps in the ids.
+    /// Times that events were lost.
     pub(super) gaps: u64,
-    /// Whether blocks may be missing or left over.
-    pub(super) partial: bool,
+    /// How much of its cache is known.
+    pub(super) knowledge: Knowledge,
+    /// When its last event was applied.
+    pub(super) heard: Option<Instant>,
     /// Prompt tokens that it prefills in a second, as proxies are told; 0 where not known.
     pub(super) prefill_rate: u32,
 }
@@ -61,7 +71,8 @@ impl Owner {
             slot,
             dynamo: Cursor::default(),
             gaps: 0,
-            partial: true,
+            knowledge: Knowledge::Unknown,
+            heard: None,
             prefill_rate: 0,
         }
     }
@@ -124,10 +135,16 @@ impl Roster {
         self.pools.iter_mut().flat_map(|p| p.workers.values_mut())
     }
 
-    /// The worker table, without epoch, version and settings.
+    /// The worker table, without epoch, version and settings. Pools that take no requests come last
+    /// and are no part of it.
     #[must_use]
-    pub(super) fn table_pools(&self, health: &Health) -> Vec<table::Pool> {
-        self.pools.iter().map(|pool| pool.table(health)).collect()
+    pub(super) fn table_pools(&self, ejection: &Ejection) -> Vec<table::Pool> {
+        let routed = |pool: &&Pool| pool.config.routing_group.is_none();
+        self.pools
+            .iter()
+            .take_while(routed)
+            .map(|pool| pool.table(ejection))
+            .collect()
     }
 }
 
@@ -166,24 +183,20 @@ impl Pool {
                 let known = old.as_ref().and_then(|w| w.owner(id.rank));
                 owners.push(known.copied().unwrap_or_else(|| Owner::new(slot)));
             }
-            let (json, repair, ask_from) =
-                old.map_or_else(Default::default, |w| (w.json, w.repair, w.ask_from));
-            let worker = Worker {
-                config: *config,
-                json,
-                repair,
-                ask_from,
-                owners,
+            let worker = match old {
+                Some(old) => Worker { owners, ..old },
+                None => Worker::new(config, owners),
             };
+            let worker = worker.configured(config);
             self.workers.insert(config.id, worker);
         }
     }
 
     /// The pool in the worker table.
     #[must_use]
-    pub(super) fn table(&self, health: &Health) -> table::Pool {
+    pub(super) fn table(&self, ejection: &Ejection) -> table::Pool {
         let workers = self.workers.values();
-        let owners = workers.flat_map(|worker| worker.table(health.is_in(worker.config.id)));
+        let owners = workers.flat_map(|worker| worker.table(ejection.is_in(worker.config.id)));
         let mut owners: Vec<table::Owner> = owners.collect();
         owners.sort_unstable_by_key(|owner| owner.slot);
         table::Pool {
@@ -202,6 +215,42 @@ impl Pool {
 }
 
 impl Worker {
+    fn new(config: &config::Worker, owners: Vec<Owner>) -> Self {
+        Self {
+            config: config.clone(),
+            json: Cursor::default(),
+            repair: None,
+            ask_from: None,
+            source: Source::default(),
+            streams: BTreeMap::new(),
+            health: Health::default(),
+            owners,
+        }
+    }
+
+    /// Whether its own stream has said how complete it is, for every rank.
+    pub(super) fn is_told(&self) -> bool {
+        let is_told = |owner: &Owner| owner.knowledge != Knowledge::Unknown;
+        self.owners.iter().all(is_told)
+    }
+
+    /// Sets how much is known of all ranks.
+    pub(super) fn know(&mut self, knowledge: Knowledge) {
+        for owner in &mut self.owners {
+            owner.knowledge = knowledge;
+        }
+    }
+
+    fn configured(mut self, config: &config::Worker) -> Self {
+        self.source.configure(config.events.as_ref());
+        if self.config.events != config.events {
+            // Another source numbers its messages in another way.
+            self.streams.clear();
+        }
+        self.config = config.clone();
+        self
+    }
+
     /// The owner of a rank.
     #[must_use]
     pub(super) fn owner(&self, rank: DpRank) -> Option<&Owner> {
@@ -215,19 +264,19 @@ impl Worker {
 
     fn table(&self, accepting: bool) -> impl Iterator<Item = table::Owner> {
         let ids = self.config.owners();
-        self.owners
-            .iter()
-            .zip(ids)
-            .map(move |(owner, id)| table::Owner {
+        let owners = self.owners.iter().zip(ids);
+        owners.filter_map(move |(owner, id)| {
+            Some(table::Owner {
                 slot: owner.slot,
                 id,
                 role: self.config.role,
-                endpoint: self.config.endpoint.to_string(),
+                endpoint: self.config.endpoint?.to_string(),
                 accepting,
                 traits: Traits {
                     device: self.config.device,
                     prefill_rate: owner.prefill_rate,
                 },
             })
+        })
     }
 }

@@ -1,22 +1,23 @@
-//! The snapshot to disk, taken owner by owner between other work: each owner's part agrees with
-//! its own event ids, and owners need not agree with each other.
+//! The snapshot to disk, taken part by part between other work.
 
 use std::path::PathBuf;
 
-use kv_core::id::OwnerId;
+use kv_core::index::parents_first;
 use tokio::task::JoinHandle;
 
+use super::knowledge::{Knowledge, Stream};
+use super::walk::{Part, Walk};
 use super::{Service, random_u64, roster};
 use crate::config;
 use crate::metrics::Kind;
-use crate::state::{self, OwnerState, PoolState, State};
+use crate::state::{self, OwnerState, PoolState, State, StreamState};
 
 /// Progress of saving.
 #[derive(Debug)]
 pub(super) struct Saving {
     file: Option<PathBuf>,
     is_changed: bool,
-    under_way: Option<(State, Vec<(usize, OwnerId)>)>,
+    under_way: Option<(State, Walk)>,
     writing: Option<JoinHandle<Result<(), state::StateError>>>,
 }
 
@@ -59,6 +60,7 @@ impl Service {
             block_size: p.config.block_size,
             key: p.key,
             slots: p.slots.clone(),
+            streams: Self::stream_states(p),
             owners: Vec::new(),
         };
         let state = State {
@@ -66,28 +68,32 @@ impl Service {
             level: self.index.level(),
             pools: self.roster.pools.iter().map(pool).collect(),
         };
-        let owners = |(number, pool): (usize, &roster::Pool)| {
-            let owners = pool.workers.values().flat_map(|w| w.config.owners());
-            owners.map(|id| (number, id)).collect::<Vec<_>>()
-        };
-        let owners = self.roster.pools.iter().enumerate().flat_map(owners);
-        self.saving.under_way = Some((state, owners.collect()));
+        self.saving.under_way = Some((state, self.walk()));
     }
 
-    /// Takes one owner, or writes the file after the last.
+    /// Takes one part, or writes the file after the last.
     pub(super) fn save_step(&mut self) {
-        let Some((mut state, mut left)) = self.saving.under_way.take() else {
+        let Some((mut state, mut walk)) = self.saving.under_way.take() else {
             return;
         };
-        if let Some((number, id)) = left.pop() {
-            let part = self.owner_state(number, id);
+        if let Some(part) = self.walk_step(&mut walk) {
+            let (number, part) = match part {
+                Part::Owner(number, owner) => (number, Ok(owner)),
+                Part::Blocks(number, _, blocks) => (number, Err(blocks)),
+            };
             if let Some(pool) = state.pools.get_mut(number) {
-                pool.owners.extend(part);
+                match (part, pool.owners.last_mut()) {
+                    (Ok(owner), _) => pool.owners.push(owner),
+                    (Err(blocks), Some(owner)) => owner.blocks.extend(blocks),
+                    (Err(_), None) => {}
+                }
             }
-            self.saving.under_way = Some((state, left));
+            self.saving.under_way = Some((state, walk));
         } else if let Some(file) = self.saving.file.clone() {
             let metrics = self.metrics.clone();
             self.saving.writing = Some(tokio::task::spawn_blocking(move || {
+                let owners = state.pools.iter_mut().flat_map(|pool| &mut pool.owners);
+                owners.for_each(|owner| parents_first(&mut owner.blocks));
                 let outcome = state::save(&file, &state);
                 let kind = if outcome.is_ok() { "saved" } else { "failed" };
                 metrics.saves.get_or_create(&Kind { kind }).inc();
@@ -115,21 +121,6 @@ impl Service {
         }
     }
 
-    fn owner_state(&mut self, number: usize, id: OwnerId) -> Option<OwnerState> {
-        let (pool, worker) = self.roster.worker(id.worker)?;
-        let owner = *worker.owner(id.rank)?;
-        if pool != number || worker.repair.is_some() && owner.partial {
-            return None;
-        }
-        Some(OwnerState {
-            id,
-            dynamo: owner.dynamo,
-            json: worker.json,
-            partial: owner.partial,
-            blocks: self.index.dump(number, owner.slot),
-        })
-    }
-
     /// Sets the roster up from a configuration, with slots, keys and blocks of pools and owners
     /// that a snapshot knows.
     pub(super) fn restore(&mut self, pools: &[config::Pool], states: Vec<PoolState>) {
@@ -142,36 +133,50 @@ impl Service {
                 .iter_mut()
                 .find(|s| s.as_ref().is_some_and(|s| is_same(s, pool)))
                 .and_then(Option::take);
-            let (key, slots, owners) = match state {
-                Some(state) => (state.key, state.slots, state.owners),
-                None => (random_u64(), super::Slots::default(), Vec::new()),
+            let (key, slots) = match &state {
+                Some(state) => (state.key, state.slots.clone()),
+                None => (random_u64(), super::Slots::default()),
             };
             self.index.add_pool(key);
             self.roster.add(pool.clone(), key, slots);
-            kept.push(owners);
+            kept.extend(state);
         }
         let change = self.roster.update(pools);
         self.report_change(&change);
-        for state in kept.into_iter().flatten() {
-            self.restore_owner(&state);
+        for pool in kept {
+            for state in &pool.owners {
+                self.restore_owner(state);
+            }
+            for state in pool.streams {
+                self.restore_stream(state);
+            }
         }
     }
 
-    fn restore_owner(&mut self, state: &OwnerState) {
+    /// Takes over what is known of an owner. Its blocks come parents first.
+    pub(super) fn restore_owner(&mut self, state: &OwnerState) {
         if !self.takes_events(state.id.worker) {
             return;
         }
         let Some((pool, worker)) = self.roster.worker(state.id.worker) else {
             return;
         };
-        worker.json = state.json;
+        // Ranks were taken one after another: what the earliest has is true of all.
+        worker.json = match (worker.json.last, state.json.last) {
+            (Some(known), Some(last)) if known <= last => worker.json,
+            _ => state.json,
+        };
         let Some(owner) = worker.owner_mut(state.id.rank) else {
             return;
         };
         owner.dynamo = state.dynamo;
-        owner.partial = state.partial;
+        owner.knowledge = state.knowledge;
         let slot = owner.slot;
         let applied = self.index.restore(pool, slot, &state.blocks);
+        if !state.doubtful.is_empty() {
+            let doubt = self.doubts.entry((pool, slot)).or_default();
+            doubt.add(state.doubtful.clone());
+        }
         if applied.collisions > 0 {
             tracing::warn!(
                 worker = state.id.worker,
@@ -179,5 +184,23 @@ impl Service {
                 "blocks could not be restored"
             );
         }
+    }
+
+    /// Takes over where a worker's own stream has come to, unless it comes from elsewhere.
+    pub(super) fn restore_stream(&mut self, state: StreamState) {
+        let Some((_, worker)) = self.roster.worker(state.worker) else {
+            return;
+        };
+        if worker
+            .source
+            .plane()
+            .is_some_and(|plane| plane != state.plane)
+        {
+            return;
+        }
+        let mut stream = Stream::new(state.plane, state.stream, worker.config.ranks);
+        stream.last = Some(state.resume);
+        stream.knowledge = Knowledge::of(state.resume.is_whole);
+        worker.streams.insert(state.stream, stream);
     }
 }

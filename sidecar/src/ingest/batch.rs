@@ -7,6 +7,7 @@
 
 use kv_core::event::EventData;
 use kv_core::id::{DpRank, Family, Tier, WorkerId};
+use serde::{Deserialize, Serialize};
 
 use super::Rejection;
 
@@ -25,6 +26,9 @@ pub struct Origin {
 pub struct Batch {
     /// Number of the message, where the stream numbers them.
     pub sequence: Option<u64>,
+    /// By what the door knows, after a restart of the sidecar, that the engine is still in the run
+    /// that sent this message.
+    pub mark: u64,
     /// Unix nanoseconds when it was received.
     pub received_ns: u64,
     /// Changes that are fit to apply, in order.
@@ -45,6 +49,17 @@ pub struct Change {
     pub family: Family,
     /// What changed.
     pub data: EventData,
+}
+
+/// Where a stream is to be taken up after a restart of the sidecar.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Resume {
+    /// Number of the last message that the restored index includes.
+    pub sequence: u64,
+    /// That message's [`Batch::mark`].
+    pub mark: u64,
+    /// Whether the restored index has all of the stream up to there.
+    pub is_whole: bool,
 }
 
 /// What became of a stream, in order with its batches.

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use super::subject::{self, Template};
-use super::{Arrival, Decoded, NoSnapshot, Plane, decode};
+use super::{Arrival, Decoded, NoSnapshot, Plane, decode, jetstream};
 use crate::config::Nats;
 use crate::metrics::{Metrics, PlaneKind};
 
@@ -84,7 +84,8 @@ impl Source {
         for subject in nats.dynamo.iter().flat_map(subject::dynamo) {
             dynamo.push(client.subscribe(subject).await?);
         }
-        let json = match nats.json.clone() {
+        let json = nats.json.clone().filter(|_| nats.json_stream.is_none());
+        let json = match json {
             Some(template) => {
                 let subscriber = client.subscribe(template.wildcard()).await?;
                 Some((template, subscriber))
@@ -104,6 +105,16 @@ impl Source {
             arrivals,
             requests,
             metrics,
+        })
+    }
+
+    /// Where the plain JSON events are kept, for who reads them there.
+    #[must_use]
+    pub fn stored(&self, nats: &Nats) -> Option<jetstream::Source> {
+        Some(jetstream::Source {
+            client: self.client.clone(),
+            stream: nats.json_stream.clone()?,
+            template: nats.json.clone()?,
         })
     }
 

@@ -91,10 +91,16 @@ impl Template {
         format!("{}*{}", self.before, self.after)
     }
 
+    /// The subject of a worker.
+    #[must_use]
+    pub fn of(&self, worker: WorkerId) -> String {
+        format!("{}{worker}{}", self.before, self.after)
+    }
+
     /// Where a worker answers requests for its snapshot.
     #[must_use]
     pub fn snapshot(&self, worker: WorkerId) -> String {
-        format!("{}{worker}{}{SNAPSHOT}", self.before, self.after)
+        format!("{}{SNAPSHOT}", self.of(worker))
     }
 
     /// The worker a message on `subject` speaks for.

@@ -1,8 +1,12 @@
 //! One proxy: the VMs of one `vm_id` in one Envoy process.
 
+use std::collections::HashSet;
+
 use kv_core::ledger::{Ledger, Retired};
 use kv_core::loads::{PoolLoads, WriteOff};
 use serde::Serialize;
+
+use super::correction::Passing;
 
 /// How long a proxy may take to report that it has taken something out of its lanes.
 const WRITE_OFF_REPEAT_MS: u64 = 5_000;
@@ -27,8 +31,14 @@ pub(super) struct Proxy {
     pub(super) stream: Option<u64>,
     /// Since when it has that, or none.
     since_ms: u64,
+    /// Whether its VMs know of each other's live prompts.
+    pub(super) knows_its_own: bool,
+    /// When others than its VMs had last booked anything.
+    pub(super) crowded_ms: Option<u64>,
     /// What it was told last on this stream.
     pub(super) told: Option<Told>,
+    /// By position of the pool in the table.
+    pub(super) passing: Vec<Passing>,
     /// Whether its filter takes out of the lanes what it is told to.
     pub(super) writes_off: bool,
     /// What is to be taken out of its lanes.
@@ -45,8 +55,9 @@ pub(super) struct Told {
 }
 
 impl Proxy {
-    pub(super) fn connect(&mut self, stream: u64, now_ms: u64) {
+    pub(super) fn connect(&mut self, stream: u64, knows_its_own: bool, now_ms: u64) {
         self.stream = Some(stream);
+        self.knows_its_own = knows_its_own;
         self.since_ms = now_ms;
         // Envoy may hold what an earlier run of the sidecar said.
         self.told = None;
@@ -56,6 +67,12 @@ impl Proxy {
     pub(super) fn disconnect(&mut self, now_ms: u64) {
         self.stream = None;
         self.since_ms = now_ms;
+    }
+
+    /// VMs whose live prompts all of its VMs know of.
+    pub(super) fn known_vms(&self) -> HashSet<u64> {
+        let vms = self.knows_its_own.then(|| self.ledger.vms());
+        vms.into_iter().flatten().collect()
     }
 
     /// VMs that had `silence_ms` to report through a stream and did not; those that are leaving

@@ -47,6 +47,7 @@ fn report(sequence: u64, requests: &[u64], complete: bool) -> Report {
         complete,
         sums: vec![sum],
         steps: requests.iter().map(book).collect(),
+        ..Report::default()
     }
 }
 
@@ -71,32 +72,35 @@ fn waiting(accounts: &Accounts) -> u32 {
 #[test]
 fn a_vm_is_retired_only_after_it_could_have_reported() {
     let mut accounts = accounts();
-    accounts.connected(proxy(1), 10, 0);
+    accounts.connected(proxy(1), 10, true, 0);
     apply(&mut accounts, 10, &report(1, &[1, 2], true), 0);
     accounts.disconnected(10, 3_000);
     // Nobody could report meanwhile.
     assert_eq!(accounts.sweep(10_000), Swept::default());
-    accounts.connected(proxy(1), 11, 10_000);
+    accounts.connected(proxy(1), 11, true, 10_000);
     assert_eq!(accounts.sweep(14_999), Swept::default());
     assert_eq!(waiting(&accounts), 2);
     let swept = accounts.sweep(15_000);
     assert_eq!((swept.vms, swept.freed), (vec![(proxy(1), 7)], 2));
     assert_eq!(waiting(&accounts), 0);
-    let news = accounts.news();
+    let news = accounts.news(15_000);
     let correction = news[0].pools[0].correction(Slot(3));
     assert_eq!((news[0].stream, correction.waiting), (11, -2));
     // It comes back: its bookings count again, and its lanes once.
     apply(&mut accounts, 11, &report(2, &[1, 2], true), 27_000);
     assert_eq!(waiting(&accounts), 2);
-    let correction = accounts.news()[0].pools[0].correction(Slot(3));
-    assert_eq!((correction.waiting, correction.blocks), (0, -2));
+    for (now_ms, blocks) in [(27_000, -4), (27_000 + LASTING_ALONE_MS, -2)] {
+        let correction = accounts.news(now_ms)[0].pools[0].correction(Slot(3));
+        assert_eq!((correction.waiting, correction.blocks), (0, blocks));
+        assert_eq!(accounts.is_unsettled(), blocks == -4);
+    }
 }
 
 #[test]
 fn a_process_without_a_stream_goes_after_a_while() {
     let mut accounts = accounts();
-    accounts.connected(proxy(1), 10, 0);
-    accounts.connected(proxy(2), 20, 0);
+    accounts.connected(proxy(1), 10, true, 0);
+    accounts.connected(proxy(2), 20, true, 0);
     apply(&mut accounts, 10, &report(1, &[1], true), 0);
     accounts.disconnected(10, 1_000);
     assert_eq!(accounts.sweep(9_000).proxies, []);
@@ -109,8 +113,8 @@ fn a_process_without_a_stream_goes_after_a_while() {
 #[test]
 fn a_late_message_of_a_replaced_stream_counts_for_nothing() {
     let mut accounts = accounts();
-    accounts.connected(proxy(1), 10, 0);
-    accounts.connected(proxy(1), 11, 0);
+    accounts.connected(proxy(1), 10, true, 0);
+    accounts.connected(proxy(1), 11, true, 0);
     assert_eq!(accounts.report(10, &report(1, &[1], true), 0), None);
     accounts.disconnected(10, 1);
     assert_eq!(accounts.sweep(20_000).proxies, []);
@@ -120,7 +124,7 @@ fn a_late_message_of_a_replaced_stream_counts_for_nothing() {
 #[test]
 fn bookings_expire_unless_they_are_mentioned() {
     let mut accounts = accounts();
-    accounts.connected(proxy(1), 10, 0);
+    accounts.connected(proxy(1), 10, true, 0);
     apply(&mut accounts, 10, &report(1, &[1, 2], true), 0);
     for now_ms in (10_000..=310_000).step_by(10_000) {
         apply(&mut accounts, 10, &report(now_ms, &[1, 2], true), now_ms);
@@ -137,7 +141,7 @@ fn bookings_expire_unless_they_are_mentioned() {
 #[test]
 fn a_complete_report_says_all_there_is() {
     let mut accounts = accounts();
-    accounts.connected(proxy(1), 10, 0);
+    accounts.connected(proxy(1), 10, true, 0);
     apply(&mut accounts, 10, &report(1, &[1, 2], true), 0);
     let mut whole = report(5, &[2, 3], true);
     if let Step::Book(booked) = &mut whole.steps[0] {
@@ -155,19 +159,22 @@ fn a_complete_report_says_all_there_is() {
     let load = accounts.load(&other);
     // A booking that is known keeps its blocks, though they are not listed again.
     assert_eq!((load.decoding, load.blocks), (1, 2));
-    assert_eq!(accounts.blocks(7, 2), Some(&[1, 2][..]));
+    assert_eq!(
+        accounts.prompt(7, 2).map(|(_, blocks)| blocks),
+        Some(&[1, 2][..])
+    );
 }
 
 #[test]
 fn only_changes_are_told() {
     let mut accounts = accounts();
-    accounts.connected(proxy(1), 10, 0);
-    accounts.connected(proxy(2), 20, 0);
+    accounts.connected(proxy(1), 10, true, 0);
+    accounts.connected(proxy(2), 20, true, 0);
     let streams = |news: Vec<News>| news.iter().map(|n| n.stream).collect::<Vec<_>>();
-    assert_eq!(streams(accounts.news()), [10, 20]);
-    assert!(accounts.news().is_empty());
+    assert_eq!(streams(accounts.news(0)), [10, 20]);
+    assert!(accounts.news(0).is_empty());
     apply(&mut accounts, 10, &report(1, &[1], false), 0);
-    let news = accounts.news();
+    let news = accounts.news(0);
     let told = |news: &News| {
         let PoolLoads {
             corrections,
@@ -175,15 +182,15 @@ fn only_changes_are_told() {
         } = &news.pools[0];
         (news.stream, corrections.len(), prefixes.len())
     };
-    // The first proxy's lanes are right as they are; both hear of the prefix in use.
+    // The first proxy's lanes are right as they are, and it knows of its own requests.
     let told: Vec<_> = news.iter().map(told).collect();
-    assert_eq!(told, [(10, 0, 1), (20, 1, 1)]);
+    assert_eq!(told, [(20, 1, 1)]);
     accounts.step(7, &Step::FirstToken { request: 1 }, 0);
-    let came = accounts.news();
+    let came = accounts.news(0);
     assert_eq!(streams(came), [10, 20]);
-    assert!(accounts.news().is_empty());
-    accounts.connected(proxy(1), 11, 0);
-    assert_eq!(streams(accounts.news()), [11]);
+    assert!(accounts.news(0).is_empty());
+    accounts.connected(proxy(1), 11, true, 0);
+    assert_eq!(streams(accounts.news(0)), [11]);
 }
 
 #[test]
@@ -204,7 +211,7 @@ fn blocks_that_nobody_can_name_are_counted_and_shared_with_nobody() {
     }
     // Two named blocks once, three that have no name twice.
     assert_eq!(accounts.load(&OWNER).blocks, 8);
-    assert_eq!(accounts.blocks(7, 1), None);
+    assert_eq!(accounts.prompt(7, 1), None);
     for request in [1, 2] {
         let freed = accounts.step(7, &Step::Free { request }, 0);
         assert_eq!(freed, Outcome::Freed);

@@ -5,6 +5,7 @@
 
 pub(crate) mod engine;
 pub(crate) mod proxy;
+pub(crate) mod service;
 pub(crate) mod vm;
 
 use std::path::{Path, PathBuf};
@@ -151,6 +152,11 @@ impl Sidecar {
         let answers = async || sidecar.get("/healthz").await.ok();
         eventually("the sidecar answers", answers).await;
         sidecar
+    }
+
+    /// Port of its HTTP API.
+    pub(crate) fn admin_port(&self) -> u16 {
+        self.admin
     }
 
     fn file(&self) -> PathBuf {

@@ -130,6 +130,11 @@ impl Vm {
         self.live.insert(request, live);
     }
 
+    /// Tells something that changes no lane.
+    pub(crate) fn say(&mut self, step: Step) {
+        self.steps.push(step);
+    }
+
     pub(crate) fn first_token(&mut self, request: u64) {
         let live = self.live.get_mut(&request).unwrap();
         live.booked.decoding = true;
@@ -155,6 +160,7 @@ impl Vm {
             complete: false,
             sums: touched.iter().map(|owner| self.sums[owner]).collect(),
             steps: std::mem::take(&mut self.steps),
+            ..Report::default()
         }
     }
 
@@ -170,6 +176,7 @@ impl Vm {
             complete: true,
             sums: self.sums.values().copied().collect(),
             steps: self.live.values().map(book).collect(),
+            ..Report::default()
         }
     }
 }

@@ -4,14 +4,16 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use kv_core::event::{RouterEvent, SnapshotPart};
+use kv_core::event::SnapshotPart;
 use kv_core::hash::Seed;
 use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 
 use super::{Config, Refusal};
 use crate::chain::{Chain, Key};
+use crate::change::Change;
 use crate::metrics::{self, Counters, Gauges};
+use crate::own::Outlet;
 use crate::publish::Publisher;
 use crate::scheduler::{Output, Scheduler, Sequence, blocks_for};
 use crate::snapshot;
@@ -38,8 +40,10 @@ pub(crate) struct Shared {
 struct Core {
     scheduler: Scheduler,
     last_event_id: u64,
-    unpublished: Vec<RouterEvent>,
+    /// Changes and their event ids.
+    unpublished: Vec<(u64, Change)>,
     publisher: Option<Publisher>,
+    own: Option<Outlet>,
     stopped: bool,
 }
 
@@ -55,6 +59,7 @@ impl Shared {
                 last_event_id: 0,
                 unpublished: Vec::new(),
                 publisher: None,
+                own: None,
                 stopped: false,
             }),
             wake: Notify::new(),
@@ -86,7 +91,7 @@ impl Shared {
         }
         let (out, tokens) = mpsc::channel(max_tokens);
         let seed = Seed::new("", salt);
-        let chain = Chain::new(self.config.worker_id, limits.block_size, seed);
+        let chain = Chain::new(self.config.worker_id, limits.block_size, seed).salted(salt);
         let arrived = self.started.elapsed();
         let sequence = Sequence::new(prompt, max_tokens, chain, arrived, out);
         let mut core = self.lock();
@@ -124,6 +129,37 @@ impl Shared {
         self.lock().publisher = Some(publisher);
     }
 
+    pub(super) fn attach_own(&self, outlet: Outlet) {
+        self.lock().own = Some(outlet);
+    }
+
+    /// Takes the events that wait to be polled; `None` where they go another way.
+    pub(crate) fn poll(&self) -> Option<Vec<serde_json::Value>> {
+        match &self.lock().own {
+            Some(Outlet::Poll(buffer)) => Some(buffer.take()),
+            _ => None,
+        }
+    }
+
+    /// The cache is empty and the own stream begins anew, as after a restart of the process; nobody
+    /// is told.
+    pub(crate) fn restart(&self) {
+        let mut core = self.lock();
+        core.scheduler.cache_mut().clear();
+        core.scheduler.cache_mut().take_changes();
+        core.unpublished.clear();
+        if let Some(own) = &core.own {
+            own.restart();
+        }
+    }
+
+    /// Addresses of the own stream's sockets: events and replay.
+    pub(super) fn addresses(&self) -> (Option<String>, Option<String>) {
+        let core = self.lock();
+        let (events, replay) = core.own.as_ref().map_or((None, None), Outlet::addresses);
+        (events.map(str::to_owned), replay.map(str::to_owned))
+    }
+
     pub(super) fn counters(&self) -> Counters {
         self.lock().scheduler.counters().clone()
     }
@@ -137,14 +173,15 @@ impl Shared {
 
     pub(super) fn gauges(&self) -> Gauges {
         let core = self.lock();
+        let (told, lost) = core.own.as_ref().map_or((0, 0), Outlet::totals);
         Gauges {
             running: core.scheduler.running(),
             waiting: core.scheduler.waiting(),
             blocks_pinned: core.scheduler.cache().pinned(),
             blocks: core.scheduler.cache().capacity(),
             last_event_id: core.last_event_id,
-            events_published: core.publisher.as_ref().map_or(0, Publisher::published),
-            events_dropped: core.publisher.as_ref().map_or(0, Publisher::dropped),
+            events_published: core.publisher.as_ref().map_or(told, Publisher::published),
+            events_dropped: core.publisher.as_ref().map_or(lost, Publisher::dropped),
         }
     }
 
@@ -165,22 +202,22 @@ impl Shared {
     pub(super) fn change<T>(&self, change: impl FnOnce(&mut Scheduler) -> T) -> T {
         let mut core = self.lock();
         let result = change(&mut core.scheduler);
-        core.number_changes(self.config.worker_id);
-        core.publish();
+        core.number_changes();
+        core.publish(self.config.worker_id);
         result
     }
 
     fn begin_step(&self) -> Option<Duration> {
         let mut core = self.lock();
         let duration = core.scheduler.begin_step();
-        core.number_changes(self.config.worker_id);
+        core.number_changes();
         duration
     }
 
     fn end_step(&self) {
         let mut core = self.lock();
         // Events first: who has a token may rely on its blocks being on their way.
-        core.publish();
+        core.publish(self.config.worker_id);
         core.scheduler.end_step(self.started.elapsed());
     }
 
@@ -192,21 +229,28 @@ impl Shared {
 // === impl Core ===
 
 impl Core {
-    fn number_changes(&mut self, worker_id: u64) {
-        for data in self.scheduler.cache_mut().take_changes() {
+    fn number_changes(&mut self) {
+        for change in self.scheduler.cache_mut().take_changes() {
             self.last_event_id += 1;
-            if self.publisher.is_some() {
-                let event = snapshot::event(worker_id, self.last_event_id, data);
-                self.unpublished.push(event);
+            if self.publisher.is_some() || self.own.is_some() {
+                self.unpublished.push((self.last_event_id, change));
             }
         }
     }
 
-    fn publish(&mut self) {
-        if let Some(publisher) = &self.publisher
-            && !self.unpublished.is_empty()
-        {
-            publisher.publish(std::mem::take(&mut self.unpublished));
+    fn publish(&mut self, worker_id: u64) {
+        if self.unpublished.is_empty() {
+            return;
+        }
+        let unpublished = std::mem::take(&mut self.unpublished);
+        if let Some(publisher) = &self.publisher {
+            let event =
+                |(id, change): &(u64, Change)| snapshot::event(worker_id, *id, change.data());
+            publisher.publish(unpublished.iter().map(event).collect());
+        }
+        if let Some(own) = &self.own {
+            let changes: Vec<Change> = unpublished.into_iter().map(|(_, change)| change).collect();
+            own.publish(&changes);
         }
     }
 }

@@ -17,7 +17,7 @@ const PAUSE_MS: (u64, u64) = (1_000, 30_000);
 
 /// What is known of the workers that have failed.
 #[derive(Debug, Default)]
-pub struct Health {
+pub struct Ejection {
     workers: HashMap<WorkerId, Worker>,
 }
 
@@ -36,9 +36,9 @@ struct Worker {
 /// What is to be done about a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Due {
-    /// Look whether it is there, and tell [`Health::probed`].
+    /// Look whether it is there, and tell [`Ejection::probed`].
     Probe,
-    /// Leave it out if others are enough, and tell [`Health::left_out`].
+    /// Leave it out if others are enough, and tell [`Ejection::left_out`].
     LeaveOut(Why),
     /// Let it take requests again.
     TakeBack,
@@ -74,7 +74,7 @@ impl Why {
     }
 }
 
-impl Health {
+impl Ejection {
     /// A worker has failed a request.
     pub fn failed(&mut self, worker: WorkerId, failure: Failure) -> Option<Due> {
         let known = self.workers.entry(worker).or_default();
@@ -176,69 +176,69 @@ mod tests {
 
     #[test]
     fn a_worker_that_is_gone_is_left_out_once_somebody_has_looked() {
-        let mut health = Health::default();
-        assert_eq!(health.failed(1, UNREACHED), Some(Due::Probe));
-        assert_eq!(health.failed(1, UNREACHED), None, "it is being looked at");
-        assert!(health.is_in(1));
+        let mut ejection = Ejection::default();
+        assert_eq!(ejection.failed(1, UNREACHED), Some(Due::Probe));
+        assert_eq!(ejection.failed(1, UNREACHED), None, "it is being looked at");
+        assert!(ejection.is_in(1));
         let gone = Some(Due::LeaveOut(Why::Unreachable));
-        assert_eq!(health.probed(1, false, 0), gone);
-        health.left_out(1, 0);
-        assert!(!health.is_in(1));
-        assert_eq!((health.out(), health.failed(1, UNREACHED)), (1, None));
+        assert_eq!(ejection.probed(1, false, 0), gone);
+        ejection.left_out(1, 0);
+        assert!(!ejection.is_in(1));
+        assert_eq!((ejection.out(), ejection.failed(1, UNREACHED)), (1, None));
     }
 
     #[test]
     fn one_that_refused_once_stays() {
-        let mut health = Health::default();
-        assert_eq!(health.failed(1, UNREACHED), Some(Due::Probe));
-        assert_eq!(health.probed(1, true, 0), None);
-        health.answered(1);
+        let mut ejection = Ejection::default();
+        assert_eq!(ejection.failed(1, UNREACHED), Some(Due::Probe));
+        assert_eq!(ejection.probed(1, true, 0), None);
+        ejection.answered(1);
         for _ in 0..2 {
-            assert_eq!(health.failed(1, STATUS), None);
+            assert_eq!(ejection.failed(1, STATUS), None);
         }
-        health.answered(1);
-        assert_eq!(health.failed(1, STATUS), None);
-        assert!(health.is_in(1));
+        ejection.answered(1);
+        assert_eq!(ejection.failed(1, STATUS), None);
+        assert!(ejection.is_in(1));
     }
 
     #[test]
     fn failures_in_a_row_are_enough() {
-        let mut health = Health::default();
-        assert_eq!(health.failed(1, STATUS), None);
-        assert_eq!(health.failed(1, Failure::Broken), None);
+        let mut ejection = Ejection::default();
+        assert_eq!(ejection.failed(1, STATUS), None);
+        assert_eq!(ejection.failed(1, Failure::Broken), None);
         let failing = Some(Due::LeaveOut(Why::Failing));
-        assert_eq!(health.failed(1, STATUS), failing);
+        assert_eq!(ejection.failed(1, STATUS), failing);
         // Too few others: it is asked for again.
-        assert_eq!(health.failed(1, STATUS), failing);
+        assert_eq!(ejection.failed(1, STATUS), failing);
     }
 
     #[test]
     fn pauses_grow_until_it_answers() {
-        let mut health = Health::default();
+        let mut ejection = Ejection::default();
         let mut now_ms = 0;
         let mut pauses = Vec::new();
-        health.left_out(1, now_ms);
+        ejection.left_out(1, now_ms);
         for _ in 0..7 {
             let since = now_ms;
-            while health.due(now_ms).is_empty() {
+            while ejection.due(now_ms).is_empty() {
                 now_ms += 500;
             }
             pauses.push(now_ms - since);
-            assert!(health.due(now_ms).is_empty(), "it is being looked at");
-            assert_eq!(health.probed(1, false, now_ms), None);
+            assert!(ejection.due(now_ms).is_empty(), "it is being looked at");
+            assert_eq!(ejection.probed(1, false, now_ms), None);
         }
         assert_eq!(pauses, [1_000, 2_000, 4_000, 8_000, 16_000, 30_000, 30_000]);
         now_ms += 30_000;
-        assert_eq!(health.due(now_ms), [1]);
-        health.answered(1);
-        assert!(!health.is_in(1));
-        assert_eq!(health.probed(1, true, now_ms), Some(Due::TakeBack));
-        assert!(health.is_in(1));
+        assert_eq!(ejection.due(now_ms), [1]);
+        ejection.answered(1);
+        assert!(!ejection.is_in(1));
+        assert_eq!(ejection.probed(1, true, now_ms), Some(Due::TakeBack));
+        assert!(ejection.is_in(1));
         // Unless it answers, the next pause is as long.
-        health.left_out(1, 0);
-        assert!(health.due(29_999).is_empty());
-        health.keep(|worker| worker != 1);
-        assert_eq!(health.out(), 0);
+        ejection.left_out(1, 0);
+        assert!(ejection.due(29_999).is_empty());
+        ejection.keep(|worker| worker != 1);
+        assert_eq!(ejection.out(), 0);
     }
 
     #[test]

@@ -1,0 +1,230 @@
+//! The cost of an owner and the choice among owners are those of Dynamo's default policy.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::{Arc, Mutex};
+
+use dynamo_custom_policy_builtin::DefaultWorkerSelector;
+use dynamo_kv_router::protocols::{WorkerConfigLike, WorkerWithDpRank};
+use dynamo_kv_router::scheduling::{OverlapSignals, ScheduleMode, SchedulingRequest};
+use dynamo_kv_router::{
+    KvRouterConfig, WorkerLoadProjection, WorkerSelectionInput, WorkerSelector,
+};
+use kv_core::cost::{Cost, Demand};
+use kv_core::load::Load;
+use kv_core::overlap::Overlap;
+use kv_core::pick::pick;
+use kv_core::policy::Policy;
+use kv_core::rng::Rng;
+use tracing::field::{Field, Visit};
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Metadata, Subscriber};
+
+/// Takes the cost from what the selector says about its choice.
+#[derive(Clone, Default)]
+struct Logit(Arc<Mutex<Option<f64>>>);
+
+impl Visit for Logit {
+    fn record_f64(&mut self, field: &Field, value: f64) {
+        if field.name() == "logit" {
+            *self.0.lock().unwrap() = Some(value);
+        }
+    }
+
+    fn record_debug(&mut self, _: &Field, _: &dyn std::fmt::Debug) {}
+}
+
+impl Subscriber for Logit {
+    fn enabled(&self, _: &Metadata<'_>) -> bool {
+        true
+    }
+
+    fn new_span(&self, _: &Attributes<'_>) -> Id {
+        Id::from_u64(1)
+    }
+
+    fn record(&self, _: &Id, _: &Record<'_>) {}
+
+    fn record_follows_from(&self, _: &Id, _: &Id) {}
+
+    fn event(&self, event: &Event<'_>) {
+        event.record(&mut self.clone());
+    }
+
+    fn enter(&self, _: &Id) {}
+
+    fn exit(&self, _: &Id) {}
+}
+
+/// A worker of one rank.
+struct Worker;
+
+impl WorkerConfigLike for Worker {
+    fn data_parallel_start_rank(&self) -> u32 {
+        0
+    }
+
+    fn data_parallel_size(&self) -> u32 {
+        1
+    }
+
+    fn max_num_batched_tokens(&self) -> Option<u64> {
+        None
+    }
+
+    fn total_kv_blocks(&self) -> Option<u64> {
+        None
+    }
+}
+
+/// A random state: owners by worker id.
+struct State {
+    demand: Demand,
+    policy: Policy,
+    owners: BTreeMap<u64, (Overlap, Load, u32)>,
+}
+
+fn state(rng: &mut Rng) -> State {
+    let block_size = [1, 16, 32, 100][rng.below(4)];
+    let tokens = u32::try_from(1 + rng.below(40 * block_size as usize)).unwrap();
+    let demand = Demand { tokens, block_size };
+    let blocks = demand.blocks() as usize;
+    let below = |rng: &mut Rng, n: usize| u32::try_from(rng.below(n)).unwrap();
+    let mut weight = |usual: f64| [usual, usual, 0.0, 4.0 * rng.unit()][rng.below(4)];
+    let policy = Policy {
+        prefill_load_scale: weight(1.0),
+        // Without it Dynamo doesn't look at caches at all, slower tiers included.
+        overlap_score_credit: weight(1.0).max(0.01),
+        host_cache_hit_weight: weight(0.75),
+        disk_cache_hit_weight: weight(0.25),
+        decode_active_request_weight: weight(0.0),
+        ..Policy::default()
+    };
+    let owners = (0..2 + rng.below(6) as u64).map(|id| {
+        let mut depth = [0; 4].map(|_: u32| below(rng, blocks + 1));
+        depth.sort_unstable();
+        let shared = below(rng, blocks + 1);
+        let load = Load {
+            prefill_tokens: [0, below(rng, 50_000)][rng.below(2)],
+            waiting: below(rng, 5) as u16,
+            decoding: below(rng, 50) as u16,
+            blocks: shared + [0, below(rng, 3_000)][rng.below(2)],
+        };
+        (id, (Overlap { depth }, load, shared))
+    });
+    let owners = owners.collect();
+    State {
+        demand,
+        policy,
+        owners,
+    }
+}
+
+impl State {
+    fn config(&self) -> KvRouterConfig {
+        KvRouterConfig {
+            overlap_score_credit: self.policy.overlap_score_credit,
+            prefill_load_scale: self.policy.prefill_load_scale,
+            decode_active_request_weight: self.policy.decode_active_request_weight,
+            host_cache_hit_weight: self.policy.host_cache_hit_weight,
+            disk_cache_hit_weight: self.policy.disk_cache_hit_weight,
+            ..KvRouterConfig::default()
+        }
+    }
+
+    /// The request as Dynamo's scheduler would see it, for some of the owners.
+    fn request(&self, allowed: HashSet<u64>) -> SchedulingRequest {
+        let mut overlap = OverlapSignals::default();
+        let mut worker_loads = Default::default();
+        let loads: &mut rustc_hash::FxHashMap<_, _> = &mut worker_loads;
+        for (id, (held, load, shared)) in &self.owners {
+            let worker = WorkerWithDpRank::new(*id, 0);
+            let [device, host, disk, external] = held.by_tier().map(|n| n as usize);
+            let tiers = &mut overlap.tier_overlap_blocks;
+            tiers.device.insert(worker, device);
+            tiers.host_pinned.insert(worker, host);
+            tiers.disk.insert(worker, disk + external);
+            let effective = held.effective(&self.policy);
+            overlap.effective_overlap_blocks.insert(worker, effective);
+            let cached = effective * f64::from(self.demand.block_size);
+            let cached = cached.round() as usize;
+            overlap.effective_cached_tokens.insert(worker, cached);
+            let projection = WorkerLoadProjection {
+                active_prefill_tokens: load.prefill_tokens as usize,
+                active_decode_blocks: load.blocks as usize,
+                active_requests: load.requests() as usize,
+                additional_active_blocks: (self.demand.blocks() - shared) as usize,
+            };
+            loads.insert(worker, projection);
+        }
+        SchedulingRequest {
+            mode: ScheduleMode::QueryOnly { request_id: None },
+            token_seq: None,
+            isl_tokens: self.demand.tokens as usize,
+            lora_name: None,
+            expected_output_tokens: None,
+            affinity_target: None,
+            pinned_worker: None,
+            allowed_worker_ids: Some(allowed),
+            routing_constraints: Default::default(),
+            router_config_override: None,
+            track_prefill_tokens: true,
+            priority_jump: 0.0,
+            strict_priority: 0,
+            policy_class: None,
+            session_context: None,
+            overlap,
+            kv_transfer_candidates: None,
+            retain_kv_transfer_chain: false,
+            shared_cache_hits: None,
+            worker_loads,
+            resp_tx: None,
+        }
+    }
+}
+
+#[test]
+fn costs_and_choices_are_equal() {
+    let mut rng = Rng::new(20);
+    let logit = Logit::default();
+    let _guard = tracing::subscriber::set_default(logit.clone());
+    let (mut costs_compared, mut tied) = (0, 0);
+    for case in 0..20_000 {
+        let state = state(&mut rng);
+        let workers: HashMap<u64, Worker> = state.owners.keys().map(|id| (*id, Worker)).collect();
+        let selector = DefaultWorkerSelector::new(Some(state.config()), "aggregated");
+        let select = |allowed: HashSet<u64>| {
+            let request = state.request(allowed);
+            let eligibility = request.eligibility();
+            let size = state.demand.block_size;
+            let input = WorkerSelectionInput::configured(&workers, &request, eligibility, size);
+            let chosen = selector.select_worker(input).unwrap().worker.worker_id;
+            (chosen, logit.0.lock().unwrap().take().unwrap())
+        };
+        let ours: Vec<f64> = state
+            .owners
+            .values()
+            .map(|(overlap, load, shared)| {
+                Cost::new(state.demand, overlap, load, *shared, &state.policy).total()
+            })
+            .collect();
+        for (id, cost) in state.owners.keys().zip(&ours) {
+            let (_, theirs) = select(HashSet::from([*id]));
+            let tolerance = 1e-9 * theirs.abs().max(1.0);
+            assert!(
+                (cost - theirs).abs() <= tolerance,
+                "case {case}: {cost} {theirs}"
+            );
+            costs_compared += 1;
+        }
+        let (theirs, least) = select(state.owners.keys().copied().collect());
+        let mine = pick(&ours, 0.0, &mut rng).unwrap() as u64;
+        let near = |id: u64| (ours[id as usize] - least).abs() <= 1e-9 * least.abs().max(1.0);
+        assert!(
+            near(mine) && near(theirs),
+            "case {case}: {mine} {theirs} {ours:?}"
+        );
+        tied += usize::from(mine != theirs);
+    }
+    assert!(costs_compared >= 40_000);
+    println!("{costs_compared} costs, {tied} choices differ by an exact tie");
+}
