@@ -375,7 +375,6 @@ impl Request {
         };
         let Router { host, metrics, .. } = router;
         metrics.request(host, NO_POOL, Reason::Answered);
-        metrics.missed(host, Miss::Unanswered);
         self.state = State::Over;
         if !host.reply(200, list.as_bytes()) {
             metrics.fault(host, Fault::Reply);
@@ -476,7 +475,10 @@ impl Request {
         let Router { host, metrics, .. } = router;
         metrics.request(host, &pool.name, Reason::Refused);
         metrics.refused(host, refusal);
-        metrics.missed(host, Miss::Unanswered);
+        // Where no pool serves the model there was no worker to be missed.
+        if refusal != Refusal::ModelUnknown {
+            metrics.missed(host, Miss::Unanswered);
+        }
         // Callbacks on the answer find nothing left to do.
         self.state = State::Over;
         if !host.reply(refusal.status(), refusal.body(model).as_bytes()) {
