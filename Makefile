@@ -149,6 +149,16 @@ bench-%: tools filter ## one bench by name (a file of benches/src/bin)
 	@echo '==> bench $* (some minutes), into target/bench/$*.json'
 	@cargo run --quiet --release -p kv-benches --bin $*
 
+TOKENIZER_PARITY := target/tokenizer-parity
+
+.PHONY: tokenizer-parity
+tokenizer-parity: preflight ## compare chat templates and tokenizers with Python's transformers (an hour; CONVERSATIONS=100 for less)
+	@python3 -B tests/tokenizer-parity/oracle.py fetch $(TOKENIZER_PARITY)
+	@echo '==> building the reader of conversations (two to four minutes the first time)'
+	@cargo build --quiet --release -p kv-router --example tokenizer_parity
+	@$(TOKENIZER_PARITY)/venv/bin/python -B tests/tokenizer-parity/oracle.py check $(TOKENIZER_PARITY) \
+		target/release/examples/tokenizer_parity $(or $(CONVERSATIONS),2000)
+
 .PHONY: fmt
 fmt: components ## format the Rust sources
 	@cargo fmt --all

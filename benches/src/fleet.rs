@@ -1,7 +1,7 @@
 //! NATS, a sidecar from the release build, and any number of Envoys on it.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -27,6 +27,8 @@ pub struct Options<'a> {
     pub mode: &'a str,
     /// Whether answers carry the decision record.
     pub decision_header: bool,
+    /// Folder of the model whose texts are read.
+    pub tokenizer: Option<&'a Path>,
 }
 
 /// The running parts.
@@ -95,6 +97,9 @@ impl Fleet {
         });
         if let (Some(all), Value::Object(more)) = (config.as_object_mut(), more) {
             all.extend(more);
+        }
+        if let Some(folder) = options.tokenizer {
+            config["tokenizer"] = json!({"path": folder});
         }
         let file = dir.path().join("kv-router.yaml");
         std::fs::write(&file, config.to_string())?;

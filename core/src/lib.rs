@@ -42,6 +42,8 @@ pub mod replica;
 pub mod report;
 pub mod rng;
 pub mod scan;
+pub mod surface;
 pub mod table;
+pub mod text;
 pub mod tracker;
 pub mod wire;

@@ -11,6 +11,7 @@ use crate::family::Scheme;
 use crate::id::{Device, OwnerId, Role, Slot};
 use crate::key;
 use crate::policy::Policy;
+use crate::text::Budget;
 use extension::Extension;
 
 /// Everything a decision needs besides pages, load and the request.
@@ -67,6 +68,10 @@ pub struct Pool {
     /// Slots of stores that all workers share.
     #[serde(skip)]
     pub stores: Vec<Slot>,
+    /// How long the sidecar may take to read a prompt that is text; `None` where it has no tokenizer
+    /// for this pool.
+    #[serde(skip)]
+    pub text: Option<Budget>,
 }
 
 /// A (worker, dp rank) of a pool.

@@ -36,7 +36,7 @@ const MAX_UNDONE: u32 = 2;
 /// A request to be routed.
 #[derive(Clone, Copy, Debug)]
 pub struct Ask<'a> {
-    /// The reason so far: [`Reason::Kv`] for a prompt that has been read.
+    /// The reason so far; see [`Reason::has_blocks`].
     pub reason: Reason,
     /// Prompt tokens, 0 where unknown.
     pub tokens: u32,
@@ -150,7 +150,7 @@ impl Chooser {
         let mode = pool.policy.mode;
         let mut reason = ask.reason.under(mode);
         let mut trust = 1.0;
-        let looked_up = reason == Reason::Kv && {
+        let looked_up = reason.has_blocks() && {
             match published.index {
                 None => reason = Reason::NoIndex,
                 Some(index) if index.trust <= 0.0 => reason = Reason::Stale,
@@ -159,7 +159,7 @@ impl Chooser {
                     self.look_up(host, metrics, served, &index, ask);
                 }
             }
-            reason == Reason::Kv
+            reason.has_blocks()
         };
         self.in_use.clear();
         if let Some(loads) = published.loads.filter(|_| mode == Mode::Kv) {

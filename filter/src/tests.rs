@@ -10,6 +10,7 @@ mod noise;
 mod reports;
 mod requests;
 mod staleness;
+mod text;
 
 use kv_core::event::{EventData, Stored, StoredBlock};
 use kv_core::hash::{Hashing, Seed, sequence_hashes};

@@ -252,7 +252,7 @@ fn a_reload_takes_workers_and_policies_and_names_what_needs_a_restart() {
     assert_eq!(
         needed,
         [
-            "pools: their names, order, kv_cache_block_size, kv_events, media, families and image_token_id"
+            "pools: their names, order, kv_cache_block_size, kv_events, media, families, image_token_id and tokenizer"
         ]
     );
     assert_eq!(before.reloaded(resized).pools, before.pools);
@@ -350,7 +350,7 @@ fn media_and_families_of_a_running_sidecar_stay() {
     let before = Config::parse(WITH_EVENTS, &[]).unwrap();
     let after = Config::parse(&WITH_EVENTS.replace("external", "disk"), &[]).unwrap();
     let keys = [
-        "pools: their names, order, kv_cache_block_size, kv_events, media, families and image_token_id",
+        "pools: their names, order, kv_cache_block_size, kv_events, media, families, image_token_id and tokenizer",
     ];
     assert_eq!(before.restart_needed(&after), keys);
     assert_eq!(before.reloaded(after), before);

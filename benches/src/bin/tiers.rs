@@ -106,6 +106,7 @@ async fn measure(
     }
     let addresses: Vec<SocketAddr> = engines.iter().map(Engine::address).collect();
     let options = Options {
+        tokenizer: None,
         workers: &addresses,
         mode: "kv",
         decision_header: false,

@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::{Table, Traits};
 use crate::family::Scheme;
 use crate::id::Slot;
+use crate::text::Budget;
 use crate::tracker::Tracking;
 
 /// By position of the pool in the table.
@@ -16,6 +17,7 @@ struct OfPool {
     tracking: Tracking,
     trusts_hints: bool,
     device_ratio: u32,
+    text: Option<Budget>,
     /// By position of the owner in its pool.
     owners: Vec<Traits>,
     families: Vec<Scheme>,
@@ -29,6 +31,7 @@ impl Extension {
             tracking: pool.policy.tracking,
             trusts_hints: pool.trusts_hints,
             device_ratio: pool.device_ratio,
+            text: pool.text,
             owners: pool.owners.iter().map(|owner| owner.traits).collect(),
             families: pool.families.clone(),
             stores: pool.stores.clone(),
@@ -45,6 +48,7 @@ impl Extension {
             pool.families = more.families;
             pool.stores = more.stores;
             pool.policy.shared_cache_multiplier = more.shared_cache_multiplier;
+            pool.text = more.text;
             for (owner, traits) in pool.owners.iter_mut().zip(more.owners) {
                 owner.traits = traits;
             }

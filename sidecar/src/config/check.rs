@@ -7,13 +7,14 @@ use std::path::Path;
 use kv_core::id::{Role, Slot};
 use kv_core::policy::Policy;
 use kv_core::table::Settings;
+use kv_core::text::Budget;
 use kv_core::tracker::Tracking;
 
 use super::error::{ConfigErrors, Problem};
 use super::file;
 use super::file::File;
 use super::layer::Layer;
-use super::{Config, DEFAULT_POOL, DynamoPlane, Indexer, Nats, Pool, Worker};
+use super::{Config, DEFAULT_POOL, DynamoPlane, Indexer, Nats, Pool, Tokenizer, Worker};
 use crate::ingest::subject::{Template, TemplateError};
 use crate::load;
 
@@ -301,8 +302,11 @@ impl Check {
             }
         });
         let workers = workers.collect();
+        let tokenizer = pool.tokenizer.as_ref();
+        let tokenizer = tokenizer.map(|t| self.tokenizer(t, &path("tokenizer.path")));
         let media = self.media(pool, prefix);
         Pool {
+            tokenizer,
             workers,
             families: self.families(pool, &media, prefix),
             media,
@@ -320,6 +324,20 @@ impl Check {
             routing_group: None,
             trusts_hints: pool.trust_hints,
             device_ratio: pool.encoder_cuda_to_cpu_ratio,
+        }
+    }
+
+    fn tokenizer(&mut self, tokenizer: &file::Tokenizer, at: &str) -> Tokenizer {
+        let folder = tokenizer.path.as_deref();
+        let file = folder.map(|folder| folder.join("tokenizer.json"));
+        self.readable(at, file.as_deref());
+        Tokenizer {
+            path: tokenizer.path.clone().unwrap_or_default(),
+            cache_bytes: tokenizer.cache_bytes,
+            budget: Budget {
+                base_ms: tokenizer.budget_ms,
+                per_thousand_words_ms: tokenizer.budget_ms_per_1000_words,
+            },
         }
     }
 

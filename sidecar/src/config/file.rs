@@ -210,8 +210,48 @@ pub struct Pool {
     /// worker without. Mirrors Dynamo's `DYN_ENCODER_CUDA_TO_CPU_RATIO`.
     #[schemars(range(min = 1, max = 1_000_000))]
     pub encoder_cuda_to_cpu_ratio: u32,
+    /// How prompts that are text are read; without it they are routed by load. Needs a restart, as
+    /// everything under `tokenizer` does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Tokenizer")]
+    pub tokenizer: Option<Tokenizer>,
     /// The workers.
     pub workers: Vec<Worker>,
+}
+
+/// A model's tokenizer and chat template.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Tokenizer {
+    /// Folder as Hugging Face lays it out: `tokenizer.json`, `tokenizer_config.json`,
+    /// `chat_template.jinja`.
+    #[schemars(required)]
+    pub path: Option<PathBuf>,
+    /// Bytes of token ids that are remembered, so that the next turn of a conversation tokenizes
+    /// only what is new.
+    #[serde(default = "cache_bytes")]
+    #[schemars(range(min = 0, max = 1_099_511_627_776_u64))]
+    pub cache_bytes: u64,
+    /// Milliseconds that reading a prompt may take.
+    #[serde(default = "budget_ms")]
+    #[schemars(range(min = 1, max = 10_000))]
+    pub budget_ms: u32,
+    /// Milliseconds more for every thousand words.
+    #[serde(default = "budget_ms_per_1000_words")]
+    #[schemars(range(min = 0, max = 1_000))]
+    pub budget_ms_per_1000_words: u32,
+}
+
+fn cache_bytes() -> u64 {
+    256 << 20
+}
+
+fn budget_ms() -> u32 {
+    20
+}
+
+fn budget_ms_per_1000_words() -> u32 {
+    2
 }
 
 impl Default for Pool {
@@ -238,6 +278,7 @@ impl Default for Pool {
             image_token_id: None,
             trust_hints: false,
             encoder_cuda_to_cpu_ratio: 8,
+            tokenizer: None,
             workers: Vec::new(),
         }
     }

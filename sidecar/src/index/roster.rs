@@ -220,6 +220,7 @@ impl Pool {
             trusts_hints: self.config.trusts_hints,
             device_ratio: self.config.device_ratio,
             stores: stores.collect(),
+            text: self.config.tokenizer.as_ref().map(|t| t.budget),
         }
     }
 }
