@@ -49,15 +49,18 @@ filter-chaos: preflight
 	@envoy/tools/wasm-cargo build -p kv-filter --features chaos --profile wasm --target-dir target/chaos
 
 # The last release of the filter that speaks the protocol before this one.
-OLDER := 187d639ccfa74551ee7ad5a7743439bafa2a3719
+OLDER := 835861e223a69bf33d86d88bb28c8094b5c7a562
 .PHONY: filter-older
 filter-older: preflight
 	@echo '==> building an older filter, for tests of releases that differ (a minute the first time)'
-	@git cat-file -e $(OLDER) || { echo 'commit $(OLDER) is missing: fetch the whole history'; exit 1; }
-	@mkdir -p target/older/src
-	@test -f target/older/src/$(OLDER) || \
-		{ git archive $(OLDER) | tar -x -C target/older/src && touch target/older/src/$(OLDER); }
-	@envoy/tools/wasm-cargo build --manifest-path target/older/src/Cargo.toml -p kv-filter --profile wasm --target-dir target/older
+	@if git cat-file -e $(OLDER) 2>/dev/null; then \
+		mkdir -p target/older/src && \
+		{ test -f target/older/src/$(OLDER) || \
+			{ git archive $(OLDER) | tar -x -C target/older/src && touch target/older/src/$(OLDER); }; } && \
+		envoy/tools/wasm-cargo build --manifest-path target/older/src/Cargo.toml -p kv-filter --profile wasm --target-dir target/older; \
+	else \
+		echo 'commit $(OLDER) is missing from this clone: its filter is not tested'; \
+	fi
 
 .PHONY: tools
 tools: preflight ## fetch Envoy, NATS and Node into .tools
