@@ -83,6 +83,7 @@ test: tools filter filter-chaos filter-older ## every test: unit, property, wasm
 	@echo '==> core on wasm32 under Node (a minute the first time)'
 	@envoy/tools/wasm-cargo test -p kv-core
 
+# A workspace of its own: nothing of the product depends on what it is compared with.
 PARITY := --manifest-path tests/parity/Cargo.toml --target-dir target/parity
 
 .PHONY: parity
@@ -119,9 +120,21 @@ fuzz: preflight ## every decoder of events against changed messages, 10 minutes 
 		(cd fuzz && cargo fuzz run --sanitizer none $$target -- -max_total_time=$(FUZZ_SECONDS) \
 			-max_len=65536 -timeout=10 -rss_limit_mb=2048 -print_final_stats=1) || exit 1; \
 	done
+
 .PHONY: storm
 storm: tools filter filter-chaos ## a minute of ten times the load that engines can take
 	@KV_STORM_SECONDS=60 cargo test -p kv-tests --test storm -- an_overload
+
+.PHONY: test-memory
+test-memory: preflight ## 24 million random events into an index of 256 MiB (some minutes)
+	@cargo test --quiet --release -p kv-core --test memory -- --ignored --nocapture
+
+PEERS := cargo run --quiet --release $(PARITY) --locked --bin
+
+.PHONY: bench-index-peers
+bench-index-peers: preflight ## speed and memory of the index beside those of Dynamo's crates
+	@$(PEERS) index_memory
+	@$(PEERS) index_speed
 
 .PHONY: bench
 bench: ## every bench, one after the other: tables here, JSON in target/bench

@@ -290,14 +290,18 @@ impl Request {
                 };
                 let salt = read.scan.cache_salt.value().map_or("", String::as_str);
                 let hashing = served.hashing(salt);
-                let hashes = match &mut read.scan.prompt {
-                    Prompt::Tokens(tokens) if read.reason == Reason::Kv => tokens.hashes(hashing),
-                    _ => &[],
+                let (hashes, families) = match &mut read.scan.prompt {
+                    Prompt::Tokens(tokens) if read.reason == Reason::Kv => {
+                        let families = served.named(tokens.ids(), salt);
+                        (tokens.hashes(hashing), families)
+                    }
+                    _ => (&[][..], Vec::new()),
                 };
                 let ask = Ask {
                     reason: read.reason,
                     tokens: read.tokens,
                     hashes,
+                    families: &families,
                     pin,
                     answer,
                 };

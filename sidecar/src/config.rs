@@ -60,6 +60,10 @@ pub struct Config {
     pub dynamo_zmq: Vec<String>,
     /// Most bytes a second of a worker's own stream of events.
     pub event_bytes_per_second: u64,
+    /// Memory of the index, in bytes.
+    pub index_bytes: usize,
+    /// Memory of the pages in each Envoy, in bytes.
+    pub page_bytes: usize,
     /// How load is tracked.
     pub load: load::Settings,
     /// Whether workers that fail are left out.

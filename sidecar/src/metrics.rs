@@ -142,6 +142,14 @@ metrics! {
     left_out_units: Gauge = Gauge::default(), "index_left_out_units", None, "Units that did not fit into their page";
     /// `kv_router_index_pages`: pages, each a key in Envoy's shared data.
     pages: Gauge = Gauge::default(), "index_pages", None, "Pages";
+    /// `kv_router_index_bytes`: memory of the index. At `index_bytes` blocks are evicted.
+    index_bytes: Gauge = Gauge::default(), "index", Some(Unit::Bytes), "Memory of the index";
+    /// `kv_router_index_page_bytes`: memory of the pages in each Envoy, their keys included. At
+    /// `page_bytes` blocks are evicted.
+    page_bytes: Gauge = Gauge::default(), "index_page", Some(Unit::Bytes), "Memory of the pages in each Envoy";
+    /// `kv_router_index_evicted_total`: blocks dropped because index or pages were full, the
+    /// longest unused first. Their workers still have them.
+    evicted: Counter = Counter::default(), "index_evicted", None, "Blocks dropped for want of memory";
     /// `kv_router_nats_connected`: 1 while connected. At 0 the index ages.
     nats_connected: Gauge = Gauge::default(), "nats_connected", None, "Whether NATS is connected";
     /// `kv_router_nats_connects_total`: connections made.

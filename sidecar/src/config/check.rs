@@ -99,6 +99,8 @@ impl Check {
             indexer: file.indexer.as_ref().map(|indexer| self.indexer(indexer)),
             dynamo_zmq: self.dynamo_zmq(&file.dynamo_zmq),
             event_bytes_per_second: file.event_bytes_per_second,
+            index_bytes: bytes(file.index_bytes),
+            page_bytes: bytes(file.page_bytes),
             load: load::Settings {
                 tracking,
                 expiry_ms: milliseconds(file.active_request_expiry_secs),
@@ -264,8 +266,24 @@ impl Check {
                 self.refuse(path("id"), id, &format!("is taken by {other}"));
             }
             let why = "must be ip:port or [v6]:port";
-            let endpoint = worker.endpoint.as_deref();
-            let endpoint = endpoint.map_or(UNKNOWN, |e| self.address(&path("endpoint"), e, why));
+            let is_store = worker.role == Role::Store;
+            let endpoint = match &worker.endpoint {
+                Some(endpoint) if is_store => {
+                    let why = "must be left out: a store takes no requests";
+                    self.refuse(path("endpoint"), endpoint, why);
+                    UNKNOWN
+                }
+                Some(endpoint) => self.address(&path("endpoint"), endpoint, why),
+                None => {
+                    let path = path("endpoint");
+                    // What the schema has cut away has been reported.
+                    let known = self.problems.iter().any(|p| p.path() == Some(&path));
+                    if !is_store && !known {
+                        self.problems.push(Problem::Missing { path });
+                    }
+                    UNKNOWN
+                }
+            };
             if endpoint != UNKNOWN
                 && let Some(other) = self.endpoints.insert(endpoint, path("endpoint"))
             {
@@ -273,7 +291,7 @@ impl Check {
             }
             Worker {
                 id: worker.id.unwrap_or_default(),
-                endpoint: Some(endpoint),
+                endpoint: Some(endpoint).filter(|_| !is_store),
                 role: worker.role,
                 device: worker.device,
                 ranks: worker.data_parallel_size,
@@ -330,6 +348,7 @@ impl Check {
             overlap_score_credit: credit,
             host_cache_hit_weight: pool.host_cache_hit_weight,
             disk_cache_hit_weight: pool.disk_cache_hit_weight,
+            shared_cache_multiplier: pool.shared_cache_multiplier,
             decode_active_request_weight: pool.decode_active_request_weight,
             ..defaults
         }
@@ -360,6 +379,11 @@ impl Check {
     ) {
         self.problems.push(Problem::value(path, value, why));
     }
+}
+
+/// More than the machine could address is no limit.
+fn bytes(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
 }
 
 /// Seconds as milliseconds; the schema bounds them.
