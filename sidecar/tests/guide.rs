@@ -168,7 +168,7 @@ fn every_page_shows_the_verdict_that_its_configuration_leads_to() {
             ]
         }),
         ("vllm.md", {
-            let batch = |i| packed(&[store("GPU", 1 + 16 * i, 16, 16, vllm.clone())]);
+            let batch = |i: i64| packed(&[store("GPU", 1 + 16 * i, 16, 16, vllm.clone())]);
             (0..4).map(batch).collect()
         }),
     ];
