@@ -10,11 +10,14 @@ fn main() -> std::io::Result<()> {
         std::process::exit(2);
     };
     let messages = kv_fuzz::corpus(&fixtures)?;
-    for (target, _) in kv_fuzz::TARGETS {
-        let folder = corpus.join(target);
+    for target in kv_fuzz::TARGETS {
+        let folder = corpus.join(target.name);
         std::fs::create_dir_all(&folder)?;
         for (i, message) in messages.iter().enumerate() {
-            std::fs::write(folder.join(format!("genuine-{i:03}")), message)?;
+            std::fs::write(
+                folder.join(format!("genuine-{i:03}")),
+                (target.wrap)(message),
+            )?;
         }
     }
     println!(

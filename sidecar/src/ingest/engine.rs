@@ -200,7 +200,7 @@ impl Normaliser {
         let salt = stored.salt.take();
         let salt = self
             .salts
-            .store(rank, stored.parent, &stored.hashes, salt.as_deref())?;
+            .store(rank, tier, stored.parent, &stored.hashes, salt.as_deref())?;
         let cutter = Cutter {
             own: own as usize,
             cut: cut as usize,
@@ -277,7 +277,7 @@ impl Normaliser {
             has_tokens = self.both.contains(&(rank, medium));
         }
         if has_tokens {
-            self.salts.remove(rank, &removed.hashes);
+            self.salts.remove(rank, tier, &removed.hashes);
             self.drop_blocks(rank, tier, &removed.hashes, out);
         }
         Ok(())
@@ -325,8 +325,8 @@ impl Normaliser {
             },
             (_, None, None) => None,
         };
+        self.salts.clear(rank, tier);
         if tier.is_none() {
-            self.salts.clear(rank);
             self.levels.clear(rank);
         }
         out.push(rank, tier, Family::Dynamo, EventData::Cleared);

@@ -312,7 +312,6 @@ impl Worker {
         if self.last.is_some_and(|last| sequence <= last) {
             return Ok(());
         }
-        self.outlet.admit(message.payload.len()).await;
         let decoded = decode::json(&message.payload, self.outlet.origin().worker);
         let mut batch = Batch {
             sequence: None,

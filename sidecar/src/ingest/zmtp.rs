@@ -184,14 +184,18 @@ fn property(out: &mut BytesMut, name: &[u8], value: &[u8]) {
 
 /// What goes over a connection.
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Unit {
+pub enum Unit {
+    /// The first 64 bytes of each side.
     Greeting,
+    /// What sockets tell each other.
     Command(Bytes),
+    /// What programs tell each other, in frames.
     Message(Vec<Bytes>),
 }
 
+/// Bytes of a connection to and from units. After an error there is no next one.
 #[derive(Debug)]
-struct Codec {
+pub struct Codec {
     limit: usize,
     is_greeted: bool,
     /// Frames of a message whose last has not come.
@@ -200,7 +204,9 @@ struct Codec {
 }
 
 impl Codec {
-    fn new(limit: usize) -> Self {
+    /// A codec of a connection that has not begun; messages have at most `limit` bytes.
+    #[must_use]
+    pub fn new(limit: usize) -> Self {
         Self {
             limit,
             is_greeted: false,

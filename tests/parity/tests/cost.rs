@@ -7,7 +7,7 @@ use dynamo_custom_policy_builtin::DefaultWorkerSelector;
 use dynamo_kv_router::protocols::{WorkerConfigLike, WorkerWithDpRank};
 use dynamo_kv_router::scheduling::{OverlapSignals, ScheduleMode, SchedulingRequest};
 use dynamo_kv_router::{
-    KvRouterConfig, WorkerLoadProjection, WorkerSelectionInput, WorkerSelector,
+    KvRouterConfig, SharedCacheHits, WorkerLoadProjection, WorkerSelectionInput, WorkerSelector,
 };
 use kv_core::cost::{Cost, Demand};
 use kv_core::load::Load;
@@ -80,6 +80,8 @@ impl WorkerConfigLike for Worker {
 struct State {
     demand: Demand,
     policy: Policy,
+    /// Leading blocks of the prompt that a store of all workers has.
+    store: u32,
     owners: BTreeMap<u64, (Overlap, Load, u32)>,
 }
 
@@ -97,11 +99,21 @@ fn state(rng: &mut Rng) -> State {
         host_cache_hit_weight: weight(0.75),
         disk_cache_hit_weight: weight(0.25),
         decode_active_request_weight: weight(0.0),
+        shared_cache_multiplier: weight(0.5),
         ..Policy::default()
     };
+    let store = [0, below(rng, blocks + 1)][rng.below(2)];
     let owners = (0..2 + rng.below(6) as u64).map(|id| {
         let mut depth = [0; 4].map(|_: u32| below(rng, blocks + 1));
         depth.sort_unstable();
+        if store > 0 {
+            // Of blocks in a store and on slower tiers, the two take different account.
+            depth = [depth[0]; 4];
+        }
+        let held = Overlap {
+            depth,
+            shared_cache: store.saturating_sub(depth[0]),
+        };
         let shared = below(rng, blocks + 1);
         let load = Load {
             prefill_tokens: [0, below(rng, 50_000)][rng.below(2)],
@@ -109,12 +121,13 @@ fn state(rng: &mut Rng) -> State {
             decoding: below(rng, 50) as u16,
             blocks: shared + [0, below(rng, 3_000)][rng.below(2)],
         };
-        (id, (Overlap { depth }, load, shared))
+        (id, (held, load, shared))
     });
     let owners = owners.collect();
     State {
         demand,
         policy,
+        store,
         owners,
     }
 }
@@ -127,6 +140,7 @@ impl State {
             decode_active_request_weight: self.policy.decode_active_request_weight,
             host_cache_hit_weight: self.policy.host_cache_hit_weight,
             disk_cache_hit_weight: self.policy.disk_cache_hit_weight,
+            shared_cache_multiplier: self.policy.shared_cache_multiplier,
             ..KvRouterConfig::default()
         }
     }
@@ -175,10 +189,31 @@ impl State {
             overlap,
             kv_transfer_candidates: None,
             retain_kv_transfer_chain: false,
-            shared_cache_hits: None,
+            shared_cache_hits: (self.store > 0)
+                .then(|| SharedCacheHits::from_ranges(vec![0..self.store])),
             worker_loads,
             resp_tx: None,
         }
+    }
+
+    /// The worker that Dynamo chooses among some, and its cost.
+    fn theirs(&self, allowed: HashSet<u64>, logit: &Logit) -> (u64, f64) {
+        let workers: HashMap<u64, Worker> = self.owners.keys().map(|id| (*id, Worker)).collect();
+        let selector = DefaultWorkerSelector::new(Some(self.config()), "aggregated");
+        let request = self.request(allowed);
+        let eligibility = request.eligibility();
+        let size = self.demand.block_size;
+        let input = WorkerSelectionInput::configured(&workers, &request, eligibility, size);
+        let chosen = selector.select_worker(input).unwrap().worker.worker_id;
+        (chosen, logit.0.lock().unwrap().take().unwrap())
+    }
+
+    fn ours(&self) -> Vec<f64> {
+        let owners = self.owners.values();
+        let cost = owners.map(|(overlap, load, shared)| {
+            Cost::new(self.demand, overlap, load, *shared, &self.policy).total()
+        });
+        cost.collect()
     }
 }
 
@@ -190,25 +225,9 @@ fn costs_and_choices_are_equal() {
     let (mut costs_compared, mut tied) = (0, 0);
     for case in 0..20_000 {
         let state = state(&mut rng);
-        let workers: HashMap<u64, Worker> = state.owners.keys().map(|id| (*id, Worker)).collect();
-        let selector = DefaultWorkerSelector::new(Some(state.config()), "aggregated");
-        let select = |allowed: HashSet<u64>| {
-            let request = state.request(allowed);
-            let eligibility = request.eligibility();
-            let size = state.demand.block_size;
-            let input = WorkerSelectionInput::configured(&workers, &request, eligibility, size);
-            let chosen = selector.select_worker(input).unwrap().worker.worker_id;
-            (chosen, logit.0.lock().unwrap().take().unwrap())
-        };
-        let ours: Vec<f64> = state
-            .owners
-            .values()
-            .map(|(overlap, load, shared)| {
-                Cost::new(state.demand, overlap, load, *shared, &state.policy).total()
-            })
-            .collect();
+        let ours = state.ours();
         for (id, cost) in state.owners.keys().zip(&ours) {
-            let (_, theirs) = select(HashSet::from([*id]));
+            let (_, theirs) = state.theirs(HashSet::from([*id]), &logit);
             let tolerance = 1e-9 * theirs.abs().max(1.0);
             assert!(
                 (cost - theirs).abs() <= tolerance,
@@ -216,7 +235,7 @@ fn costs_and_choices_are_equal() {
             );
             costs_compared += 1;
         }
-        let (theirs, least) = select(state.owners.keys().copied().collect());
+        let (theirs, least) = state.theirs(state.owners.keys().copied().collect(), &logit);
         let mine = pick(&ours, 0.0, &mut rng).unwrap() as u64;
         let near = |id: u64| (ours[id as usize] - least).abs() <= 1e-9 * least.abs().max(1.0);
         assert!(
@@ -227,4 +246,33 @@ fn costs_and_choices_are_equal() {
     }
     assert!(costs_compared >= 40_000);
     println!("{costs_compared} costs, {tied} choices differ by an exact tie");
+}
+
+/// Dynamo credits what a shared store has beyond a worker's device blocks, also what the worker has
+/// on its host: such a block counts for 1.25 at the usual weights, more than one on the device. Ours
+/// counts each block once, on the best tier that has it.
+#[test]
+fn a_block_on_the_host_and_in_a_store_counts_once() {
+    let logit = Logit::default();
+    let _guard = tracing::subscriber::set_default(logit.clone());
+    let held = Overlap {
+        depth: [2, 6, 6, 6],
+        shared_cache: 2,
+    };
+    let state = State {
+        demand: Demand {
+            tokens: 160,
+            block_size: 16,
+        },
+        policy: Policy {
+            shared_cache_multiplier: 0.5,
+            ..Policy::default()
+        },
+        store: 8,
+        owners: BTreeMap::from([(0, (held, Load::default(), 0))]),
+    };
+    let (_, theirs) = state.theirs(HashSet::from([0]), &logit);
+    let (once, twice) = (2.0 + 4.0 * 0.75 + 2.0 * 0.5, 2.0 + 4.0 * 0.75 + 6.0 * 0.5);
+    assert!((state.ours()[0] - (20.0 - once)).abs() < 1e-9);
+    assert!((theirs - (20.0 - twice)).abs() < 1e-9);
 }

@@ -34,7 +34,26 @@ struct Engine {
     names: u64,
     /// Blocks that children may be stored below.
     held: Vec<u64>,
+    /// The media it has. Where children inherit salts, it has one tier alone.
+    media: &'static [&'static str],
 }
+
+/// Media of all kinds, known and unknown.
+const ANY: &[&str] = &[
+    "GPU",
+    "CPU",
+    "CPU_PINNED",
+    "CPU_TIER1",
+    "CPU_TIER2",
+    "DISK",
+    "NVME",
+    "STORAGE",
+    "EXTERNAL",
+    "SHARED",
+    "DEVICE",
+    "TAPE",
+    "",
+];
 
 impl Engine {
     fn below(&mut self, n: usize) -> usize {
@@ -47,21 +66,13 @@ impl Engine {
 
     fn place(&mut self) -> BTreeMap<&'static str, Value> {
         let mut place = BTreeMap::new();
-        let media = [
-            "GPU",
-            "CPU",
-            "CPU_PINNED",
-            "CPU_TIER1",
-            "CPU_TIER2",
-            "DISK",
-            "NVME",
-        ];
-        let more = ["STORAGE", "EXTERNAL", "SHARED", "DEVICE", "TAPE", ""];
-        let medium = self.one(&[media.as_slice(), &more].concat());
-        place.insert(
-            "medium",
-            self.one(&[Value::Null, json!(medium), json!("GPU")]),
-        );
+        let medium = self.one(self.media);
+        let spelled = if self.media == ANY || medium == "GPU" {
+            vec![Value::Null, json!(medium), json!("GPU")]
+        } else {
+            vec![json!(medium)]
+        };
+        place.insert("medium", self.one(&spelled));
         // A group keeps its kind for good.
         let groups = [
             (json!(0), json!("full_attention")),
@@ -96,13 +107,23 @@ impl Engine {
 
     fn store(&mut self) -> Value {
         let count = 1 + self.below(4);
-        let named: Vec<(u64, Value)> = (0..count).map(|_| self.name()).collect();
+        let mut named: Vec<(u64, Value)> = (0..count).map(|_| self.name()).collect();
+        if self.below(20) == 0 && !self.held.is_empty() {
+            // Stored once more, maybe with another salt.
+            let again = self.held[self.rng.below(self.held.len())];
+            named[0] = (again, json!(again));
+        }
         let parent = match self.held.len() {
             0 => Value::Null,
             n => {
                 let at = self.below(n);
                 let parent = self.held[at];
-                self.one(&[Value::Null, json!(parent)])
+                let parent = if parent == named[0].0 {
+                    Value::Null
+                } else {
+                    json!(parent)
+                };
+                self.one(&[Value::Null, parent])
             }
         };
         let names: Vec<u64> = named.iter().map(|(name, _)| *name).collect();
@@ -126,12 +147,14 @@ impl Engine {
             fields.insert("lora_id", json!(3));
             fields.insert("lora_name", json!("adapter-a"));
         }
-        if parent.is_null() && self.below(3) == 0 {
+        let is_salted = parent.is_null() && self.below(3) == 0;
+        if is_salted {
             let salt = self.one(&["dynamo-cache-salt:a", "dynamo-cache-salt:tenant-1"]);
             let keys = std::iter::once(json!([salt])).chain(vec![Value::Null; count - 1]);
             fields.insert("extra_keys", Value::Array(keys.collect()));
-        } else {
-            // Salts that children inherit are a matter of the normaliser's own tests.
+        }
+        // Over several tiers, what becomes of salts is the subject of tests below.
+        if !is_salted || self.media != ANY {
             self.held.extend(names);
         }
         let order = [
@@ -298,6 +321,7 @@ fn messages_of_random_engines_mean_the_same() {
             rng: Rng::new(seed),
             names: seed << 32,
             held: Vec::new(),
+            media: [ANY, &["GPU"], &["CPU", "CPU_PINNED"]][seed as usize / 3 % 3],
         };
         let mut us = Normaliser::new(settings(BLOCK_SIZE), 0);
         let mut them = ZmqEventNormalizer::new(BLOCK_SIZE);
@@ -400,4 +424,89 @@ fn a_salt_without_dynamos_mark_is_a_salt() {
     assert_eq!(us, Seed::new("", "tenant-1").block(&tokens));
     let (us, them) = one_block(json!({"extra_keys": [["dynamo-cache-salt:tenant-1"]]}));
     assert_eq!(us, them);
+}
+
+/// Makes both take stores and removals of single blocks, and gives what the last one's tokens hash
+/// to: ours, Dynamo's.
+fn last(said: &[Value]) -> (u64, u64) {
+    let payload = rmp_serde::to_vec(&json!([1.5, said, null])).unwrap();
+    let us = ours(&mut Normaliser::new(settings(BLOCK_SIZE), 0), &payload);
+    let them = theirs(&mut ZmqEventNormalizer::new(BLOCK_SIZE), &payload);
+    let tokens = |meanings: &[(u32, Meaning)]| match meanings.last() {
+        Some((0, Meaning::Stored(_, _, blocks))) => blocks[0].1,
+        other => panic!("{other:?}"),
+    };
+    (tokens(&us), tokens(&them))
+}
+
+fn stored(name: u64, parent: Option<u64>, medium: &str, salt: Option<&str>) -> Value {
+    json!({
+        "type": "BlockStored", "block_hashes": [name], "parent_block_hash": parent,
+        "token_ids": (0..16).collect::<Vec<u32>>(), "block_size": 16, "medium": medium,
+        "cache_salt": salt,
+    })
+}
+
+/// Dynamo holds blocks on disk and in stores for unsalted unless they say otherwise, also below a
+/// salted parent. Tokens that are cached under a salt are found with it alone, wherever they lie.
+#[test]
+fn a_child_on_disk_has_its_parents_salt() {
+    let tokens: Vec<u32> = (0..16).collect();
+    let (plain, salted) = (
+        Seed::default().block(&tokens),
+        Seed::new("", "a").block(&tokens),
+    );
+    let first = stored(1, None, "GPU", Some("a"));
+    assert_eq!(
+        last(&[first.clone(), stored(2, Some(1), "GPU", None)]),
+        (salted, salted)
+    );
+    assert_eq!(
+        last(&[first, stored(2, Some(1), "DISK", None)]),
+        (salted, plain)
+    );
+}
+
+/// Dynamo forgets a block's salt when the block leaves the host or the device, though it is still on
+/// the other. To us a salt lasts as long as the block.
+#[test]
+fn a_salt_lasts_until_the_block_has_left_every_tier() {
+    let tokens: Vec<u32> = (0..16).collect();
+    let (plain, salted) = (
+        Seed::default().block(&tokens),
+        Seed::new("", "a").block(&tokens),
+    );
+    let removed =
+        |medium: &str| json!({"type": "BlockRemoved", "block_hashes": [1], "medium": medium});
+    let child = || stored(2, Some(1), "GPU", None);
+    let both = [
+        stored(1, None, "GPU", Some("a")),
+        stored(1, None, "CPU", Some("a")),
+    ];
+    let after = |gone: &[&str]| {
+        let gone = gone.iter().map(|medium| removed(medium));
+        let said: Vec<Value> = both.iter().cloned().chain(gone).chain([child()]).collect();
+        last(&said)
+    };
+    assert_eq!(after(&[]), (salted, salted));
+    assert_eq!(after(&["CPU"]), (salted, plain));
+    assert_eq!(after(&["GPU"]), (salted, plain));
+    assert_eq!(after(&["CPU", "GPU"]), (plain, plain));
+}
+
+/// Dynamo drops a whole store in which a hash comes twice. The blocks before the repetition are a
+/// sound chain that the engine holds: we take them.
+#[test]
+fn a_store_that_repeats_a_hash_is_taken_up_to_there() {
+    let store = json!({
+        "type": "BlockStored", "block_hashes": [5, 6, 5], "parent_block_hash": null,
+        "token_ids": vec![7; 48], "block_size": 16,
+    });
+    let payload = rmp_serde::to_vec(&json!([1.5, [store], null])).unwrap();
+    let us = ours(&mut Normaliser::new(settings(BLOCK_SIZE), 0), &payload);
+    let them = theirs(&mut ZmqEventNormalizer::new(BLOCK_SIZE), &payload);
+    let block = Seed::default().block(&[7; 16]);
+    let taken = Meaning::Stored(Tier::Device, None, vec![(5, block), (6, block)]);
+    assert_eq!(us, [(0, taken)]);
+    assert!(!them.iter().any(is_something), "{them:?}");
 }

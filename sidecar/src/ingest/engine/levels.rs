@@ -19,6 +19,8 @@ const MAX_BLOCKS: usize = 1 << 19;
 /// Most names of partial blocks that are kept; removes of further ones go on to the index, which
 /// does not know them.
 const MAX_PARTIAL: usize = 1 << 16;
+/// Stands for all levels where salts are concerned: a remove is about all of them.
+const ANY: Tier = Tier::Device;
 
 /// What is known of a stream's blocks.
 #[derive(Debug, Default)]
@@ -106,7 +108,7 @@ impl Normaliser {
         }
         let hashes: Vec<u64> = blocks.iter().map(|block| block.hash).collect();
         let salt = stored.salt.as_deref();
-        let salt = self.salts.store(rank, stored.parent, &hashes, salt)?;
+        let salt = self.salts.store(rank, ANY, stored.parent, &hashes, salt)?;
         let seed = seed(&stored.lora, salt);
         let mut parent = stored.parent;
         let mut seen: HashSet<u64> = parent.into_iter().collect();
@@ -167,7 +169,7 @@ impl Normaliser {
                 of_tier.push(*hash);
             }
         }
-        self.salts.remove(rank, hashes);
+        self.salts.remove(rank, ANY, hashes);
         for (tier, hashes) in Tier::ALL.into_iter().zip(by_tier) {
             if !hashes.is_empty() {
                 self.drop_blocks(rank, tier, &hashes, out);
