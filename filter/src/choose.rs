@@ -59,6 +59,8 @@ pub enum Answer {
     Streamed {
         /// Tokens that the client expects.
         expected: u32,
+        /// Whether the client wants to be told what the answer used.
+        tells_usage: bool,
     },
 }
 

@@ -3,7 +3,7 @@
 //! Only what surely is a generation request with a bounded JSON body: anything held that never
 //! ends (an upgrade, a bidirectional stream) would hang.
 
-use crate::host::{Headers, Host};
+use crate::header_map::HeaderMap;
 use crate::reason::Reason;
 
 /// Paths whose bodies carry a prompt.
@@ -23,23 +23,23 @@ pub struct Hold {
 ///
 /// # Errors
 /// The reason for not holding it.
-pub fn judge(host: &impl Host, body_limit: u64) -> Result<Hold, Reason> {
-    let header = |name| host.header(Headers::Request, name);
+pub fn judge(headers: &HeaderMap, body_limit: u64) -> Result<Hold, Reason> {
+    let header = |name| headers.get(name);
     let path = header(":path").unwrap_or_default();
     let path = path.split(|b| matches!(b, b'?' | b'#')).next();
     let path = path.unwrap_or_default();
     let generation = GENERATION_PATHS.iter().any(|p| p.as_bytes() == path);
     if !generation
-        || header(":method").as_deref() != Some(b"POST")
-        || !header("content-type").is_some_and(|value| is_json(&value))
+        || header(":method") != Some(b"POST")
+        || !header("content-type").is_some_and(is_json)
         || header("upgrade").is_some()
-        || header("connection").is_some_and(|value| asks_for_upgrade(&value))
+        || header("connection").is_some_and(asks_for_upgrade)
         || header("content-encoding").is_some()
     {
         return Err(Reason::Passed);
     }
     if let Some(length) = header("content-length") {
-        let length = std::str::from_utf8(&length).ok();
+        let length = std::str::from_utf8(length).ok();
         match length.and_then(|length| length.parse::<u64>().ok()) {
             None => return Err(Reason::Passed),
             Some(length) if length > body_limit => return Err(Reason::TooLong),
@@ -67,6 +67,7 @@ fn asks_for_upgrade(connection: &[u8]) -> bool {
 mod tests {
     use super::{Hold, judge};
     use crate::fake::Fake;
+    use crate::host::{Headers, Host as _};
     use crate::reason::Reason;
 
     const LIMIT: u64 = 1000;
@@ -86,7 +87,7 @@ mod tests {
         {
             host.client_header(name, value);
         }
-        judge(&host, LIMIT)
+        judge(&host.headers(Headers::Request).unwrap(), LIMIT)
     }
 
     #[test]

@@ -246,9 +246,9 @@ impl<H: Host> Vm<H> {
     }
 
     /// See [`Request::on_response_body`].
-    pub fn on_response_body(&mut self, context: u32, size: usize) {
+    pub fn on_response_body(&mut self, context: u32, size: usize, end: bool) {
         self.with(context, (), |request, router| {
-            request.on_response_body(router, size);
+            request.on_response_body(router, size, end);
         });
     }
 
