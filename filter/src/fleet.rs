@@ -156,12 +156,6 @@ impl<'a> Served<'a> {
         owners.binary_search_by_key(&slot, |owner| owner.slot).ok()
     }
 
-    /// Where requests are booked for the owner, of any pool, that boards call so.
-    #[must_use]
-    pub fn place_named(&self, name: u64) -> Option<Place> {
-        self.fleet.places().find(|place| place.lane.name() == name)
-    }
-
     /// The owner at a position.
     #[must_use]
     pub fn owner(&self, position: usize) -> Option<&'a Owner> {

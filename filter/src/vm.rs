@@ -190,6 +190,8 @@ impl<H: Host> Vm<H> {
         if let Some(fleet) = router.world.fleet() {
             if bridge.leads() {
                 router.write_off(&fleet);
+                let place = |name| fleet.places().find(|place| place.lane.name() == name);
+                router.bookings.sweep(&router.host, place);
             }
             bridge.show_lanes(&router.host, &mut router.metrics, &fleet);
         }
