@@ -49,7 +49,6 @@ pub struct Served<'a> {
     /// Whether the pool names the request's model.
     pub known: bool,
     derived: &'a Derived,
-    fleet: &'a Fleet,
 }
 
 impl Fleet {
@@ -110,7 +109,6 @@ impl Fleet {
             lora,
             known,
             derived: self.pools.get(position)?,
-            fleet: self,
         })
     }
 

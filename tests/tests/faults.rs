@@ -118,21 +118,24 @@ impl Fleet {
 /// Sequence hashes of the blocks that an engine says it has.
 fn sequences(answer: &Value) -> Result<BTreeSet<u64>, String> {
     let blocks = answer["blocks"].as_array().ok_or("no blocks")?;
-    let number = |block: &Value, key: &str| block[key].as_u64();
-    let named: BTreeMap<u64, &Value> = blocks
-        .iter()
-        .filter_map(|block| Some((number(block, "engine_hash")?, block)))
-        .collect();
-    let sequence = |mut block: &Value| {
-        let mut chained = Vec::from_iter(number(block, "tokens_hash"));
-        while let Some(parent) = number(block, "parent") {
-            block = named.get(&parent).ok_or("a block without its parent")?;
-            chained.extend(number(block, "tokens_hash"));
+    let mut named = BTreeMap::new();
+    for block in blocks {
+        let name = block["engine_hash"].as_u64().ok_or("no name")?;
+        let tokens = block["tokens_hash"].as_u64().ok_or("no hash")?;
+        named.insert(name, (tokens, block["parent"].as_u64()));
+    }
+    let mut sequences = BTreeSet::new();
+    for (tokens, parent) in named.values() {
+        let (mut chained, mut above) = (vec![*tokens], *parent);
+        while let Some(name) = above {
+            let (tokens, parent) = named.get(&name).ok_or("a block without its parent")?;
+            chained.push(*tokens);
+            above = *parent;
         }
-        let first = chained.pop().ok_or("a block without a hash")?;
-        Ok(chained.into_iter().rev().fold(first, chain))
-    };
-    named.values().map(|block| sequence(block)).collect()
+        let sequence = chained.into_iter().rev().reduce(chain);
+        sequences.extend(sequence);
+    }
+    Ok(sequences)
 }
 
 /// Sequence hashes of the blocks that the sidecar has of each worker.

@@ -241,13 +241,19 @@ fn a_step_is_told_at_once_and_more_of_them_together() {
     assert_eq!(site.host.queued(QUEUE), 2, "a full report");
     site.host.advance_ms(1);
     site.vm.on_log(contexts[10]);
-    assert_eq!(site.host.queued(QUEUE), 3, "a millisecond later");
+    assert_eq!(site.host.queued(QUEUE), 2, "what lightens a load can wait");
+    site.complete(&body(&prompt(1, 8)));
+    assert_eq!(site.host.queued(QUEUE), 3, "a booking a millisecond later");
+    site.vm.on_log(contexts[11]);
+    site.host.advance_ms(5);
+    site.vm.on_log(contexts[12]);
+    assert_eq!(site.host.queued(QUEUE), 4, "five milliseconds later");
     let mut sidecar = Sidecar::default();
     site.told();
     assert_eq!(site.host.queued(QUEUE), 0);
     sidecar.read(&[&site]);
     let sizes: Vec<_> = sidecar.reports.iter().map(|r| r.steps.len()).collect();
-    assert_eq!(sizes, [0, 1, 64, 6]);
+    assert_eq!(sizes, [0, 1, 64, 7, 2]);
     sidecar.assert_exact(&site);
 }
 
