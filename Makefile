@@ -83,6 +83,7 @@ test: tools filter filter-chaos filter-older ## every test: unit, property, wasm
 	@echo '==> core on wasm32 under Node (a minute the first time)'
 	@envoy/tools/wasm-cargo test -p kv-core
 
+# A workspace of its own: nothing of the product depends on what it is compared with.
 PARITY := --manifest-path tests/parity/Cargo.toml --target-dir target/parity
 
 .PHONY: parity
@@ -119,9 +120,21 @@ fuzz: preflight ## every decoder of events against changed messages, 10 minutes 
 		(cd fuzz && cargo fuzz run --sanitizer none $$target -- -max_total_time=$(FUZZ_SECONDS) \
 			-max_len=65536 -timeout=10 -rss_limit_mb=2048 -print_final_stats=1) || exit 1; \
 	done
+
 .PHONY: storm
 storm: tools filter filter-chaos ## a minute of ten times the load that engines can take
 	@KV_STORM_SECONDS=60 cargo test -p kv-tests --test storm -- an_overload
+
+.PHONY: test-memory
+test-memory: preflight ## 24 million random events into an index of 256 MiB (some minutes)
+	@cargo test --quiet --release -p kv-core --test memory -- --ignored --nocapture
+
+PEERS := cargo run --quiet --release $(PARITY) --locked --bin
+
+.PHONY: bench-index-peers
+bench-index-peers: preflight ## speed and memory of the index beside those of Dynamo's crates
+	@$(PEERS) index_memory
+	@$(PEERS) index_speed
 
 .PHONY: bench
 bench: ## every bench, one after the other: tables here, JSON in target/bench
@@ -135,6 +148,16 @@ bench-%: tools filter ## one bench by name (a file of benches/src/bin)
 	@cargo build --quiet --release -p kv-router
 	@echo '==> bench $* (some minutes), into target/bench/$*.json'
 	@cargo run --quiet --release -p kv-benches --bin $*
+
+TOKENIZER_PARITY := target/tokenizer-parity
+
+.PHONY: tokenizer-parity
+tokenizer-parity: preflight ## compare chat templates and tokenizers with Python's transformers (an hour; CONVERSATIONS=100 for less)
+	@python3 -B tests/tokenizer-parity/oracle.py fetch $(TOKENIZER_PARITY)
+	@echo '==> building the reader of conversations (two to four minutes the first time)'
+	@cargo build --quiet --release -p kv-router --example tokenizer_parity
+	@$(TOKENIZER_PARITY)/venv/bin/python -B tests/tokenizer-parity/oracle.py check $(TOKENIZER_PARITY) \
+		target/release/examples/tokenizer_parity $(or $(CONVERSATIONS),2000)
 
 .PHONY: fmt
 fmt: components ## format the Rust sources

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use kv_core::event::{Envelope, EventData, KvCacheEvent, RouterEvent};
+use kv_core::event::{Envelope, EventData, KvCacheEvent, Removed, RouterEvent, StorageTier};
 
 use tokio::time::sleep;
 
@@ -111,6 +111,31 @@ impl Feed {
         Ok(())
     }
 
+    /// Sends one step of an engine in a message of its own, at once: stores, and removals of device
+    /// blocks, each an event.
+    ///
+    /// # Errors
+    /// When NATS is gone.
+    pub async fn step(
+        &mut self,
+        stores: Vec<Store>,
+        removals: &[(u64, u64)],
+    ) -> anyhow::Result<()> {
+        for store in stores {
+            let event = self.event(store);
+            self.batch.push(event);
+        }
+        for (worker, hash) in removals {
+            let block_hashes = vec![*hash];
+            let data = EventData::Removed(Removed { block_hashes });
+            let event = self.numbered(*worker, StorageTier::Device, data);
+            self.batch.push(event);
+        }
+        self.send().await?;
+        self.marks.clear();
+        Ok(())
+    }
+
     /// Waits until what was sent has left.
     ///
     /// # Errors
@@ -120,15 +145,19 @@ impl Feed {
     }
 
     fn event(&mut self, store: Store) -> RouterEvent {
-        let id = self.ids.entry(store.worker).or_default();
+        self.numbered(store.worker, store.tier, EventData::Stored(store.data))
+    }
+
+    fn numbered(&mut self, worker_id: u64, tier: StorageTier, data: EventData) -> RouterEvent {
+        let id = self.ids.entry(worker_id).or_default();
         *id += 1;
         RouterEvent {
-            worker_id: store.worker,
-            storage_tier: store.tier,
+            worker_id,
+            storage_tier: tier,
             residency_domain: None,
             event: KvCacheEvent {
                 event_id: *id,
-                data: EventData::Stored(store.data),
+                data,
                 dp_rank: 0,
             },
             session_id: None,

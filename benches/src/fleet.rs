@@ -1,7 +1,7 @@
 //! NATS, a sidecar from the release build, and any number of Envoys on it.
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -27,6 +27,8 @@ pub struct Options<'a> {
     pub mode: &'a str,
     /// Whether answers carry the decision record.
     pub decision_header: bool,
+    /// Folder of the model whose texts are read.
+    pub tokenizer: Option<&'a Path>,
 }
 
 /// The running parts.
@@ -63,13 +65,21 @@ impl Fleet {
     /// # Errors
     /// When something doesn't start.
     pub async fn start(options: Options<'_>) -> anyhow::Result<Self> {
+        Self::start_with(options, json!({})).await
+    }
+
+    /// The same with further configuration keys, which go before all others.
+    ///
+    /// # Errors
+    /// When something doesn't start.
+    pub async fn start_with(options: Options<'_>, more: Value) -> anyhow::Result<Self> {
         // Unix socket paths are short: not below the workspace.
         let dir = tempfile::Builder::new().prefix("kvb").tempdir()?;
         let nats = Nats::start(dir.path()).await;
         let [port, admin, envoy_admin] = [(); 3].map(|()| place::free_port());
         let workers = options.workers.iter().zip(1_u64..);
         let workers = workers.map(|(address, id)| json!({"id": id, "endpoint": address}));
-        let config = json!({
+        let mut config = json!({
             "http_port": port,
             "http_host": "127.0.0.1",
             "admin": format!("127.0.0.1:{admin}"),
@@ -85,6 +95,12 @@ impl Fleet {
             "router_mode": options.mode,
             "workers": workers.collect::<Vec<_>>(),
         });
+        if let (Some(all), Value::Object(more)) = (config.as_object_mut(), more) {
+            all.extend(more);
+        }
+        if let Some(folder) = options.tokenizer {
+            config["tokenizer"] = json!({"path": folder});
+        }
         let file = dir.path().join("kv-router.yaml");
         std::fs::write(&file, config.to_string())?;
         let kv_router = kv_router()?;

@@ -43,6 +43,7 @@ impl Modes {
                 workers,
                 mode,
                 decision_header: false,
+                tokenizer: None,
             };
             let fleet = Fleet::start(options).await?;
             let mut feed = Feed::connect(&fleet, 1).await?;

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! credit = overlap_score_credit x device + host_weight x host + disk_weight x (disk + external)
+//!        + shared_cache_multiplier x shared_cache
 //! cost   = prefill_load_scale x max(0, (active_prefill + isl) / block_size - credit)
 //!        + active_blocks + request_blocks - blocks of it in use there already
 //!        + decode_active_request_weight x active_requests
@@ -72,7 +73,8 @@ impl Cost {
         let [device, host, disk, external] = overlap.by_tier().map(f64::from);
         let credit = policy.overlap_score_credit * device
             + policy.host_cache_hit_weight * host
-            + policy.disk_cache_hit_weight * (disk + external);
+            + policy.disk_cache_hit_weight * (disk + external)
+            + policy.shared_cache_multiplier * f64::from(overlap.shared_cache);
         // Dynamo adds what is cached to what is not, which is the prompt unless weights exceed 1.
         let prompt = demand.tokens.max(demand.cached_tokens(overlap, policy));
         let queued = f64::from(load.prefill_tokens) + f64::from(prompt);
@@ -122,7 +124,7 @@ mod tests {
     };
 
     fn total(device: u32, load: Load) -> f64 {
-        let overlap = Overlap { depth: [device; 4] };
+        let overlap = Overlap::new([device; 4]);
         Cost::new(DEMAND, &overlap, &load, 0, &Policy::default()).total()
     }
 
@@ -155,16 +157,25 @@ mod tests {
 
     #[test]
     fn a_host_block_saves_three_quarters_of_its_prefill() {
-        let overlap = Overlap {
-            depth: [3, 4, 4, 4],
-        };
+        let overlap = Overlap::new([3, 4, 4, 4]);
         assert_eq!(DEMAND.uncached_tokens(&overlap, &Policy::default()), 4);
         assert_eq!(DEMAND.blocks(), 4);
     }
 
     #[test]
+    fn a_block_of_a_shared_store_is_credited_and_still_counts_as_prefill() {
+        let overlap = Overlap {
+            shared_cache: 2,
+            ..Overlap::new([1; 4])
+        };
+        let cost = Cost::new(DEMAND, &overlap, &Load::default(), 0, &Policy::default());
+        assert_eq!((cost.credit, cost.prefill), (2.0, 2.0));
+        assert_eq!(DEMAND.uncached_tokens(&overlap, &Policy::default()), 48);
+    }
+
+    #[test]
     fn credit_never_makes_prefill_negative() {
-        let overlap = Overlap { depth: [4; 4] };
+        let overlap = Overlap::new([4; 4]);
         let policy = Policy {
             overlap_score_credit: 3.0,
             ..Policy::default()
@@ -175,7 +186,7 @@ mod tests {
 
     #[test]
     fn what_is_not_tracked_does_not_count() {
-        let overlap = Overlap { depth: [3; 4] };
+        let overlap = Overlap::new([3; 4]);
         let load = Load {
             prefill_tokens: 64,
             blocks: 10,

@@ -148,6 +148,7 @@ impl Policy {
             overlap_score_credit: self.overlap_score_credit * trust,
             host_cache_hit_weight: self.host_cache_hit_weight * trust,
             disk_cache_hit_weight: self.disk_cache_hit_weight * trust,
+            shared_cache_multiplier: self.shared_cache_multiplier * trust,
             ..*self
         }
     }
@@ -193,6 +194,8 @@ pub struct Considered<'a> {
     pub endpoint: &'a str,
     /// Blocks held, by tier: device, host, disk, external.
     pub overlap: [u32; Tier::COUNT],
+    /// Blocks beyond them that a shared store has.
+    pub shared_cache: u32,
     /// Prefill tokens booked there.
     pub prefill_tokens: u32,
     /// Blocks in use there.
@@ -240,6 +243,7 @@ impl<'a> Record<'a> {
                 rank: o.id.rank,
                 endpoint: &o.endpoint,
                 overlap: s.candidate.overlap.by_tier(),
+                shared_cache: s.candidate.overlap.shared_cache,
                 prefill_tokens: s.candidate.load.prefill_tokens,
                 active_blocks: s.candidate.load.blocks,
                 shared_blocks: s.candidate.shared_blocks,
@@ -278,7 +282,7 @@ mod tests {
     fn candidates(overlaps: &[u32]) -> Vec<Candidate> {
         let make = |(owner, depth): (usize, &u32)| Candidate {
             owner,
-            overlap: Overlap { depth: [*depth; 4] },
+            overlap: Overlap::new([*depth; 4]),
             load: Load::default(),
             shared_blocks: 0,
         };

@@ -99,6 +99,8 @@ pub enum Role {
     Prefill,
     /// Decode only.
     Decode,
+    /// No engine: a store of KV blocks that all workers of the pool can load from.
+    Store,
 }
 
 /// How block hashes are computed. Blocks of different families never match each other.
@@ -122,4 +124,29 @@ pub enum Family {
     VllmXxhashCbor = 4,
     /// `LMCache`: chained BLAKE3 of a chunk's token ids.
     LmCache = 5,
+}
+
+impl Family {
+    /// All families, Dynamo's first.
+    pub const ALL: [Self; 6] = [
+        Self::Dynamo,
+        Self::FlexKv,
+        Self::HiCache,
+        Self::VllmSha256Cbor,
+        Self::VllmXxhashCbor,
+        Self::LmCache,
+    ];
+
+    /// The family's name in configuration and records.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Dynamo => "dynamo",
+            Self::FlexKv => "flex-kv",
+            Self::HiCache => "hi-cache",
+            Self::VllmSha256Cbor => "vllm-sha256-cbor",
+            Self::VllmXxhashCbor => "vllm-xxhash-cbor",
+            Self::LmCache => "lm-cache",
+        }
+    }
 }

@@ -6,30 +6,44 @@
 //!   no harm;
 //! - engine hashes are looked up per owner and never compared between owners.
 
+mod announced;
+mod bounds;
+#[cfg(test)]
+mod check;
+mod cut;
 mod directory;
+mod dump;
 mod held;
+mod leaves;
+mod lookup;
+mod own;
 mod owner;
+mod places;
 mod publish;
 mod sets;
 mod slab;
+mod space;
+mod store;
 mod tree;
 mod unit;
+mod waiting;
 
 use std::ops::Range;
 
 use hashbrown::HashMap;
 use serde::{Deserialize, Serialize};
 
-use crate::event::{EventData, Stored};
-use crate::id::{Slot, Tier};
-use crate::overlap::Overlap;
+use crate::event::EventData;
+use crate::id::{Family, Slot, Tier};
 use directory::Directory;
 pub use held::parents_first;
-use owner::{Orphan, OrphanBlock, Owner, Unnamed};
-use sets::EMPTY;
-use slab::NIL;
+use space::Space;
 use tree::Tree;
 use unit::Units;
+use waiting::OrphanBlock;
+
+/// Bytes that an allocator takes for a box beside what is in it.
+const BOX_BYTES: usize = 16;
 
 /// Shape and bounds of an index.
 #[derive(Clone, Copy, Debug)]
@@ -40,8 +54,14 @@ pub struct IndexConfig {
     pub level: u8,
     /// Blocks to a group, at most [`crate::page::MAX_GROUP`].
     pub group: u8,
-    /// Blocks of stores that wait for their parent, over all owners.
+    /// Blocks of stores that wait for their parent, over all owners. The longest waiting are
+    /// dropped for others.
     pub max_orphans: usize,
+    /// Bytes that the index may take. Leaves that have not been used for longest are dropped for
+    /// others.
+    pub max_bytes: usize,
+    /// Bytes that the pages and their keys may take in Envoy, likewise.
+    pub max_page_bytes: usize,
 }
 
 /// What an event changed, in blocks.
@@ -59,12 +79,14 @@ pub struct Applied {
     pub orphaned: u32,
     /// Blocks that waited and were stored, because their parent came.
     pub adopted: u32,
-    /// Stored blocks dropped because too many wait.
+    /// Waiting blocks dropped because too many wait.
     pub orphans_dropped: u32,
     /// Names that moved to another block.
     pub renamed: u32,
     /// Blocks dropped because another block has their sequence hash.
     pub collisions: u32,
+    /// Blocks given up because their owner announced more than it can hold.
+    pub expired: u32,
 }
 
 /// Size of an index.
@@ -84,12 +106,20 @@ pub struct IndexStats {
     pub level: u8,
     /// Bytes of the pages as last written.
     pub page_bytes: usize,
+    /// Bytes of the pages and their keys in Envoy.
+    pub envoy_bytes: usize,
     /// Pages that must be written.
     pub dirty_pages: usize,
     /// Units that did not fit into their page.
     pub left_out_units: usize,
     /// Blocks waiting for their parent.
     pub orphans: usize,
+    /// Bytes of the index.
+    pub bytes: usize,
+    /// Blocks dropped for want of memory so far.
+    pub evicted_blocks: u64,
+    /// (owner, block) pairs dropped with them.
+    pub evicted_owner_blocks: u64,
 }
 
 /// A page to write.
@@ -104,6 +134,8 @@ pub struct PageWrite {
 /// A block of an owner in a dump.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Held {
+    /// What the hashes are.
+    pub family: Family,
     /// Sequence hash.
     pub sequence: u64,
     /// Sequence hash of the block before it.
@@ -118,10 +150,23 @@ pub struct Held {
 #[derive(Debug)]
 pub struct Index {
     tree: Tree,
-    owners: HashMap<(usize, Slot), Owner>,
+    owners: store::Owners,
+    /// Most names of an owner, for families whose caches forget blocks without a word.
+    limits: HashMap<Space, usize>,
     epoch: u32,
+    /// Blocks that wait.
     orphans: usize,
+    queue: bounds::Queue,
+    /// Room for the blocks of a store.
+    scratch: Vec<OrphanBlock>,
+    /// Bytes of all owners' own.
+    owner_bytes: usize,
     max_orphans: usize,
+    max_bytes: usize,
+    max_page_bytes: usize,
+    evicted_blocks: u64,
+    evicted_owner_blocks: u64,
+    evicted_since_compaction: usize,
 }
 
 impl Index {
@@ -132,9 +177,18 @@ impl Index {
         Self {
             tree: Tree::new(Units::new(group, Directory::new(config.level))),
             owners: HashMap::new(),
+            limits: HashMap::new(),
             epoch: config.epoch,
             orphans: 0,
+            queue: bounds::Queue::default(),
+            scratch: Vec::new(),
+            owner_bytes: 0,
             max_orphans: config.max_orphans,
+            max_bytes: config.max_bytes,
+            max_page_bytes: config.max_page_bytes,
+            evicted_blocks: 0,
+            evicted_owner_blocks: 0,
+            evicted_since_compaction: 0,
         }
     }
 
@@ -143,243 +197,66 @@ impl Index {
         self.tree.add_pool(key)
     }
 
-    /// Applies an event of one owner.
+    /// Applies an event of one owner whose hashes are Dynamo's.
     pub fn apply(&mut self, pool: usize, slot: Slot, tier: Tier, data: &EventData) -> Applied {
+        self.apply_family(pool, Family::Dynamo, slot, tier, data)
+    }
+
+    /// Applies an event of one owner about its blocks of one family. Of any family but Dynamo's,
+    /// the `tokens_hash` of a stored block is its hash in that family.
+    pub fn apply_family(
+        &mut self,
+        pool: usize,
+        family: Family,
+        slot: Slot,
+        tier: Tier,
+        data: &EventData,
+    ) -> Applied {
         let mut applied = Applied::default();
+        let space = Space::new(pool, family);
         match data {
-            EventData::Stored(stored) => self.store(pool, slot, tier, stored, &mut applied),
+            EventData::Stored(stored) if family.is_flat() => {
+                self.store_each(space, slot, tier, stored, &mut applied);
+            }
+            EventData::Stored(stored) => self.store(space, slot, tier, stored, &mut applied),
             EventData::Removed(removed) => {
-                for hash in &removed.block_hashes {
-                    self.remove(pool, slot, tier, *hash, &mut applied);
-                }
+                self.remove(space, slot, tier, &removed.block_hashes, &mut applied);
             }
-            EventData::Cleared => {
-                applied.removed = self.remove_owner(pool, slot);
-            }
+            EventData::Cleared => applied.removed = self.clear(space, slot),
         }
+        self.expire(space, slot, data, &mut applied);
+        self.bound();
         applied
     }
 
     /// Drops all blocks of an owner and returns how many it held.
     pub fn remove_owner(&mut self, pool: usize, slot: Slot) -> u32 {
-        let Some(owner) = self.owners.remove(&(pool, slot)) else {
+        let families = Family::ALL.into_iter();
+        families.fold(0, |sum: u32, family| {
+            sum.saturating_add(self.clear(Space::new(pool, family), slot))
+        })
+    }
+
+    fn clear(&mut self, space: Space, slot: Slot) -> u32 {
+        let Some(owner) = self.owners.remove(&(space, slot)) else {
             return 0;
         };
-        self.orphans -= owner.waiting();
+        self.orphans -= owner.waiting.len();
+        self.owner_bytes -= owner.bytes();
         let before = self.tree.held;
-        for name in owner.names() {
-            // A second name of a block finds it dropped already.
-            if self.tree.tiers(name.node, slot) != 0 {
-                self.tree.hold(name.node, slot, 0);
-            }
+        let runs: Vec<_> = self.runs_of(space, slot).collect();
+        for run in runs {
+            self.tree.hold_all(run, slot, None);
         }
-        u32::try_from(before - self.tree.held).unwrap_or(u32::MAX)
-    }
-
-    fn store(
-        &mut self,
-        pool: usize,
-        slot: Slot,
-        tier: Tier,
-        stored: &Stored,
-        applied: &mut Applied,
-    ) {
-        let waiting = |block: &crate::event::StoredBlock| OrphanBlock {
-            hash: block.block_hash,
-            tokens_hash: block.tokens_hash,
-            gone: false,
-        };
-        let blocks = stored.blocks.iter().map(waiting).collect();
-        let first = (stored.parent_hash, Orphan { tier, blocks });
-        let mut work = vec![first];
-        let mut is_adoption = false;
-        while let Some((parent, orphan)) = work.pop() {
-            let owner = self.owners.entry((pool, slot)).or_default();
-            let at = match parent {
-                None => Some(NIL),
-                Some(hash) => owner.name(hash).map(|name| name.node),
-            };
-            let Some(at) = at else {
-                let n = orphan.blocks.len();
-                let count = u32::try_from(n).unwrap_or(u32::MAX);
-                if self.orphans + n > self.max_orphans {
-                    applied.orphans_dropped += count;
-                } else if let Some(parent) = parent {
-                    self.orphans += n;
-                    applied.orphaned += count;
-                    owner.wait(parent, orphan);
-                }
-                continue;
-            };
-            for (hash, adopted) in self.attach(pool, slot, at, &orphan, applied, is_adoption) {
-                self.orphans -= adopted.blocks.len();
-                work.push((Some(hash), adopted));
-            }
-            is_adoption = true;
-        }
-    }
-
-    /// Stores a chain of blocks below a node. Returns the stores that waited for one of them.
-    fn attach(
-        &mut self,
-        pool: usize,
-        slot: Slot,
-        parent: u32,
-        chain: &Orphan,
-        applied: &mut Applied,
-        is_adoption: bool,
-    ) -> Vec<(u64, Orphan)> {
-        let pool_number = u16::try_from(pool).unwrap_or(u16::MAX);
-        let bit = 1_u16 << chain.tier.index();
-        let mut adopted = Vec::new();
-        let mut at = parent;
-        for block in &chain.blocks {
-            let Some(node) = self.tree.below(pool_number, at, block.tokens_hash) else {
-                applied.collisions += 1;
-                break;
-            };
-            at = node;
-            if block.gone {
-                continue;
-            }
-            let owner = self.owners.entry((pool, slot)).or_default();
-            let named = owner.name(block.hash);
-            let is_same =
-                named.is_some_and(|name| name.node == node && u16::from(name.tiers) & bit != 0);
-            if is_same {
-                applied.duplicates += 1;
-            } else {
-                let tiers = self.tree.tiers(node, slot);
-                let is_held = tiers & bit != 0;
-                // Held before the old block is let go, which might drop this one otherwise.
-                self.tree.hold(node, slot, tiers | bit);
-                if named.is_some_and(|name| name.node != node) {
-                    applied.renamed += 1;
-                    for tier in Tier::ALL {
-                        self.unname(pool, slot, tier, block.hash);
-                    }
-                }
-                let owner = self.owners.entry((pool, slot)).or_default();
-                owner.add(block.hash, node, chain.tier, is_held);
-                match (is_held, is_adoption) {
-                    (true, _) => applied.duplicates += 1,
-                    (false, false) => applied.stored += 1,
-                    (false, true) => applied.adopted += 1,
-                }
-            }
-            let owner = self.owners.entry((pool, slot)).or_default();
-            let waiting = owner.waiting_for(block.hash);
-            adopted.extend(waiting.into_iter().map(|orphan| (block.hash, orphan)));
-        }
-        if at != parent {
-            // Links that nothing came to hang on.
-            let tiers = self.tree.tiers(at, slot);
-            self.tree.hold(at, slot, tiers);
-        }
-        adopted
-    }
-
-    fn remove(&mut self, pool: usize, slot: Slot, tier: Tier, hash: u64, applied: &mut Applied) {
-        let outcome = self.unname(pool, slot, tier, hash);
-        // A block that is held may be in stores that wait as well: it must not come back with them.
-        let owner = self.owners.get_mut(&(pool, slot));
-        let waited = owner.is_some_and(|owner| owner.remove_waiting(hash, tier));
-        match outcome {
-            Unnamed::Left(_) => applied.removed += 1,
-            Unnamed::Kept => applied.duplicates += 1,
-            Unnamed::Unknown if waited => applied.removed += 1,
-            Unnamed::Unknown => applied.unknown += 1,
-        }
-    }
-
-    fn unname(&mut self, pool: usize, slot: Slot, tier: Tier, hash: u64) -> Unnamed {
-        let Some(owner) = self.owners.get_mut(&(pool, slot)) else {
-            return Unnamed::Unknown;
-        };
-        let outcome = owner.remove(hash, tier);
-        if let Unnamed::Left(node) = outcome {
-            let tiers = self.tree.tiers(node, slot) & !(1 << tier.index());
-            self.tree.hold(node, slot, tiers);
-        }
-        outcome
-    }
-
-    /// What every owner of a pool holds of a prompt, from the tree itself; owners that hold
-    /// nothing are left out. Ascending by slot.
-    #[must_use]
-    pub fn overlaps(&self, pool: usize, prompt: &[u64]) -> Vec<(Slot, Overlap)> {
-        let pool = u16::try_from(pool).unwrap_or(u16::MAX);
-        let mut found: Vec<(Slot, Overlap)> = Vec::new();
-        let mut mark = |set, depth| {
-            for member in self.tree.eff.members(set) {
-                let (slot, tier) = (Slot(member >> 2), usize::from(member & 3));
-                let at = match found.binary_search_by_key(&slot, |(slot, _)| *slot) {
-                    Ok(at) => at,
-                    Err(at) => {
-                        found.insert(at, (slot, Overlap::default()));
-                        at
-                    }
-                };
-                if let Some((_, overlap)) = found.get_mut(at) {
-                    overlap.depth.iter_mut().skip(tier).for_each(|d| *d = depth);
-                }
-            }
-        };
-        let (mut set, mut depth) = (EMPTY, 0);
-        for sequence in prompt {
-            let node = self.tree.find(pool, *sequence).map(|id| self.tree.node(id));
-            let Some(eff) = node.map(|n| n.eff).filter(|eff| *eff != EMPTY) else {
-                break;
-            };
-            if eff != set {
-                mark(set, depth);
-                set = eff;
-            }
-            depth += 1;
-        }
-        mark(set, depth);
-        found
-    }
-
-    /// Sequence hashes from a prompt's first block to the one with this hash; `None` for a block
-    /// that the index does not have.
-    #[must_use]
-    pub fn chain(&self, pool: usize, hash: u64) -> Option<Vec<u64>> {
-        let mut at = self.tree.find(u16::try_from(pool).ok()?, hash)?;
-        let mut chain = Vec::new();
-        while at != NIL {
-            let node = self.tree.node(at);
-            chain.push(node.sequence);
-            at = node.parent;
-        }
-        chain.reverse();
-        Some(chain)
-    }
-
-    /// Positions of a prompt's blocks after which other prompts go on differently, deepest first,
-    /// at most `most`.
-    #[must_use]
-    pub fn branches(&self, pool: usize, prompt: &[u64], most: usize) -> Vec<u32> {
-        let pool = u16::try_from(pool).unwrap_or(u16::MAX);
-        let nodes = prompt.iter().map_while(|hash| self.tree.find(pool, *hash));
-        let nodes: Vec<u32> = nodes.collect();
-        let numbered = (0_u32..).zip(nodes.iter().enumerate());
-        let branch = |(position, (at, node)): (u32, (usize, &u32))| {
-            let next = prompt.get(at + 1);
-            let goes_elsewhere = |child| Some(&self.tree.node(child).sequence) != next;
-            let branches = next.is_some() && self.tree.children(*node).any(goes_elsewhere);
-            branches.then_some(position)
-        };
-        let mut branches: Vec<u32> = numbered.filter_map(branch).collect();
-        branches.reverse();
-        branches.truncate(most);
-        branches
+        store::count(before - self.tree.held)
     }
 
     /// The next pages to write, in the order in which a reader may see them. Bounded per call:
     /// call again while [`Index::is_dirty`].
     pub fn flush(&mut self) -> Vec<PageWrite> {
-        publish::flush(&mut self.tree, self.epoch)
+        let writes = publish::flush(&mut self.tree, self.epoch);
+        self.bound_pages();
+        writes
     }
 
     /// Whether some page must be written.
@@ -411,106 +288,29 @@ impl Index {
     pub fn stats(&self) -> IndexStats {
         let directory = &self.tree.units.directory;
         IndexStats {
-            blocks: self.tree.blocks(),
+            blocks: self.tree.blocks,
             owner_blocks: self.tree.held,
             units: self.tree.units.len(),
             owner_sets: self.tree.eff.len(),
             pages: directory.pages(),
             level: directory.level(),
             page_bytes: directory.bytes(),
+            envoy_bytes: directory.envoy_bytes(),
             dirty_pages: directory.dirty(),
             left_out_units: directory.left_out(),
             orphans: self.orphans,
+            bytes: self.bytes(),
+            evicted_blocks: self.evicted_blocks,
+            evicted_owner_blocks: self.evicted_owner_blocks,
         }
     }
 
     /// Blocks that an owner holds.
     #[must_use]
     pub fn owner_blocks(&self, pool: usize, slot: Slot) -> usize {
-        self.owners.get(&(pool, slot)).map_or(0, Owner::len)
-    }
-
-    /// All blocks of an owner, parents first. Waiting stores are not part of it.
-    #[must_use]
-    pub fn dump(&self, pool: usize, slot: Slot) -> Vec<Held> {
-        let Some(owner) = self.owners.get(&(pool, slot)) else {
-            return Vec::new();
-        };
-        let mut blocks: HashMap<u32, Vec<Option<owner::Name>>> = HashMap::new();
-        for name in owner.names() {
-            blocks.entry(name.node).or_default().push(Some(name));
-            let mut parent = self.tree.node(name.node).parent;
-            while parent != NIL && self.tree.tiers(parent, slot) == 0 {
-                blocks.entry(parent).or_insert_with(|| vec![None]);
-                parent = self.tree.node(parent).parent;
-            }
-        }
-        let mut order: Vec<(u32, u32)> = blocks
-            .keys()
-            .map(|id| (self.tree.node(*id).depth, *id))
-            .collect();
-        order.sort_unstable();
-        let mut dump = Vec::with_capacity(order.len());
-        for (_, id) in order {
-            let node = self.tree.node(id);
-            let parent = (node.parent != NIL).then(|| self.tree.node(node.parent).sequence);
-            for name in blocks.remove(&id).unwrap_or_default() {
-                dump.push(Held {
-                    sequence: node.sequence,
-                    parent,
-                    name: name.map(|n| n.hash),
-                    tiers: name.map_or(0, |n| n.tiers),
-                });
-            }
-        }
-        dump
-    }
-
-    /// Gives an owner without blocks those of a dump. Blocks whose parent the dump lacks, and names
-    /// that it uses twice, are dropped and counted as collisions.
-    pub fn restore(&mut self, pool: usize, slot: Slot, dump: &[Held]) -> Applied {
-        let mut applied = Applied::default();
-        let pool_number = u16::try_from(pool).unwrap_or(u16::MAX);
-        let mut links = Vec::new();
-        for held in dump {
-            let parent = match held.parent {
-                None => Some(NIL),
-                Some(parent) => self.tree.find(pool_number, parent),
-            };
-            let node = parent
-                .and_then(|parent| self.tree.with_sequence(pool_number, parent, held.sequence));
-            let Some(node) = node else {
-                applied.collisions += 1;
-                continue;
-            };
-            let Some(name) = held.name else {
-                links.push(held.sequence);
-                continue;
-            };
-            let owner = self.owners.entry((pool, slot)).or_default();
-            if owner.name(name).is_some() {
-                applied.collisions += 1;
-                continue;
-            }
-            for tier in Tier::ALL {
-                let bit = 1_u16 << tier.index();
-                if u16::from(held.tiers) & bit == 0 {
-                    continue;
-                }
-                let tiers = self.tree.tiers(node, slot);
-                let owner = self.owners.entry((pool, slot)).or_default();
-                owner.add(name, node, tier, tiers & bit != 0);
-                self.tree.hold(node, slot, tiers | bit);
-                applied.stored += 1;
-            }
-        }
-        for sequence in links.into_iter().rev() {
-            if let Some(node) = self.tree.find(pool_number, sequence) {
-                let tiers = self.tree.tiers(node, slot);
-                self.tree.hold(node, slot, tiers);
-            }
-        }
-        applied
+        let owner = |family| self.owners.get(&(Space::new(pool, family), slot));
+        let owners = Family::ALL.into_iter().filter_map(owner);
+        owners.map(|owner| owner.held).sum()
     }
 }
 

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use crate::event::EventData;
 use crate::hash::chain;
-use crate::id::{Slot, Tier};
+use crate::id::{Family, Slot, Tier};
 use crate::overlap::Overlap;
 
 /// A block as an owner named it.
@@ -23,6 +23,20 @@ struct Named {
 #[derive(Clone, Debug, Default)]
 pub struct Naive {
     owners: HashMap<(usize, Slot), HashMap<u64, Named>>,
+    /// Mask of tiers by hash, for families in which a hash stands for the whole prefix.
+    foreign: HashMap<(usize, Slot, Family), HashMap<u64, u8>>,
+}
+
+/// A prompt's hashes in a family, as its senders name the blocks, and the blocks of the pool that
+/// one of them is.
+#[derive(Clone, Debug, Default)]
+pub struct Foreign {
+    /// The family.
+    pub family: Family,
+    /// Blocks of the pool to a block of the family.
+    pub blocks: u32,
+    /// The hashes.
+    pub hashes: Vec<u64>,
 }
 
 impl Naive {
@@ -55,9 +69,99 @@ impl Naive {
         }
     }
 
+    /// Applies an event of one owner about its blocks of one family.
+    pub fn apply_family(
+        &mut self,
+        pool: usize,
+        family: Family,
+        slot: Slot,
+        tier: Tier,
+        data: &EventData,
+    ) {
+        if family == Family::Dynamo {
+            self.apply(pool, slot, tier, data);
+            return;
+        }
+        let held = self.foreign.entry((pool, slot, family)).or_default();
+        let bit = 1 << tier.index();
+        match data {
+            EventData::Stored(stored) => {
+                for block in &stored.blocks {
+                    *held.entry(block.block_hash).or_default() |= bit;
+                }
+            }
+            EventData::Removed(removed) => {
+                for hash in &removed.block_hashes {
+                    *held.entry(*hash).or_default() &= !bit;
+                }
+            }
+            EventData::Cleared => held.clear(),
+        }
+    }
+
     /// Forgets an owner.
     pub fn remove_owner(&mut self, pool: usize, slot: Slot) {
         self.owners.remove(&(pool, slot));
+        self.foreign.retain(|(p, s, _), _| (*p, *s) != (pool, slot));
+    }
+
+    /// What one worker holds of a prompt over all families, chained ones first, with the help of
+    /// stores.
+    #[must_use]
+    pub fn holding(
+        &self,
+        pool: usize,
+        slot: Slot,
+        stores: &[Slot],
+        prompt: &[u64],
+        families: &[Foreign],
+    ) -> Overlap {
+        let dynamo = |slot| {
+            let held = self.owners.get(&(pool, slot)).map(held);
+            overlap(&held.unwrap_or_default(), prompt).depth
+        };
+        let best = |slot: Slot, family, hash: u64| {
+            let held = self.foreign.get(&(pool, slot, family));
+            let tiers = held.and_then(|held| held.get(&hash)).copied();
+            tiers.filter(|tiers| *tiers != 0).map(u8::trailing_zeros)
+        };
+        let mut depth = dynamo(slot);
+        let mut through: Vec<u32> = stores.iter().map(|s| dynamo(*s)[3]).collect();
+        for f in families.iter().filter(|f| !f.family.is_flat()) {
+            let prefix = |slot, tier: u32| {
+                let holds = |h: &&u64| best(slot, f.family, **h).is_some_and(|best| best <= tier);
+                let count = f.hashes.iter().take_while(holds).count();
+                f.blocks * u32::try_from(count).unwrap_or(u32::MAX)
+            };
+            for (tier, depth) in (0..).zip(&mut depth) {
+                *depth = prefix(slot, tier).max(*depth);
+            }
+            through.extend(stores.iter().map(|store| prefix(*store, 3)));
+        }
+        let mut reach = through.into_iter().chain(depth).max().unwrap_or(0);
+        for f in families.iter().filter(|f| f.family.is_flat()) {
+            let grow = |mut depth: u32, holds: &dyn Fn(u64) -> bool| {
+                let hash = |depth: u32| f.hashes.get((depth / f.blocks) as usize);
+                while hash(depth).is_some_and(|hash| holds(*hash)) {
+                    depth = (depth / f.blocks + 1) * f.blocks;
+                }
+                depth
+            };
+            for (tier, depth) in (0..).zip(&mut depth) {
+                *depth = grow(*depth, &|h| {
+                    best(slot, f.family, h).is_some_and(|best| best <= tier)
+                });
+            }
+            reach = grow(reach, &|hash| {
+                let mut either = stores.iter().chain([&slot]);
+                either.any(|slot| best(*slot, f.family, hash).is_some())
+            });
+        }
+        let [.., all] = depth;
+        Overlap {
+            shared_cache: reach.saturating_sub(all),
+            ..Overlap::new(depth)
+        }
     }
 
     /// What every owner of a pool holds of each prompt; owners that hold nothing of it are left
@@ -129,5 +233,5 @@ fn overlap(held: &HashMap<u64, usize>, prompt: &[u64]) -> Overlap {
         let holds = |s: &&u64| held.get(*s).is_some_and(|best| *best <= tier);
         *depth = u32::try_from(prompt.iter().take_while(holds).count()).unwrap_or(u32::MAX);
     }
-    Overlap { depth }
+    Overlap::new(depth)
 }

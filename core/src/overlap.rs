@@ -8,9 +8,20 @@ use crate::policy::Policy;
 pub struct Overlap {
     /// By tier index.
     pub depth: [u32; Tier::COUNT],
+    /// Blocks beyond all of these that a store shared by the workers has.
+    pub shared_cache: u32,
 }
 
 impl Overlap {
+    /// That of an owner which shares no store.
+    #[must_use]
+    pub fn new(depth: [u32; Tier::COUNT]) -> Self {
+        Self {
+            depth,
+            shared_cache: 0,
+        }
+    }
+
     /// Whether nothing is held.
     #[must_use]
     pub fn is_empty(&self) -> bool {
@@ -47,9 +58,7 @@ mod tests {
 
     #[test]
     fn slower_tiers_count_by_their_weight() {
-        let overlap = Overlap {
-            depth: [3, 4, 4, 6],
-        };
+        let overlap = Overlap::new([3, 4, 4, 6]);
         assert_eq!(overlap.by_tier(), [3, 1, 0, 2]);
         assert!((overlap.effective(&Policy::default()) - 4.25).abs() < 1e-12);
         assert!(!overlap.is_empty());

@@ -63,10 +63,14 @@ pub struct Policy {
     /// Which parts of the load count. The worker table carries it apart.
     #[serde(skip)]
     pub tracking: Tracking,
+    /// Credit for a block beyond a worker's own that a shared store has, in blocks. The worker
+    /// table carries it apart.
+    #[serde(skip)]
+    pub shared_cache_multiplier: f64,
 }
 
 impl Default for Policy {
-    /// Dynamo's defaults.
+    /// Dynamo's defaults; its multiplier for shared stores is that of a pool which has one.
     fn default() -> Self {
         Self {
             mode: Mode::Kv,
@@ -75,6 +79,7 @@ impl Default for Policy {
             overlap_score_credit: 1.0,
             host_cache_hit_weight: 0.75,
             disk_cache_hit_weight: 0.25,
+            shared_cache_multiplier: 0.5,
             decode_active_request_weight: 0.0,
             tracking: Tracking::default(),
         }

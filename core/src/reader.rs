@@ -22,6 +22,8 @@ pub struct View {
     pub epoch: u32,
     /// The pool's secret.
     pub pool_key: u64,
+    /// What the hashes are.
+    pub family: Family,
     /// Slots in use are below this, at most [`Slot::MAX`].
     pub slots: usize,
 }
@@ -93,6 +95,28 @@ impl Reader {
         self.walk(view, prompt, Walk::Linear, fetch);
     }
 
+    /// The owners of one block of a flat family: by tier, a bit to each slot that holds it there or
+    /// on a better one.
+    pub fn holders(
+        &mut self,
+        view: &View,
+        hash: u64,
+        fetch: impl FnMut(u32) -> Option<Vec<u8>>,
+    ) -> &[u64] {
+        self.begin(view);
+        let probe = self.probe(
+            &mut Lookup {
+                view,
+                groups: 1,
+                prompt: &[hash],
+                size: 1,
+                fetch,
+            },
+            0,
+        );
+        self.alive(probe)
+    }
+
     /// What the owner in a slot holds of the prompt.
     #[must_use]
     pub fn overlap(&self, slot: Slot) -> Overlap {
@@ -103,9 +127,7 @@ impl Reader {
                 .filter(|_| slot.index() < self.slots)
                 .unwrap_or(0)
         };
-        Overlap {
-            depth: [at(0), at(1), at(2), at(3)],
-        }
+        Overlap::new([at(0), at(1), at(2), at(3)])
     }
 
     /// Slots whose owner holds at least the prompt's first block.
@@ -124,6 +146,15 @@ impl Reader {
         self.fetched
     }
 
+    fn begin(&mut self, view: &View) {
+        self.slots = view.slots.min(usize::from(Slot::MAX));
+        self.words = self.slots.div_ceil(64);
+        self.bits.clear();
+        self.hits.clear();
+        self.pages.clear();
+        self.fetched = 0;
+    }
+
     fn walk(
         &mut self,
         view: &View,
@@ -131,14 +162,9 @@ impl Reader {
         walk: Walk,
         fetch: impl FnMut(u32) -> Option<Vec<u8>>,
     ) {
-        self.slots = view.slots.min(usize::from(Slot::MAX));
-        self.words = self.slots.div_ceil(64);
+        self.begin(view);
         self.depths.clear();
         self.depths.resize(Tier::COUNT * self.slots, 0);
-        self.bits.clear();
-        self.hits.clear();
-        self.pages.clear();
-        self.fetched = 0;
         let size = usize::from(view.group);
         if size == 0 || prompt.is_empty() || self.slots == 0 {
             return;
@@ -194,7 +220,7 @@ impl Reader {
         let blocks = lookup.group(group);
         let mut start = 0;
         while let Some(&first) = blocks.get(start) {
-            let key = unit_key(first, lookup.view.pool_key, Family::Dynamo);
+            let key = unit_key(first, lookup.view.pool_key, lookup.view.family);
             let Some(bytes) = lookup.page(key, &mut self.fetched) else {
                 break;
             };

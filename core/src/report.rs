@@ -41,6 +41,9 @@ pub struct Report {
     /// How long before `at_ns` each of the steps happened, nanoseconds; at `at_ns` those past the
     /// end of the list.
     pub ages_ns: Vec<u64>,
+    /// [`Weighed::shared_cache`] of all candidates of all steps in order; 0 for those past the end
+    /// of the list.
+    pub shared_caches: Vec<u32>,
 }
 
 /// A [`Report`] of protocol version 2.
@@ -60,7 +63,12 @@ impl Report {
     /// When the bytes are empty, of another version or malformed.
     pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
         if wire::version(bytes).is_none_or(|version| version >= wire::TIMED_FROM) {
-            return wire::decode(bytes);
+            let mut report: Self = wire::decode(bytes)?;
+            let shared_caches = report.shared_caches.iter().copied();
+            for (weighed, blocks) in weighed_mut(&mut report.steps).zip(shared_caches) {
+                weighed.shared_cache = blocks;
+            }
+            return Ok(report);
         }
         let Untimed {
             vm,
@@ -77,7 +85,18 @@ impl Report {
             sums,
             steps,
             ages_ns: Vec::new(),
+            shared_caches: Vec::new(),
         })
+    }
+
+    /// Takes [`Report::shared_caches`] from the steps.
+    #[must_use]
+    pub fn with_shared_caches(mut self) -> Self {
+        let shared = weighed_mut(&mut self.steps).map(|weighed| weighed.shared_cache);
+        self.shared_caches = shared.collect();
+        let used = self.shared_caches.iter().rposition(|blocks| *blocks > 0);
+        self.shared_caches.truncate(used.map_or(0, |last| last + 1));
+        self
     }
 
     /// The steps and when they happened, Unix nanoseconds by Envoy's clock; 0 where it is not said.
@@ -86,6 +105,15 @@ impl Report {
         let times = ages.map(|age| self.at_ns.saturating_sub(age));
         times.zip(&self.steps)
     }
+}
+
+/// The candidates of all steps.
+fn weighed_mut(steps: &mut [Step]) -> impl Iterator<Item = &mut Weighed> {
+    let evidence = steps.iter_mut().filter_map(|step| match step {
+        Step::Book(booked) => booked.evidence.as_mut(),
+        _ => None,
+    });
+    evidence.flat_map(|evidence| &mut evidence.candidates)
 }
 
 /// All that a VM has ever added to an owner's lanes, modulo 2^64.
@@ -253,6 +281,9 @@ pub struct Weighed {
     pub owner: OwnerId,
     /// Blocks held by tier.
     pub overlap: [u32; Tier::COUNT],
+    /// Blocks beyond them in a shared store. Reports carry it apart.
+    #[serde(skip)]
+    pub shared_cache: u32,
     /// Prefill tokens there.
     pub prefill_tokens: u32,
     /// Blocks in use there.
@@ -279,8 +310,51 @@ mod tests {
             sums: Vec::new(),
             steps: vec![Step::Free { request: 3 }, Step::FirstToken { request: 4 }],
             ages_ns: vec![100],
+            shared_caches: Vec::new(),
         };
         assert_eq!(Report::decode(&wire::encode(&report)), Ok(report.clone()));
+        let weighed = |worker, shared_cache| Weighed {
+            owner: OwnerId { worker, rank: 0 },
+            overlap: [1, 0, 0, 2],
+            shared_cache,
+            prefill_tokens: 3,
+            active_blocks: 4,
+            shared_blocks: 5,
+            requests: 6,
+            cost: 7.5,
+        };
+        let book = |candidates| {
+            Step::Book(Box::new(Booked {
+                request: 9,
+                owner: OwnerKey {
+                    pool: 0,
+                    id: OwnerId { worker: 1, rank: 0 },
+                },
+                decoding: false,
+                prefill_tokens: 1,
+                blocks: 2,
+                prefix: None,
+                hashes: vec![8],
+                evidence: Some(Evidence {
+                    at_ns: 1,
+                    reason: "kv".into(),
+                    tokens: 32,
+                    trust: 1.0,
+                    candidates,
+                }),
+            }))
+        };
+        let steps = vec![
+            book(vec![weighed(1, 0), weighed(2, 11)]),
+            book(vec![weighed(1, 12), weighed(2, 0)]),
+        ];
+        let booked = Report {
+            steps,
+            ..report.clone()
+        };
+        let booked = booked.with_shared_caches();
+        assert_eq!(booked.shared_caches, [0, 11, 12]);
+        assert_eq!(Report::decode(&wire::encode(&booked)), Ok(booked));
         let times = report.timed().map(|(at_ns, _)| at_ns);
         assert_eq!(times.collect::<Vec<_>>(), [800, 900]);
         let Report { sums, steps, .. } = &report;

@@ -37,7 +37,7 @@ pub const MAX_STRING: usize = 1024;
 /// What a body said.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Scan {
-    /// `prompt`.
+    /// `prompt`, or what the scanner was told to read as such.
     pub prompt: Prompt,
     /// `model`.
     pub model: Field<String>,

@@ -7,9 +7,11 @@ mod extension;
 
 use serde::{Deserialize, Serialize};
 
+use crate::family::Scheme;
 use crate::id::{Device, OwnerId, Role, Slot};
 use crate::key;
 use crate::policy::Policy;
+use crate::text::Budget;
 use extension::Extension;
 
 /// Everything a decision needs besides pages, load and the request.
@@ -60,6 +62,16 @@ pub struct Pool {
     /// device-aware-weighted; 0 counts as 1.
     #[serde(skip)]
     pub device_ratio: u32,
+    /// Families in which blocks are looked up besides Dynamo's.
+    #[serde(skip)]
+    pub families: Vec<Scheme>,
+    /// Slots of stores that all workers share.
+    #[serde(skip)]
+    pub stores: Vec<Slot>,
+    /// How long the sidecar may take to read a prompt that is text; `None` where it has no tokenizer
+    /// for this pool.
+    #[serde(skip)]
+    pub text: Option<Budget>,
 }
 
 /// A (worker, dp rank) of a pool.
@@ -153,14 +165,17 @@ impl Pool {
     /// Slots in use are below this.
     #[must_use]
     pub fn slots(&self) -> usize {
-        self.owners.last().map_or(0, |o| o.slot.index() + 1)
+        let owners = self.owners.last().map(|owner| owner.slot);
+        let last = owners.into_iter().chain(self.stores.iter().copied()).max();
+        last.map_or(0, |slot| slot.index() + 1)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::{Owner, Pool, Served, Table, Traits};
-    use crate::id::{Device, OwnerId, Role, Slot};
+    use crate::family::Scheme;
+    use crate::id::{Device, Family, OwnerId, Role, Slot};
     use crate::key;
     use crate::tracker::Tracking;
 
@@ -215,6 +230,13 @@ mod tests {
     fn tables_of_this_release_and_the_one_before_are_read_by_each_other() {
         let mut table = table();
         table.pools[1].policy.tracking.prefill_tokens = false;
+        table.pools[1].policy.shared_cache_multiplier = 0.3;
+        table.pools[1].stores = vec![Slot(7)];
+        table.pools[1].families = vec![Scheme {
+            family: Family::LmCache,
+            block_size: 256,
+            hash_seed: "7".into(),
+        }];
         let bytes = table.encode();
         assert_eq!(Table::decode(&bytes).as_ref(), Some(&table));
         // An earlier release reads as much as it knows and wrote no more.
@@ -255,5 +277,10 @@ mod tests {
         assert_eq!(table.pools[1].owner(Slot(5)).unwrap().id.rank, 1);
         assert!(table.pools[1].owner(Slot(4)).is_none());
         assert_eq!(table.pools[1].slots(), 6);
+        let pool = Pool {
+            stores: vec![Slot(9)],
+            ..table.pools[1].clone()
+        };
+        assert_eq!(pool.slots(), 10);
     }
 }

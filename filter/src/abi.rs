@@ -12,18 +12,21 @@
 //!   messages, close and cancel: the status only. Envoy gives unexpected ones where headers or a
 //!   body are gone already, and for functions that `capability_restriction_config` leaves out.
 //!
-//! A stream is opened by the SDK, whose dispatcher has to know its token; see
-//! [`Host::open_stream`].
+//! A stream is opened and a call made by the SDK, whose dispatcher has to know the token; see
+//! [`Host::open_stream`] and [`Host::call`].
 
 #![allow(unsafe_code)]
 
 use std::ptr::null_mut;
+use std::time::Duration;
 
 use proxy_wasm::hostcalls;
 use proxy_wasm::types::{BufferType, StreamType};
 
 use crate::header_map::HeaderMap;
-use crate::host::{Expect, Headers, Host, Level, MetricId, MetricKind, Queue, Shared, Token};
+use crate::host::{
+    Expect, Headers, Host, Level, Method, MetricId, MetricKind, Queue, Shared, Token,
+};
 
 const OK: u32 = 0;
 const MONOTONIC: u32 = 1;
@@ -328,6 +331,25 @@ impl Host for Envoy {
     fn open_stream(&self, cluster: &str, service: &str, method: &str) -> Option<Token> {
         let target = grpc_service(cluster)?;
         let token = hostcalls::open_grpc_stream(&target, service, method, Vec::new());
+        token.ok().map(Token)
+    }
+
+    fn call(
+        &self,
+        cluster: &str,
+        method: Method,
+        message: &[u8],
+        timeout_ms: u64,
+    ) -> Option<Token> {
+        let target = grpc_service(cluster)?;
+        let token = hostcalls::dispatch_grpc_call(
+            &target,
+            method.service,
+            method.method,
+            Vec::new(),
+            Some(message),
+            Duration::from_millis(timeout_ms),
+        );
         token.ok().map(Token)
     }
 

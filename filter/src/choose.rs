@@ -5,7 +5,8 @@ use std::borrow::Cow;
 use kv_core::cost::Demand;
 use kv_core::decide::{self, Candidate, Request, Scored};
 use kv_core::device;
-use kv_core::id::Slot;
+use kv_core::holdings::{Holdings, Named, Pages};
+use kv_core::id::{Family, Slot};
 use kv_core::key;
 use kv_core::load::{Delta, Load};
 use kv_core::loads::PoolLoads;
@@ -35,12 +36,14 @@ const MAX_UNDONE: u32 = 2;
 /// A request to be routed.
 #[derive(Clone, Copy, Debug)]
 pub struct Ask<'a> {
-    /// The reason so far: [`Reason::Kv`] for a prompt that has been read.
+    /// The reason so far; see [`Reason::has_blocks`].
     pub reason: Reason,
     /// Prompt tokens, 0 where unknown.
     pub tokens: u32,
     /// Sequence hashes of the prompt's blocks.
     pub hashes: &'a [u64],
+    /// Its hashes in the pool's further families.
+    pub families: &'a [Named],
     /// The worker that it is to go to, in the mode direct.
     pub pin: Option<Pin>,
     /// What answer it asks for.
@@ -111,6 +114,7 @@ pub struct Weighed {
 /// Chooses workers. Reused between requests, which spares allocations.
 pub struct Chooser {
     reader: Reader,
+    holdings: Holdings,
     rng: Rng,
     /// By candidate: what the first lane of its owner held when its load was read.
     read: Vec<u64>,
@@ -126,6 +130,7 @@ impl Chooser {
     pub fn new(seed: u64) -> Self {
         Self {
             reader: Reader::new(),
+            holdings: Holdings::new(),
             rng: Rng::new(seed),
             read: Vec::new(),
             read_ns: 0,
@@ -147,16 +152,16 @@ impl Chooser {
         let mode = pool.policy.mode;
         let mut reason = ask.reason.under(mode);
         let mut trust = 1.0;
-        let looked_up = reason == Reason::Kv && {
+        let looked_up = reason.has_blocks() && {
             match published.index {
                 None => reason = Reason::NoIndex,
                 Some(index) if index.trust <= 0.0 => reason = Reason::Stale,
                 Some(index) => {
                     trust = index.trust;
-                    self.look_up(host, metrics, served, &index, ask.hashes);
+                    self.look_up(host, metrics, served, &index, ask);
                 }
             }
-            reason == Reason::Kv
+            reason.has_blocks()
         };
         self.in_use.clear();
         if let Some(loads) = published.loads.filter(|_| mode == Mode::Kv) {
@@ -332,34 +337,38 @@ impl Chooser {
 
     /// The longest prefix that some owner holds, after a lookup.
     fn prefix(&self, hashes: &[u64]) -> Option<(u32, u64)> {
-        let depth = |slot| {
-            let [.., all] = self.reader.overlap(slot).depth;
-            all
-        };
-        let depth = self.reader.held().map(depth).max()?;
+        let depth = self.holdings.known();
         let last = usize::try_from(depth).ok()?.checked_sub(1)?;
         Some((depth, *hashes.get(last)?))
     }
 
-    /// Leaves in the reader what every owner holds of the prompt.
+    /// Finds out what every owner holds of the prompt.
     fn look_up(
         &mut self,
         host: &impl Host,
         metrics: &mut Metrics,
         served: &Served<'_>,
         index: &Index,
-        hashes: &[u64],
+        ask: &Ask<'_>,
     ) {
         let view = View {
             level: index.head.level,
             group: index.head.group,
             epoch: index.head.epoch,
             pool_key: served.pool.key,
+            family: Family::Dynamo,
             slots: served.pool.slots(),
         };
         let since_ns = host.now_ns();
         let fetch = |id| host.shared(&key::page(id)).map(|page| page.bytes);
-        self.reader.gallop(&view, hashes, fetch);
+        let mut pages = Pages {
+            reader: &mut self.reader,
+            view,
+            fetch,
+        };
+        let stores = &served.pool.stores;
+        self.holdings
+            .look_up(&mut pages, view.slots, stores, ask.hashes, ask.families);
         metrics.time(host, Timing::Lookup, since_ns, host.now_ns());
     }
 
@@ -378,11 +387,11 @@ impl Chooser {
         let mut owners = Vec::with_capacity(DEEPEST + SAMPLED);
         if looked_up {
             let mut holders: Vec<(f64, usize)> = self
-                .reader
+                .holdings
                 .held()
                 .filter_map(|slot| {
                     let owner = served.owner_in(slot)?;
-                    let depth = self.reader.overlap(slot).effective(policy);
+                    let depth = self.holdings.overlap(slot).effective(policy);
                     accepting.binary_search(&owner).ok()?;
                     Some((depth, owner))
                 })
@@ -407,7 +416,7 @@ impl Chooser {
         let held = slot.filter(|_| looked_up);
         Candidate {
             owner,
-            overlap: held.map_or_else(Overlap::default, |slot| self.reader.overlap(slot)),
+            overlap: held.map_or_else(Overlap::default, |slot| self.holdings.overlap(slot)),
             load: Load::default(),
             shared_blocks: 0,
         }

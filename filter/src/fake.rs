@@ -5,7 +5,9 @@ use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::rc::Rc;
 
 use crate::header_map::HeaderMap;
-use crate::host::{Expect, Headers, Host, Level, MetricId, MetricKind, Queue, Shared, Token};
+use crate::host::{
+    Expect, Headers, Host, Level, Method, MetricId, MetricKind, Queue, Shared, Token,
+};
 
 /// One VM's Envoy. Clones are the same VM.
 #[derive(Clone, Default)]
@@ -43,6 +45,7 @@ struct Local {
     current: Cell<u32>,
     streams: RefCell<Vec<Stream>>,
     no_streams: Cell<bool>,
+    calls: RefCell<Vec<Call>>,
     message: RefCell<Vec<u8>>,
     log: RefCell<Vec<(Level, String)>>,
 }
@@ -68,6 +71,15 @@ pub(crate) struct Stream {
     pub(crate) sent: Vec<Vec<u8>>,
     /// Whether it is still open.
     pub(crate) open: bool,
+}
+
+/// A call that a VM made.
+#[derive(Clone)]
+pub(crate) struct Call {
+    /// The context on whose behalf.
+    pub(crate) context: u32,
+    pub(crate) message: Vec<u8>,
+    pub(crate) timeout_ms: u64,
 }
 
 impl Default for Process {
@@ -194,6 +206,10 @@ impl Fake {
     /// Lets `open_stream` fail or succeed.
     pub(crate) fn refuse_streams(&self, refuse: bool) {
         self.vm.no_streams.set(refuse);
+    }
+
+    pub(crate) fn calls(&self) -> Vec<Call> {
+        self.vm.calls.borrow().clone()
     }
 
     pub(crate) fn streams(&self) -> Vec<Stream> {
@@ -482,6 +498,26 @@ impl Host for Fake {
             ..Stream::default()
         });
         Some(Token(u32::try_from(streams.len() - 1).unwrap()))
+    }
+
+    fn call(
+        &self,
+        cluster: &str,
+        _method: Method,
+        message: &[u8],
+        timeout_ms: u64,
+    ) -> Option<Token> {
+        assert_eq!(cluster, "kv_router_sidecar");
+        if self.vm.no_streams.get() {
+            return None;
+        }
+        let mut calls = self.vm.calls.borrow_mut();
+        calls.push(Call {
+            context: self.vm.current.get(),
+            message: message.to_vec(),
+            timeout_ms,
+        });
+        Some(Token(1_000 + u32::try_from(calls.len()).unwrap()))
     }
 
     fn send(&self, stream: Token, message: &[u8]) -> bool {

@@ -1,7 +1,9 @@
 //! The worker table with what this VM derives from it once per version.
 
 use hashbrown::HashMap;
+use kv_core::family::Namespace;
 use kv_core::hash::{Hashing, Seed};
+use kv_core::holdings::{self, Named};
 use kv_core::id::{Role, Slot};
 use kv_core::policy::Mode;
 use kv_core::report::OwnerKey;
@@ -139,6 +141,27 @@ impl<'a> Served<'a> {
     pub fn hashing(&self, salt: &str) -> Hashing {
         let block_size = usize::try_from(self.pool.block_size).unwrap_or(0);
         Hashing::new(block_size, Seed::new(self.lora, salt))
+    }
+
+    /// A prompt's hashes in the families that this pool uses to choose by.
+    #[must_use]
+    pub fn named(&self, tokens: &[u32], salt: &str) -> Vec<Named> {
+        let namespace = Namespace {
+            lora: self.lora,
+            salt,
+        };
+        match self.pool.policy.mode {
+            Mode::Kv => {
+                let families = &self.pool.families;
+                holdings::named(families, self.pool.block_size, tokens, namespace)
+            }
+            Mode::RoundRobin
+            | Mode::Random
+            | Mode::LeastLoaded
+            | Mode::PowerOfTwo
+            | Mode::Direct
+            | Mode::DeviceAwareWeighted => Vec::new(),
+        }
     }
 
     /// Positions in [`Pool::owners`] of the owners that take requests.

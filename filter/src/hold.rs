@@ -3,40 +3,30 @@
 //! Only what surely is a generation request with a bounded JSON body: anything held that never
 //! ends (an upgrade, a bidirectional stream) would hang.
 
+use kv_core::surface::Surface;
+
 use crate::header_map::HeaderMap;
 use crate::reason::Reason;
 
-/// Paths whose bodies carry a prompt.
-pub const GENERATION_PATHS: [&str; 2] = ["/v1/completions", CHAT_PATH];
+/// Path of the list of models.
+const MODELS: &[u8] = b"/v1/models";
 
-/// The path whose prompt is always text.
-pub const CHAT_PATH: &str = "/v1/chat/completions";
-
-/// A request to hold.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Hold {
-    /// Whether it is a chat request.
-    pub chat: bool,
-}
-
-/// Whether to hold a request whose body is still to come.
+/// Whether to hold a request whose body is still to come: as what.
 ///
 /// # Errors
 /// The reason for not holding it.
-pub fn judge(headers: &HeaderMap, body_limit: u64) -> Result<Hold, Reason> {
+pub fn judge(headers: &HeaderMap, body_limit: u64) -> Result<Surface, Reason> {
     let header = |name| headers.get(name);
-    let path = header(":path").unwrap_or_default();
-    let path = path.split(|b| matches!(b, b'?' | b'#')).next();
-    let path = path.unwrap_or_default();
-    let generation = GENERATION_PATHS.iter().any(|p| p.as_bytes() == path);
-    if !generation
-        || header(":method") != Some(b"POST")
+    let surface = Surface::of(path(headers)).ok_or(Reason::Passed)?;
+    if header(":method") != Some(b"POST")
         || !header("content-type").is_some_and(is_json)
         || header("upgrade").is_some()
         || header("connection").is_some_and(asks_for_upgrade)
-        || header("content-encoding").is_some()
     {
         return Err(Reason::Passed);
+    }
+    if header("content-encoding").is_some() {
+        return Err(Reason::Compressed);
     }
     if let Some(length) = header("content-length") {
         let length = std::str::from_utf8(length).ok();
@@ -46,9 +36,19 @@ pub fn judge(headers: &HeaderMap, body_limit: u64) -> Result<Hold, Reason> {
             Some(_) => {}
         }
     }
-    Ok(Hold {
-        chat: path == CHAT_PATH.as_bytes(),
-    })
+    Ok(surface)
+}
+
+/// Whether the current request, which has no body, asks for the list of models.
+pub fn asks_for_models(headers: &HeaderMap) -> bool {
+    headers.get(":method") == Some(b"GET") && path(headers) == MODELS
+}
+
+/// Path without query and fragment.
+fn path(headers: &HeaderMap) -> &[u8] {
+    let path = headers.get(":path").unwrap_or_default();
+    let mut parts = path.split(|b| matches!(b, b'?' | b'#'));
+    parts.next().unwrap_or_default()
 }
 
 /// `application/json`, possibly with parameters.
@@ -65,7 +65,9 @@ fn asks_for_upgrade(connection: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{Hold, judge};
+    use kv_core::surface::Surface;
+
+    use super::judge;
     use crate::fake::Fake;
     use crate::host::{Headers, Host as _};
     use crate::reason::Reason;
@@ -74,7 +76,7 @@ mod tests {
 
     /// The verdict on a well-formed generation request, changed by these headers; an empty value
     /// removes one.
-    fn verdict(changes: &[(&str, &[u8])]) -> Result<Hold, Reason> {
+    fn verdict(changes: &[(&str, &[u8])]) -> Result<Surface, Reason> {
         let host = Fake::default();
         for (name, value) in [
             (":method", &b"POST"[..]),
@@ -92,7 +94,7 @@ mod tests {
 
     #[test]
     fn generation_requests_are_held() {
-        let plain = Ok(Hold { chat: false });
+        let plain = Ok(Surface::Completions);
         let cases: [(&str, &[u8]); 6] = [
             ("content-type", b"application/json; charset=utf-8"),
             ("content-type", b"Application/JSON ;charset=utf-8"),
@@ -105,12 +107,12 @@ mod tests {
             assert_eq!(verdict(&[case]), plain, "{case:?}");
         }
         let chat = verdict(&[(":path", b"/v1/chat/completions")]);
-        assert_eq!(chat, Ok(Hold { chat: true }));
+        assert_eq!(chat, Ok(Surface::Chat));
     }
 
     #[test]
     fn everything_else_passes() {
-        let cases: [(&str, &[u8]); 17] = [
+        let cases: [(&str, &[u8]); 15] = [
             (":method", b"GET"),
             (":method", b"CONNECT"),
             (":method", b"\xff"),
@@ -124,8 +126,6 @@ mod tests {
             ("content-type", b"application/json\xff"),
             ("upgrade", b"websocket"),
             ("connection", b"keep-alive, Upgrade"),
-            ("content-encoding", b"gzip"),
-            ("content-encoding", b"\xff"),
             ("content-length", b"\xff"),
             ("content-length", b"-1"),
         ];
@@ -138,5 +138,13 @@ mod tests {
         );
         let huge = b"99999999999999999999999";
         assert_eq!(verdict(&[("content-length", huge)]), Err(Reason::Passed));
+    }
+
+    #[test]
+    fn compressed_bodies_pass_and_are_told_apart() {
+        for encoding in [&b"gzip"[..], b"\xff"] {
+            let verdict = verdict(&[("content-encoding", encoding)]);
+            assert_eq!(verdict, Err(Reason::Compressed));
+        }
     }
 }

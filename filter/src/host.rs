@@ -49,6 +49,15 @@ pub struct MetricId(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Token(pub u32);
 
+/// A method of a gRPC service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Method {
+    /// The service.
+    pub service: &'static str,
+    /// The method.
+    pub method: &'static str,
+}
+
 /// A queue that the VMs of one `vm_id` share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Queue(pub u32);
@@ -141,6 +150,12 @@ pub trait Host {
     fn send(&self, stream: Token, message: &[u8]) -> bool;
     /// The message whose callback is running.
     fn message(&self, size: usize) -> Vec<u8>;
+    /// Calls a method with one message each way, on behalf of the current context. The answer, or
+    /// that there is none within this many milliseconds, comes by a callback of the context whose
+    /// callback is running, and its message belongs to the context that called. `None` if it
+    /// failed at once.
+    fn call(&self, cluster: &str, method: Method, message: &[u8], timeout_ms: u64)
+    -> Option<Token>;
     /// Forgets a stream that the other side has closed.
     fn close_stream(&self, stream: Token);
     /// Resets a stream. Not during a callback of that stream, whose remaining messages Envoy would

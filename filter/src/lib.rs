@@ -11,6 +11,8 @@
 //! - [`vm`]: what one VM is made of, and the callbacks that Envoy calls; `plugin` is their way
 //!   through the SDK.
 //! - [`request`], [`hold`], [`choose`], [`routed`], [`record`]: the life of a request.
+//! - [`text`]: what the sidecar is asked about prompts that are text; [`models`], [`refusal`]: what is
+//!   answered here.
 //! - [`world`], [`fleet`], [`lanes`], [`correction`]: pages, worker table and load as this VM sees
 //!   them.
 //! - [`board`]: the live prompts of all VMs.
@@ -48,6 +50,7 @@ pub mod hold;
 pub mod host;
 pub mod lanes;
 pub mod metrics;
+pub mod models;
 pub mod outbox;
 #[cfg(target_arch = "wasm32")]
 mod plugin;
@@ -57,6 +60,7 @@ pub mod refusal;
 pub mod relay;
 pub mod request;
 pub mod routed;
+pub mod text;
 pub mod usage;
 pub mod vm;
 pub mod watchdog;

@@ -56,8 +56,8 @@ pub enum Event {
     /// `kv_router_bridge_leases_total`: times a VM became the bridge. *Action*: growth without
     /// reconfiguration means that threads stall or trap.
     Lease,
-    /// `kv_router_unknown_model_total`: requests for a model that no pool names, served by the
-    /// first pool.
+    /// `kv_router_unknown_model_total`: requests for a model that no pool names. They are answered
+    /// with an error.
     UnknownModel,
     /// `kv_router_reports_total`: reports of VMs sent to the sidecar.
     Report,
@@ -154,17 +154,21 @@ pub enum Timing {
     /// `kv_router_decision_after_body_us`: from the last part of a request to its decision: what
     /// routing adds to the time to the first token.
     AfterBody,
+    /// `kv_router_text_us`: from asking the sidecar about a prompt that is text to its answer, or to
+    /// the end of the wait for it.
+    Text,
     /// `kv_router_lookup_us`: finding the overlaps in the pages.
     Lookup,
 }
 
 impl Timing {
-    const COUNT: usize = 3;
+    const COUNT: usize = 4;
 
     fn name(self) -> &'static str {
         match self {
             Self::Decision => "kv_router_decision_us",
             Self::AfterBody => "kv_router_decision_after_body_us",
+            Self::Text => "kv_router_text_us",
             Self::Lookup => "kv_router_lookup_us",
         }
     }
@@ -187,6 +191,8 @@ pub enum Fault {
     Header,
     /// Envoy did not answer a request that was to be refused.
     Reply,
+    /// Envoy did not let a request go on whose prompt had been read.
+    Resume,
     /// Envoy did not hand out all of a body it had announced.
     Body,
     /// `allow_on_headers_stop_iteration` is missing; this VM routes all requests by load.
@@ -213,6 +219,7 @@ impl Fault {
             Self::Lane => "lane",
             Self::Header => "header",
             Self::Reply => "reply",
+            Self::Resume => "resume",
             Self::Body => "body",
             Self::Unheld => "unheld",
             Self::Connect => "connect",

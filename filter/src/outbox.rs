@@ -183,6 +183,7 @@ impl Outbox {
             sums: known.copied().collect(),
             steps,
             ages_ns: Vec::new(),
+            shared_caches: Vec::new(),
         };
         self.send(host, &report, now_ns)
     }
@@ -209,7 +210,9 @@ impl Outbox {
                 sums,
                 steps,
                 ages_ns,
+                shared_caches: Vec::new(),
             };
+            let report = report.with_shared_caches();
             if !self.send(host, &report, now_ns) {
                 let timed = report.steps.into_iter().zip(report.ages_ns);
                 let timed = timed.map(|(step, age)| Timed {

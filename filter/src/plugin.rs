@@ -16,6 +16,9 @@
 //! - *Statuses*: the dispatcher calls `proxy_set_effective_context` for a root that it has, and
 //!   Envoy deletes a root in the module before it forgets it. Opening a stream fails with a status
 //!   that the SDK knows: the target is well-formed, and an unknown cluster is a known failure.
+//!   The same holds for a call, which fails at once where a stream does. The dispatcher takes a call
+//!   for the request's whose callback makes it, though the root context does: it forgets it when it
+//!   is over even if the request is gone.
 //! - *Tokens*: Envoy counts them up. A token that is not known, because its
 //!   root or stream is gone, is ignored. One that was cancelled stays in the dispatcher's map, a
 //!   few bytes for each time a bridge gives its stream up.
@@ -122,7 +125,13 @@ impl Drop for Stream {
     }
 }
 
-impl Context for Stream {}
+impl Context for Stream {
+    fn on_grpc_call_response(&mut self, token: u32, status: u32, size: usize) {
+        const OK: u32 = 0;
+        let size = (status == OK).then_some(size);
+        vm((), |vm| vm.on_call_over(self.0, Token(token), size));
+    }
+}
 
 impl HttpContext for Stream {
     fn on_http_request_headers(&mut self, _count: usize, end: bool) -> Action {

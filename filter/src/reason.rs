@@ -7,6 +7,10 @@ use kv_core::policy::Mode;
 pub enum Reason {
     /// By cost, with the overlaps looked up.
     Kv,
+    /// By cost, with the overlaps of the prompt's beginning: a longer text was not read in time.
+    KvBeginning,
+    /// By cost, with the overlaps of the text before the first image, sound or film.
+    KvBeforeMedia,
     /// In turn, as the pool's mode asks.
     RoundRobin,
     /// At random, as the pool's mode asks.
@@ -23,8 +27,19 @@ pub enum Reason {
     NoIndex,
     /// By load: the sidecar has been silent for so long that the pages count for nothing.
     Stale,
-    /// By load: the prompt is text.
+    /// By load: the prompt is text, and its pool has no tokenizer.
     Text,
+    /// By load: the prompt is text that was not read in time.
+    TextLate,
+    /// By load: the prompt is text, and the sidecar did not answer.
+    TextFailed,
+    /// By load: the prompt is text, and the sidecar has too much to read.
+    TextOverloaded,
+    /// By load: the prompt is text that can't be read: the chat template refuses it, the body makes
+    /// no sense, or asks for something that only the engine knows.
+    TextRefused,
+    /// By load: the request reuses no blocks.
+    NoReuse,
     /// By load: the body holds no single list of token ids, or a salt that can't be read.
     NoPrompt,
     /// By load: the body is not JSON.
@@ -35,19 +50,24 @@ pub enum Reason {
     TooLong,
     /// By load, without waiting for a body: not a generation request.
     Passed,
+    /// By load, without waiting for a body: it is compressed.
+    Compressed,
     /// By load: this VM can't hold requests.
     Unheld,
     /// Not at all, Envoy chose: no worker takes requests.
     NoOwner,
     /// Not at all, Envoy chose: no worker table is there.
     NoTable,
-    /// Not at all, answered with an error: it does not name a worker that the pool has, or may not.
+    /// Not at all, answered with an error: no pool serves the model, or the pool's mode asks for a
+    /// worker that the request does not name or may not.
     Refused,
+    /// Not at all, answered from the worker table.
+    Answered,
 }
 
 impl Reason {
     /// Number of reasons.
-    pub const COUNT: usize = 19;
+    pub const COUNT: usize = 28;
 
     /// The reason as an index below [`Reason::COUNT`].
     #[must_use]
@@ -60,6 +80,8 @@ impl Reason {
     pub fn name(self) -> &'static str {
         match self {
             Self::Kv => "kv",
+            Self::KvBeginning => "kv_beginning",
+            Self::KvBeforeMedia => "kv_before_media",
             Self::RoundRobin => "round-robin",
             Self::Random => "random",
             Self::LeastLoaded => "least-loaded",
@@ -69,16 +91,29 @@ impl Reason {
             Self::NoIndex => "no_index",
             Self::Stale => "stale",
             Self::Text => "text",
+            Self::TextLate => "text_late",
+            Self::TextFailed => "text_failed",
+            Self::TextOverloaded => "text_overloaded",
+            Self::TextRefused => "text_refused",
+            Self::NoReuse => "no_reuse",
             Self::NoPrompt => "no_prompt",
             Self::BadJson => "bad_json",
             Self::TooManyTokens => "too_many_tokens",
             Self::TooLong => "too_long",
             Self::Passed => "passed",
+            Self::Compressed => "compressed",
             Self::Unheld => "unheld",
             Self::NoOwner => "no_owner",
             Self::NoTable => "no_table",
             Self::Refused => "refused",
+            Self::Answered => "answered",
         }
+    }
+
+    /// Whether the prompt's blocks are known, or those of its beginning.
+    #[must_use]
+    pub fn has_blocks(self) -> bool {
+        matches!(self, Self::Kv | Self::KvBeginning | Self::KvBeforeMedia)
     }
 
     /// The reason in a pool of this mode. Modes other than kv look at no prompt, so nothing about
@@ -86,7 +121,8 @@ impl Reason {
     #[must_use]
     pub fn under(self, mode: Mode) -> Self {
         match (self, mode) {
-            (Self::Passed | Self::Unheld | Self::NoOwner | Self::NoTable | Self::Refused, _)
+            (Self::Passed | Self::Unheld | Self::NoOwner | Self::NoTable, _)
+            | (Self::Refused | Self::Answered, _)
             | (_, Mode::Kv) => self,
             (_, Mode::RoundRobin) => Self::RoundRobin,
             (_, Mode::Random) => Self::Random,
@@ -105,6 +141,6 @@ mod tests {
     #[test]
     fn indices_are_dense_and_end_with_the_last_reason() {
         assert_eq!(Reason::Kv.index(), 0);
-        assert_eq!(Reason::Refused.index() + 1, Reason::COUNT);
+        assert_eq!(Reason::Answered.index() + 1, Reason::COUNT);
     }
 }

@@ -64,6 +64,7 @@ pub fn told(pool: &Pool, weighed: &Weighed) -> Vec<report::Weighed> {
         Some(report::Weighed {
             owner: owner.id,
             overlap: s.candidate.overlap.by_tier(),
+            shared_cache: s.candidate.overlap.shared_cache,
             prefill_tokens: s.candidate.load.prefill_tokens,
             active_blocks: s.candidate.load.blocks,
             shared_blocks: s.candidate.shared_blocks,

@@ -1,8 +1,8 @@
-//! Requests that are answered here, because the pool's mode asks for what they do not say.
-
-use std::fmt::Write as _;
+//! Requests that are answered here with an error: no pool serves their model, or the pool's mode asks
+//! for what they do not say.
 
 use kv_core::id::WorkerId;
+use serde_json::json;
 
 /// Why a request goes to no worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,11 +13,13 @@ pub enum Refusal {
     WorkerUnknown(WorkerId),
     /// It names a worker, and its route does not let it.
     HintUntrusted,
+    /// No pool serves its model.
+    ModelUnknown,
 }
 
 impl Refusal {
     /// Number of kinds.
-    pub const COUNT: usize = 3;
+    pub const COUNT: usize = 4;
 
     /// The kind as an index below [`Refusal::COUNT`].
     #[must_use]
@@ -26,6 +28,7 @@ impl Refusal {
             Self::WorkerMissing => 0,
             Self::WorkerUnknown(_) => 1,
             Self::HintUntrusted => 2,
+            Self::ModelUnknown => 3,
         }
     }
 
@@ -36,6 +39,8 @@ impl Refusal {
             Self::WorkerMissing => "worker_missing",
             Self::WorkerUnknown(_) => "worker_unknown",
             Self::HintUntrusted => "hint_untrusted",
+            // As OpenAI's API has it.
+            Self::ModelUnknown => "model_not_found",
         }
     }
 
@@ -45,34 +50,42 @@ impl Refusal {
         match self {
             Self::WorkerMissing | Self::WorkerUnknown(_) => 400,
             Self::HintUntrusted => 403,
+            Self::ModelUnknown => 404,
         }
     }
 
-    /// Body of the answer, an error as OpenAI's API has them.
+    /// Body of the answer to a request for this model, an error as OpenAI's API has them.
     #[must_use]
-    pub fn body(self) -> String {
-        let kind = match self {
-            Self::WorkerMissing | Self::WorkerUnknown(_) => "invalid_request_error",
-            Self::HintUntrusted => "permission_error",
-        };
-        let mut message = String::new();
-        // Writing to a string cannot fail.
-        let _ = match self {
-            Self::WorkerMissing => write!(
-                message,
-                "requests must name their worker, in nvext.backend_instance_id or the header \
-                 x-dynamo-worker-instance-id"
+    pub fn body(self, model: &str) -> String {
+        let pin = "nvext.backend_instance_id";
+        let (message, kind, param) = match self {
+            Self::WorkerMissing => (
+                format!(
+                    "requests must name their worker, in {pin} or the header \
+                     x-dynamo-worker-instance-id"
+                ),
+                "invalid_request_error",
+                pin,
             ),
-            Self::WorkerUnknown(worker) => write!(
-                message,
-                "nvext.backend_instance_id={worker} does not identify a known worker"
+            Self::WorkerUnknown(worker) => (
+                format!("{pin}={worker} does not identify a known worker"),
+                "invalid_request_error",
+                pin,
             ),
-            Self::HintUntrusted => write!(message, "this route does not let clients name workers"),
+            Self::HintUntrusted => (
+                "this route does not let clients name workers".to_owned(),
+                "permission_error",
+                pin,
+            ),
+            Self::ModelUnknown => (
+                format!("The model `{model}` does not exist"),
+                "invalid_request_error",
+                "model",
+            ),
         };
-        format!(
-            r#"{{"error":{{"message":"{message}","type":"{kind}","param":"nvext.backend_instance_id","code":"{}"}}}}"#,
-            self.name()
-        )
+        let code = self.name();
+        let error = json!({"message": message, "type": kind, "param": param, "code": code});
+        json!({"error": error}).to_string()
     }
 }
 
@@ -86,14 +99,17 @@ mod tests {
             Refusal::WorkerMissing,
             Refusal::WorkerUnknown(u64::MAX),
             Refusal::HintUntrusted,
+            Refusal::ModelUnknown,
         ];
         for (i, refusal) in all.into_iter().enumerate() {
             assert_eq!(refusal.index(), i);
-            let body: serde_json::Value = serde_json::from_str(&refusal.body()).unwrap();
+            let body: serde_json::Value = serde_json::from_str(&refusal.body("a\"b")).unwrap();
             assert_eq!(body["error"]["code"], refusal.name());
             assert!(body["error"]["message"].is_string());
         }
-        assert!(all[1].body().contains("=18446744073709551615 does not"));
+        assert!(all[1].body("m").contains("=18446744073709551615 does not"));
+        let body: serde_json::Value = serde_json::from_str(&all[3].body("a\"b")).unwrap();
+        assert_eq!(body["error"]["message"], "The model `a\"b` does not exist");
         assert_eq!(all.len(), Refusal::COUNT);
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! Fresh -- held at headers --> Held -- end of body, trailers, too long --> Routed --> Over
-//!      \------------------- decided at headers -------------------------->/
+//!      \                           \-- text --> Asked -- answered, late -->/
+//!       \------------------ decided at headers -------------------------->/
 //! ```
 //!
 //! Whatever happens, what a request booked is released when it is over, once.
@@ -11,6 +12,7 @@ use std::rc::Rc;
 
 use kv_core::policy::Mode;
 use kv_core::scan::{Field, Prompt, Scan, Scanner};
+use kv_core::surface::Surface;
 use kv_core::table::Pool;
 
 use crate::choose::{Answer, Ask, Published};
@@ -18,11 +20,13 @@ use crate::fleet::Served;
 use crate::header_map::HeaderMap;
 use crate::hints::{self, Nvext, Pin};
 use crate::hold;
-use crate::host::{Headers, Host};
+use crate::host::{Headers, Host, Token};
 use crate::metrics::{Event, Fault, Miss, Timing};
+use crate::models;
 use crate::reason::Reason;
 use crate::refusal::Refusal;
-use crate::routed::Routed;
+use crate::routed::{NO_POOL, Routed};
+use crate::text::{Asked, Question};
 use crate::usage;
 use crate::vm::{Action, Router};
 
@@ -40,6 +44,7 @@ const OURS: [&str; 3] = [DESTINATION, POOL, DECISION];
 #[derive(Debug)]
 pub struct Request {
     context: u32,
+    root: u32,
     state: State,
 }
 
@@ -49,6 +54,8 @@ enum State {
     Fresh,
     /// Its body is being read.
     Held(Box<Held>),
+    /// The sidecar reads its prompt.
+    Asked(Box<Waiting>),
     /// On its way to a worker.
     Routed(Box<Routed>),
     /// Done with; further callbacks do nothing.
@@ -60,7 +67,7 @@ struct Held {
     since_ns: u64,
     /// When the body part at hand came.
     part_ns: u64,
-    chat: bool,
+    surface: Surface,
     body_limit: usize,
     token_limit: u32,
     scanner: Scanner,
@@ -70,12 +77,24 @@ struct Held {
     whole: bool,
 }
 
+/// A request whose prompt the sidecar reads.
+#[derive(Debug)]
+struct Waiting {
+    since_ns: u64,
+    /// When the last body part came.
+    part_ns: u64,
+    asked: Asked,
+    read: Read,
+}
+
 /// What a body said about where to go.
 #[derive(Debug)]
 struct Read {
     reason: Reason,
     tokens: u32,
     scan: Scan,
+    /// Sequence hashes of a prompt that is text.
+    hashes: Vec<u64>,
     /// Whether the body was read to its end.
     is_complete: bool,
 }
@@ -117,19 +136,27 @@ impl Read {
             reason,
             tokens: 0,
             scan: Scan::default(),
+            hashes: Vec::new(),
             is_complete: false,
         }
     }
 }
 
 impl Request {
-    /// A request of this HTTP context.
+    /// A request of this HTTP context, which belongs to this root context.
     #[must_use]
-    pub fn new(context: u32) -> Self {
+    pub fn new(context: u32, root: u32) -> Self {
         Self {
             context,
+            root,
             state: State::Fresh,
         }
+    }
+
+    /// Its root context.
+    #[must_use]
+    pub fn root(&self) -> u32 {
+        self.root
     }
 
     /// Its headers have come; `end` without a body.
@@ -139,7 +166,7 @@ impl Request {
         let headers = router.headers();
         match self.state {
             State::Fresh => {}
-            State::Held(_) => return Action::Pause,
+            State::Held(_) | State::Asked(_) => return Action::Pause,
             State::Routed(_) | State::Over => return Action::Continue,
         }
         let now_ns = router.host.now_ns();
@@ -148,14 +175,17 @@ impl Request {
                 self.state = State::Held(Box::new(held));
                 Action::Pause
             }
+            Err(_) if end && hold::asks_for_models(&headers) => self.list(router, now_ns),
             Err(reason) => self.route(router, Read::nothing(reason), now_ns, now_ns),
         }
     }
 
     /// The body has grown to `size` bytes.
     pub fn on_body<H: Host>(&mut self, router: &mut Router<H>, size: usize, end: bool) -> Action {
-        let State::Held(held) = &mut self.state else {
-            return Action::Continue;
+        let held = match &mut self.state {
+            State::Held(held) => held,
+            State::Asked(_) => return Action::Pause,
+            State::Fresh | State::Routed(_) | State::Over => return Action::Continue,
         };
         router.watchdog.body_seen();
         held.part_ns = router.host.now_ns();
@@ -170,6 +200,43 @@ impl Request {
         }
     }
 
+    /// The question about its prompt is answered; `None` without an answer.
+    pub fn on_answer<H: Host>(
+        &mut self,
+        router: &mut Router<H>,
+        token: Token,
+        message: Option<&[u8]>,
+    ) {
+        let State::Asked(waiting) = &self.state else {
+            return;
+        };
+        if !waiting.asked.is(token) {
+            return;
+        }
+        let State::Asked(waiting) = std::mem::replace(&mut self.state, State::Over) else {
+            return;
+        };
+        let Waiting {
+            since_ns,
+            part_ns,
+            asked,
+            mut read,
+        } = *waiting;
+        let now_ns = router.host.now_ns();
+        router
+            .metrics
+            .time(&router.host, Timing::Text, asked.since_ns(), now_ns);
+        let told = asked.understand(message, now_ns);
+        read.reason = told.reason;
+        read.tokens = told.tokens;
+        read.hashes = told.hashes;
+        if self.route(router, read, since_ns, part_ns) == Action::Continue
+            && !router.host.resume_request()
+        {
+            router.metrics.fault(&router.host, Fault::Resume);
+        }
+    }
+
     /// The body is complete and trailers have come.
     pub fn on_trailers<H: Host>(&mut self, router: &mut Router<H>) -> Action {
         if let State::Held(held) = &mut self.state {
@@ -177,7 +244,10 @@ impl Request {
             held.part_ns = router.host.now_ns();
             return self.finish(router, None);
         }
-        Action::Continue
+        match self.state {
+            State::Asked(_) => Action::Pause,
+            _ => Action::Continue,
+        }
     }
 
     /// The body callbacks that a held request waits for don't come in this VM.
@@ -209,7 +279,8 @@ impl Request {
         match std::mem::replace(&mut self.state, State::Over) {
             State::Routed(routed) => routed.on_over(router),
             State::Held(_) => router.watchdog.over(self.context),
-            State::Fresh | State::Over => {}
+            // An answer that comes later finds nothing left to do.
+            State::Fresh | State::Asked(_) | State::Over => {}
         }
     }
 
@@ -231,7 +302,7 @@ impl Request {
         });
         let fleet = fleet.ok_or(Reason::NoTable)?;
         let settings = fleet.table.settings;
-        let hold = hold::judge(headers, settings.body_limit)?;
+        let surface = hold::judge(headers, settings.body_limit)?;
         if !router.watchdog.hold(&router.host, self.context, now_ns) {
             return Err(Reason::Unheld);
         }
@@ -239,10 +310,10 @@ impl Request {
         Ok(Held {
             since_ns: now_ns,
             part_ns: now_ns,
-            chat: hold.chat,
+            surface,
             body_limit: usize::try_from(settings.body_limit).unwrap_or(usize::MAX),
             token_limit: settings.token_limit,
-            scanner: Scanner::new(tokens),
+            scanner: Scanner::of(tokens, surface.ids_key()),
             taken: 0,
             whole: true,
         })
@@ -255,13 +326,69 @@ impl Request {
         };
         router.watchdog.over(self.context);
         let Held {
-            since_ns, part_ns, ..
+            since_ns,
+            part_ns,
+            surface,
+            taken,
+            ..
         } = *held;
         let read = match cut {
             Some(reason) => held.cut(reason),
-            None => held.read(),
+            None => held.read(&router.host),
         };
+        if read.reason == Reason::Text {
+            return self.ask(router, read, (surface, taken), since_ns, part_ns);
+        }
         self.route(router, read, since_ns, part_ns)
+    }
+
+    /// Has the sidecar read a prompt that is text.
+    fn ask<H: Host>(
+        &mut self,
+        router: &mut Router<H>,
+        mut read: Read,
+        (surface, bytes): (Surface, usize),
+        since_ns: u64,
+        part_ns: u64,
+    ) -> Action {
+        router.refresh(part_ns);
+        let asked = router.ask(&Question {
+            contexts: (self.context, self.root),
+            surface,
+            bytes,
+            model: read.scan.model.value().map(String::as_str),
+            salt: read.scan.cache_salt.value().map_or("", String::as_str),
+        });
+        match asked {
+            Ok(asked) => {
+                self.state = State::Asked(Box::new(Waiting {
+                    since_ns,
+                    part_ns,
+                    asked,
+                    read,
+                }));
+                Action::Pause
+            }
+            Err(reason) => {
+                read.reason = reason;
+                self.route(router, read, since_ns, part_ns)
+            }
+        }
+    }
+
+    /// Answers with the list of models, where it is known here.
+    fn list<H: Host>(&mut self, router: &mut Router<H>, now_ns: u64) -> Action {
+        let fleet = router.world.fleet();
+        let Some(list) = fleet.and_then(|fleet| models::list(&fleet.table)) else {
+            return self.route(router, Read::nothing(Reason::Passed), now_ns, now_ns);
+        };
+        let Router { host, metrics, .. } = router;
+        metrics.request(host, NO_POOL, Reason::Answered);
+        self.state = State::Over;
+        if !host.reply(200, list.as_bytes()) {
+            metrics.fault(host, Fault::Reply);
+        }
+        Action::Pause
     }
 
     /// Sends the request on its way, or answers it.
@@ -284,6 +411,11 @@ impl Request {
             Some((fleet, served)) => {
                 if read.scan.model != Field::Absent && !served.known {
                     router.metrics.count(&router.host, Event::UnknownModel, 1);
+                    if read.is_complete && model.is_some() {
+                        let model = model.unwrap_or_default();
+                        let refusal = Refusal::ModelUnknown;
+                        return self.refuse(router, served.pool, refusal, model);
+                    }
                 }
                 let policy = &served.pool.policy;
                 let wants_nvext = policy.mode == Mode::Direct || policy.tracking.output_blocks;
@@ -295,18 +427,25 @@ impl Request {
                 let answer = read.answer(&router.host, &nvext);
                 let pin = match router.pin(served, read.reason, &nvext) {
                     Ok(pin) => pin,
-                    Err(refusal) => return self.refuse(router, served.pool, refusal),
+                    Err(refusal) => {
+                        let model = model.unwrap_or_default();
+                        return self.refuse(router, served.pool, refusal, model);
+                    }
                 };
                 let salt = read.scan.cache_salt.value().map_or("", String::as_str);
                 let hashing = served.hashing(salt);
-                let hashes = match &mut read.scan.prompt {
-                    Prompt::Tokens(tokens) if read.reason == Reason::Kv => tokens.hashes(hashing),
-                    _ => &[],
+                let (hashes, families) = match &mut read.scan.prompt {
+                    Prompt::Tokens(tokens) if read.reason == Reason::Kv => {
+                        let families = served.named(tokens.ids(), salt);
+                        (tokens.hashes(hashing), families)
+                    }
+                    _ => (&read.hashes[..], Vec::new()),
                 };
                 let ask = Ask {
                     reason: read.reason,
                     tokens: read.tokens,
                     hashes,
+                    families: &families,
                     pin,
                     answer,
                 };
@@ -339,14 +478,23 @@ impl Request {
     }
 
     /// Answers the request with an error.
-    fn refuse<H: Host>(&mut self, router: &mut Router<H>, pool: &Pool, refusal: Refusal) -> Action {
+    fn refuse<H: Host>(
+        &mut self,
+        router: &mut Router<H>,
+        pool: &Pool,
+        refusal: Refusal,
+        model: &str,
+    ) -> Action {
         let Router { host, metrics, .. } = router;
         metrics.request(host, &pool.name, Reason::Refused);
         metrics.refused(host, refusal);
-        metrics.missed(host, Miss::Unanswered);
+        // Where no pool serves the model there was no worker to be missed.
+        if refusal != Refusal::ModelUnknown {
+            metrics.missed(host, Miss::Unanswered);
+        }
         // Callbacks on the answer find nothing left to do.
         self.state = State::Over;
-        if !host.reply(refusal.status(), refusal.body().as_bytes()) {
+        if !host.reply(refusal.status(), refusal.body(model).as_bytes()) {
             metrics.fault(host, Fault::Reply);
         }
         Action::Pause
@@ -445,34 +593,52 @@ impl Held {
     }
 
     /// What the complete body said.
-    fn read(self) -> Read {
+    fn read(self, host: &impl Host) -> Read {
+        let limit = self.scanner.limit();
         let scan = self.scanner.finish();
-        let (true, Ok(scan)) = (self.whole, scan) else {
+        let (true, Ok(mut scan)) = (self.whole, scan) else {
             return Read::nothing(Reason::BadJson);
         };
-        let readable_salt = matches!(scan.cache_salt, Field::Absent | Field::Value(_));
+        if self.surface.takes_token_data()
+            && let Some(place) = scan.members.get(hints::NVEXT)
+            && let Some(prompt) = token_data(&host.body(place.start, place.len()), limit)
+        {
+            scan.prompt = prompt;
+        }
+        let text_key = self.surface.text_key();
+        let has_text = text_key.is_some_and(|key| scan.members.get(key).is_some());
         let (reason, tokens) = match &scan.prompt {
+            _ if self.surface == Surface::Embeddings => (Reason::NoReuse, 0),
             Prompt::Tokens(tokens) => {
                 let count = u32::try_from(tokens.ids().len()).unwrap_or(u32::MAX);
-                // Hashed without its salt, a prompt would match what it can't use.
-                let reason = if readable_salt {
-                    Reason::Kv
-                } else {
-                    Reason::NoPrompt
-                };
-                (reason, count)
+                (Reason::Kv, count)
             }
             // At least that many, and an owner that gets them is busy.
             Prompt::TooManyTokens => (Reason::TooManyTokens, self.token_limit),
             Prompt::Text => (Reason::Text, 0),
-            Prompt::Absent if self.chat => (Reason::Text, 0),
+            Prompt::Absent if has_text => (Reason::Text, 0),
             Prompt::Absent | Prompt::Unsupported => (Reason::NoPrompt, 0),
+        };
+        // Hashed without its salt, a prompt would match what it can't use.
+        let readable_salt = matches!(scan.cache_salt, Field::Absent | Field::Value(_));
+        let reason = match reason {
+            Reason::Kv | Reason::Text if !readable_salt => Reason::NoPrompt,
+            reason => reason,
         };
         Read {
             reason,
             tokens,
             scan,
+            hashes: Vec::new(),
             is_complete: true,
         }
     }
+}
+
+/// The token ids that Dynamo's extensions hold, if any.
+fn token_data(nvext: &[u8], limit: usize) -> Option<Prompt> {
+    let mut scanner = Scanner::of(limit, Some("token_data"));
+    scanner.feed(nvext);
+    let prompt = scanner.finish().ok()?.prompt;
+    matches!(prompt, Prompt::Tokens(_) | Prompt::TooManyTokens).then_some(prompt)
 }

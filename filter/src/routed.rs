@@ -19,7 +19,7 @@ use crate::usage::Usage;
 use crate::vm::Router;
 
 /// Pool label of requests for which no pool is known.
-const NO_POOL: &str = "none";
+pub const NO_POOL: &str = "none";
 
 /// Envoy's response flags of a worker that could not be connected or that broke off: remote reset,
 /// connection failure, connection termination, protocol error.

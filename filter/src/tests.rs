@@ -10,6 +10,7 @@ mod noise;
 mod reports;
 mod requests;
 mod staleness;
+mod text;
 
 use kv_core::event::{EventData, Stored, StoredBlock};
 use kv_core::hash::{Hashing, Seed, sequence_hashes};
@@ -70,6 +71,8 @@ impl Site {
             level: 2,
             group: 8,
             max_orphans: 0,
+            max_bytes: usize::MAX,
+            max_page_bytes: usize::MAX,
         });
         for pool in &table.pools {
             index.add_pool(pool.key);
@@ -280,6 +283,7 @@ fn the_fixture_publishes_what_a_reader_finds() {
         group: head.group,
         epoch: EPOCH,
         pool_key: 0x1234_5678_9abc_def1,
+        family: kv_core::id::Family::Dynamo,
         slots: 2,
     };
     reader.gallop(&view, &hashes, |id| {

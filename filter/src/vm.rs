@@ -42,6 +42,8 @@ pub struct Router<H> {
     pub chooser: Chooser,
     /// Whether requests may be held.
     pub watchdog: Watchdog,
+    /// Envoy cluster of the sidecar.
+    pub cluster: String,
 }
 
 impl<H: Host> Router<H> {
@@ -114,6 +116,7 @@ impl<H: Host> Vm<H> {
                 bookings: Bookings::default(),
                 chooser: Chooser::new(seed),
                 watchdog: Watchdog::default(),
+                cluster: String::new(),
             },
             identity: None,
             roots: BTreeMap::new(),
@@ -128,7 +131,7 @@ impl<H: Host> Vm<H> {
             self.roots.insert(context, None);
         } else {
             self.busy = true;
-            self.requests.insert(context, Request::new(context));
+            self.requests.insert(context, Request::new(context, root));
         }
     }
 
@@ -156,6 +159,7 @@ impl<H: Host> Vm<H> {
         };
         host.set_tick_ms(config.tick_ms);
         let bridge = Bridge::new(identity, root, &config);
+        self.router.cluster = config.sidecar_cluster;
         self.roots.insert(root, Some(bridge));
         self.router.bookings.stay();
         true
@@ -220,6 +224,24 @@ impl<H: Host> Vm<H> {
         let Router { host, metrics, .. } = &mut self.router;
         for bridge in self.roots.values_mut().flatten() {
             bridge.on_close(host, metrics, token);
+        }
+    }
+
+    /// A call that a root context made for a request is over: with a message of this size, or without
+    /// an answer.
+    pub fn on_call_over(&mut self, context: u32, token: Token, size: Option<usize>) {
+        let Some(request) = self.requests.get(&context) else {
+            return;
+        };
+        let host = &self.router.host;
+        let message = size.and_then(|size| {
+            let is_there = host.enter(request.root());
+            is_there.then(|| host.message(size))
+        });
+        if host.enter(context) {
+            self.with(context, (), |request, router| {
+                request.on_answer(router, token, message.as_deref());
+            });
         }
     }
 

@@ -28,6 +28,8 @@ fn settings(block_size: u32) -> Settings {
         block_size,
         media: Media::new([("tape", Tier::External)]),
         families: vec![FamilyUse {
+            hash_seed: "0".to_owned(),
+            max_blocks: None,
             family: Family::FlexKv,
             media: vec!["CPU".into(), "SSD".into()],
             block_size,

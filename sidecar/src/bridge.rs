@@ -1,9 +1,11 @@
 //! The server of the stream that Envoy's bridge opens: raw messages of [`kv_core::wire`] over gRPC
-//! on a Unix socket. No protobuf: a message's bytes are the message.
+//! on a Unix socket; and of the call about prompts that are text ([`kv_core::text`]). No protobuf: a
+//! message's bytes are the message.
 
 mod codec;
 mod service;
 mod socket;
+mod text;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -16,8 +18,14 @@ use tonic::transport::Server;
 
 use crate::index::Control;
 use crate::metrics::Metrics;
+use crate::text::Reader;
 pub use codec::Raw;
 pub use socket::SocketError;
+
+/// Bytes that a stream may send before the sidecar has taken them.
+const STREAM_WINDOW: u32 = 8 << 20;
+/// Bytes that all streams of a connection may send before the sidecar has taken them.
+const CONNECTION_WINDOW: u32 = 64 << 20;
 
 /// A bound socket; its file is removed with it.
 #[derive(Debug)]
@@ -46,11 +54,16 @@ impl Bridge {
         self,
         control: mpsc::Sender<Control>,
         metrics: Arc<Metrics>,
+        reader: Arc<Reader>,
         cancel: CancellationToken,
     ) -> Result<(), tonic::transport::Error> {
         let service = service::Bridge::new(control, metrics, cancel.clone());
         let served = Server::builder()
+            // A body comes in one go.
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
             .add_service(service)
+            .add_service(text::Text(reader))
             .serve_with_incoming_shutdown(
                 UnixListenerStream::new(self.listener),
                 cancel.cancelled_owned(),

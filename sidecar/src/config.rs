@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use kv_core::id::{Device, OwnerId, Role, WorkerId};
 use kv_core::policy::Policy;
 use kv_core::table::Settings;
+use kv_core::text::Budget;
 
 use crate::ingest::engine::{self, media::Media};
 use crate::ingest::subject::Template;
@@ -60,6 +61,10 @@ pub struct Config {
     pub dynamo_zmq: Vec<String>,
     /// Most bytes a second of a worker's own stream of events.
     pub event_bytes_per_second: u64,
+    /// Memory of the index, in bytes.
+    pub index_bytes: usize,
+    /// Memory of the pages in each Envoy, in bytes.
+    pub page_bytes: usize,
     /// How load is tracked.
     pub load: load::Settings,
     /// Whether workers that fail are left out.
@@ -153,10 +158,23 @@ pub struct Pool {
     pub trusts_hints: bool,
     /// Requests on a worker with an accelerator for each on one without.
     pub device_ratio: u32,
+    /// How prompts that are text are read.
+    pub tokenizer: Option<Tokenizer>,
     /// The workers.
     pub workers: Vec<Worker>,
     /// Routing group, of a pool that workers registered for at run time. No request is routed to it.
     pub routing_group: Option<String>,
+}
+
+/// How prompts that are text are read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tokenizer {
+    /// The model's folder.
+    pub path: PathBuf,
+    /// Bytes of token ids that are remembered.
+    pub cache_bytes: u64,
+    /// How long reading may take.
+    pub budget: Budget,
 }
 
 /// One engine instance.
@@ -248,7 +266,7 @@ impl Config {
         differs(load, self.load != next.load);
         differs("eject_workers", self.eject_workers != next.eject_workers);
         let pools = "pools: their names, order, kv_cache_block_size, kv_events, media, \
-                     families and image_token_id";
+                     families, image_token_id and tokenizer";
         differs(pools, self.shape() != next.shape());
         keys
     }
@@ -273,10 +291,13 @@ impl Config {
         }
     }
 
-    fn shape(&self) -> Vec<(&str, bool, engine::Settings)> {
+    fn shape(&self) -> Vec<(&str, bool, engine::Settings, Option<&Tokenizer>)> {
         let pools = self.pools.iter();
         pools
-            .map(|p| (&*p.name, p.kv_events, engine::Settings::of(p)))
+            .map(|p| {
+                let settings = engine::Settings::of(p);
+                (&*p.name, p.kv_events, settings, p.tokenizer.as_ref())
+            })
             .collect()
     }
 }

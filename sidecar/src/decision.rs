@@ -93,6 +93,8 @@ pub struct Compared {
 pub struct Side {
     /// Blocks held by tier: device, host, disk, external.
     pub overlap: [u32; Tier::COUNT],
+    /// Blocks beyond them in a shared store.
+    pub shared_cache: u32,
     /// Prefill tokens there.
     pub prefill_tokens: u32,
     /// Blocks in use there.
@@ -109,6 +111,7 @@ impl From<&Weighed> for Side {
     fn from(weighed: &Weighed) -> Self {
         Self {
             overlap: weighed.overlap,
+            shared_cache: weighed.shared_cache,
             prefill_tokens: weighed.prefill_tokens,
             active_blocks: weighed.active_blocks,
             shared_blocks: weighed.shared_blocks,

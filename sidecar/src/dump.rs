@@ -3,7 +3,7 @@
 //! First [`Line::Dump`], then the workers' own streams, then each owner and after it its blocks in
 //! any number of parts, at last [`Line::End`]. Numbers of 64 bits are written as JSON numbers.
 
-use kv_core::id::OwnerId;
+use kv_core::id::{Family, OwnerId};
 use kv_core::index::Held;
 use serde::{Deserialize, Serialize};
 
@@ -65,17 +65,25 @@ pub struct PoolLine {
 
 /// A [`Held`] as an array.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Block(u64, Option<u64>, Option<u64>, u8);
+pub struct Block(u64, Option<u64>, Option<u64>, u8, #[serde(default)] Family);
 
 impl From<Held> for Block {
     fn from(held: Held) -> Self {
-        Self(held.sequence, held.parent, held.name, held.tiers)
+        let Held {
+            family,
+            sequence,
+            parent,
+            name,
+            tiers,
+        } = held;
+        Self(sequence, parent, name, tiers, family)
     }
 }
 
 impl From<Block> for Held {
-    fn from(Block(sequence, parent, name, tiers): Block) -> Self {
+    fn from(Block(sequence, parent, name, tiers, family): Block) -> Self {
         Self {
+            family,
             sequence,
             parent,
             name,
@@ -107,6 +115,7 @@ mod tests {
             rank: 3,
         };
         let held = Held {
+            family: Family::LmCache,
             sequence: u64::MAX,
             parent: Some(u64::MAX - 1),
             name: None,

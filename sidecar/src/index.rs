@@ -172,6 +172,8 @@ impl Service {
             level,
             group: GROUP,
             max_orphans: MAX_ORPHANS,
+            max_bytes: config.index_bytes,
+            max_page_bytes: config.page_bytes,
         });
         let head = Head {
             epoch,
@@ -335,9 +337,10 @@ impl Service {
             Control::Overlaps {
                 pool,
                 prompt,
+                families,
                 reply,
             } => {
-                let _ = reply.send(self.field(pool, &prompt));
+                let _ = reply.send(self.field(pool, &prompt, &families));
             }
             Control::Table(reply) => {
                 let _ = reply.send(self.table());

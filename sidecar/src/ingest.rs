@@ -130,8 +130,6 @@ pub enum Rejection {
     UnknownBlock,
     /// The worker's events are taken from another source.
     OtherSource,
-    /// Hashes of a family that is not indexed.
-    FamilyUnsupported,
     /// Too many workers without an endpoint, or blocks of theirs.
     TooManyStrangers,
 }
@@ -171,7 +169,6 @@ impl Rejection {
             Self::PartialBlock => "partial_block",
             Self::UnknownBlock => "unknown_block",
             Self::OtherSource => "other_source",
-            Self::FamilyUnsupported => "family_unsupported",
             Self::TooManyStrangers => "too_many_strangers",
         }
     }

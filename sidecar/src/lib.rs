@@ -20,4 +20,5 @@ pub mod metrics;
 pub mod peers;
 pub mod serve;
 pub mod state;
+pub mod text;
 pub mod watch;

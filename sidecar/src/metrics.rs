@@ -142,6 +142,14 @@ metrics! {
     left_out_units: Gauge = Gauge::default(), "index_left_out_units", None, "Units that did not fit into their page";
     /// `kv_router_index_pages`: pages, each a key in Envoy's shared data.
     pages: Gauge = Gauge::default(), "index_pages", None, "Pages";
+    /// `kv_router_index_bytes`: memory of the index. At `index_bytes` blocks are evicted.
+    index_bytes: Gauge = Gauge::default(), "index", Some(Unit::Bytes), "Memory of the index";
+    /// `kv_router_index_page_bytes`: memory of the pages in each Envoy, their keys included. At
+    /// `page_bytes` blocks are evicted.
+    page_bytes: Gauge = Gauge::default(), "index_page", Some(Unit::Bytes), "Memory of the pages in each Envoy";
+    /// `kv_router_index_evicted_total`: blocks dropped because index or pages were full, the
+    /// longest unused first. Their workers still have them.
+    evicted: Counter = Counter::default(), "index_evicted", None, "Blocks dropped for want of memory";
     /// `kv_router_nats_connected`: 1 while connected. At 0 the index ages.
     nats_connected: Gauge = Gauge::default(), "nats_connected", None, "Whether NATS is connected";
     /// `kv_router_nats_connects_total`: connections made.
@@ -228,6 +236,18 @@ metrics! {
     peer_snapshots: Family<Kind, Counter> = Family::default(), "peer_snapshots", None, "Snapshots of live bookings";
     /// `kv_router_lost_peers_total`: sidecars that fell silent; their bookings were freed.
     lost_peers: Counter = Counter::default(), "lost_peers", None, "Sidecars that fell silent";
+    /// `kv_router_texts_total{kind}`: prompts that were text, kind how far they were read: `whole`,
+    /// `beginning`, `before_media`, or why not: `no_tokenizer`, `template`, `malformed`,
+    /// `overloaded`, `deadline`. Much `beginning` or `deadline`: the budget is short for a cold
+    /// prompt. `overloaded`: the sidecar lacks processors.
+    texts: Family<Kind, Counter> = Family::default(), "texts", None, "Prompts that were text";
+    /// `kv_router_text_tokens_total{kind}`: token ids of such prompts, kind `remembered`,
+    /// `tokenized`. Few remembered ones although conversations go on: `cache_bytes` is too small.
+    text_tokens: Family<Kind, Counter> = Family::default(), "text_tokens", None, "Token ids of prompts that were text";
+    /// `kv_router_text_seconds`: from a question about a prompt to its answer.
+    text_time: Histogram = Histogram::new(exponential_buckets(0.000_05, 2.0, 16)), "text", Some(Unit::Seconds), "Reading a prompt that is text";
+    /// `kv_router_text_remembered_bytes`: token ids that are remembered.
+    text_remembered: Gauge = Gauge::default(), "text_remembered", Some(Unit::Bytes), "Token ids that are remembered";
     /// `kv_router_state_saves_total{kind}`: snapshots of the index to disk, kind `saved`, `failed`.
     saves: Family<Kind, Counter> = Family::default(), "state_saves", None, "Snapshots written";
     /// `kv_router_bootstraps_total{kind}`: attempts to take over a peer's index, kind `taken` or why

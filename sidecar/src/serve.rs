@@ -21,6 +21,7 @@ use crate::ingest::stream::Hall;
 use crate::metrics::{Kind, Metrics};
 use crate::peers::Link;
 use crate::state;
+use crate::text::Reader;
 use crate::watch::Watch;
 use crate::{admin, bootstrap};
 
@@ -61,6 +62,9 @@ pub struct Source {
 /// When it can't start, or a part of it fails.
 pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> anyhow::Result<()> {
     let metrics = Arc::new(Metrics::default());
+    let (pools, text_metrics) = (config.pools.clone(), Arc::clone(&metrics));
+    let reader = tokio::task::spawn_blocking(move || Reader::load(&pools, text_metrics)).await?;
+    let reader = Arc::new(reader.context("can't load a tokenizer")?);
     let bridge = Bridge::bind(&config.socket).await?;
     let listener = tokio::net::TcpListener::bind(config.admin)
         .await
@@ -132,7 +136,7 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
     });
     let (bridge_control, bridge_metrics) = (control.clone(), Arc::clone(&metrics));
     tasks.spawn(async move {
-        let served = bridge.run(bridge_control, bridge_metrics, bridge_cancel);
+        let served = bridge.run(bridge_control, bridge_metrics, reader, bridge_cancel);
         served.await.context("the bridge's socket failed")
     });
     let api = admin::Admin::new(control.clone(), doors.desk(), Arc::clone(&metrics));

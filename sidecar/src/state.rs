@@ -246,6 +246,7 @@ mod tests {
         let id = OwnerId { worker: 9, rank: 1 };
         slots.assign(id).unwrap();
         let block = |sequence: u64, parent, name| Held {
+            family: kv_core::id::Family::Dynamo,
             sequence,
             parent,
             name,

@@ -135,6 +135,7 @@ fn evidence(tokens: u32, candidates: &[(u64, u32, f64)]) -> Evidence {
     let weighed = |(worker, held, cost): &(u64, u32, f64)| Weighed {
         owner: owner(*worker).id,
         overlap: [*held, 0, 0, 0],
+        shared_cache: 0,
         prefill_tokens: 0,
         active_blocks: 0,
         shared_blocks: 0,

@@ -1,7 +1,7 @@
 //! The configuration file: what is refused, how layers lie over it, what the schema says.
 
 use clap::{Args as _, FromArgMatches as _};
-use kv_core::id::{Family, Tier};
+use kv_core::id::{Family, Role, Tier};
 use kv_core::policy::Mode;
 use kv_router::config::{Config, Events, Flags, Layer, from_environment, schema};
 
@@ -56,10 +56,61 @@ workers:
             "workers[1].id: missing",
             "workers[2].endpoint: must be ip:port or [v6]:port, got \"host:80\"",
             "workers[2].id: is taken by workers[0].id, got 1",
-            r#"workers[2].role: must be one of aggregated, prefill, decode, got "boss""#,
+            r#"workers[2].role: must be one of aggregated, prefill, decode, store, got "boss""#,
             "workers[3].data_parallel_size: must be at least 1, got 0",
             "workers[3].tier: unknown key, value 3",
         ]
+    );
+}
+
+#[test]
+fn everyone_but_a_store_has_an_endpoint() {
+    let text = r#"
+workers:
+  - {id: 1}
+  - {id: 2, role: store, endpoint: "1.2.3.4:80"}
+  - {id: 3, role: store}
+  - {id: 4, endpoint: 5}
+  - {id: 5, endpoint: "1.2.3.4:81"}
+"#;
+    assert_eq!(
+        refused(text, &[]),
+        [
+            "workers[0].endpoint: missing",
+            "workers[1].endpoint: must be left out: a store takes no requests, got 1.2.3.4:80",
+            r#"workers[3].endpoint: must be of type "string", got 5"#,
+        ]
+    );
+}
+
+#[test]
+fn families_are_described_once_each() {
+    let text = r#"
+kv_cache_block_size: 16
+shared_cache_multiplier: 0.3
+families:
+  - {family: flex-kv, media: [CPU, SSD], max_blocks: 4096}
+  - {family: vllm-sha256-cbor, media: [FS], block_size: 256, hash_seed: "42"}
+workers: [{id: 1, endpoint: "1.2.3.4:80"}, {id: 9, role: store}]
+"#;
+    let config = Config::parse(text, &[]).unwrap();
+    let pool = &config.pools[0];
+    let used: Vec<_> = pool
+        .families
+        .iter()
+        .map(|f| (f.family, f.block_size, &*f.hash_seed, f.max_blocks))
+        .collect();
+    let expected = [
+        (Family::FlexKv, 16, "0", Some(4096)),
+        (Family::VllmSha256Cbor, 256, "42", None),
+    ];
+    assert_eq!(used, expected);
+    assert_eq!(pool.policy.shared_cache_multiplier, 0.3);
+    assert_eq!(pool.workers[1].role, Role::Store);
+    let twice = text.replace("vllm-sha256-cbor", "flex-kv");
+    assert_eq!(
+        refused(&twice, &[]),
+        ["families[1].family: is described by families[0], got flex-kv"]
     );
 }
 
@@ -201,7 +252,7 @@ fn a_reload_takes_workers_and_policies_and_names_what_needs_a_restart() {
     assert_eq!(
         needed,
         [
-            "pools: their names, order, kv_cache_block_size, kv_events, media, families and image_token_id"
+            "pools: their names, order, kv_cache_block_size, kv_events, media, families, image_token_id and tokenizer"
         ]
     );
     assert_eq!(before.reloaded(resized).pools, before.pools);
@@ -299,7 +350,7 @@ fn media_and_families_of_a_running_sidecar_stay() {
     let before = Config::parse(WITH_EVENTS, &[]).unwrap();
     let after = Config::parse(&WITH_EVENTS.replace("external", "disk"), &[]).unwrap();
     let keys = [
-        "pools: their names, order, kv_cache_block_size, kv_events, media, families and image_token_id",
+        "pools: their names, order, kv_cache_block_size, kv_events, media, families, image_token_id and tokenizer",
     ];
     assert_eq!(before.restart_needed(&after), keys);
     assert_eq!(before.reloaded(after), before);

@@ -60,17 +60,19 @@ async fn a_batch_changes_the_ranks_of_its_worker_alone() {
     assert_eq!(service.overlap(1, 1, &b).await, [0, 2, 0, 0]);
     assert_eq!(service.overlap(2, 0, &a).await, [0; 4]);
     let owner = service.owner(1, 0).await;
+    // Of Dynamo's family and of another.
+    assert_eq!(owner["blocks"], 6);
     assert_eq!(owner["knowledge"], "whole");
     assert_eq!(owner["events"]["source"], "http");
     assert_eq!(owner["events"]["connected"], true);
     assert_eq!(owner["events"]["sequence"], 0);
-    let rejected = json!({"unknown_rank": 1, "family_unsupported": 1});
+    let rejected = json!({"unknown_rank": 1});
     assert_eq!(owner["events"]["rejected"], rejected);
     assert_eq!(service.owner(2, 0).await["knowledge"], "unknown");
     let ranks = &service.readiness().await["ranks"];
     assert_eq!(*ranks, json!({"whole": 2, "partial": 0, "unknown": 1}));
     let index = service.index().await;
-    assert_eq!(index["planes"]["http"]["events"], json!({"stored": 2}));
+    assert_eq!(index["planes"]["http"]["events"], json!({"stored": 3}));
 
     let nobody = Batch {
         changes: vec![change(0, stored(&a, 0, 100))],
@@ -84,8 +86,7 @@ async fn a_batch_changes_the_ranks_of_its_worker_alone() {
     service
         .arrive(Arrival::Batch(origin, Plane::Http, nobody))
         .await;
-    let rejected =
-        json!({"unknown_rank": 1, "family_unsupported": 1, "malformed": 1, "unknown_worker": 1});
+    let rejected = json!({"unknown_rank": 1, "malformed": 1, "unknown_worker": 1});
     assert_eq!(
         service.index().await["planes"]["http"]["rejected"],
         rejected

@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use kv_sim::Limits;
 use kv_sim::engine::Config;
+use kv_sim::flexkv::{self, LevelConfig};
 use kv_sim::load::{Format, Options, Pace, Workload};
 use kv_sim::own::{Dialect, Faults, OwnEvents, Zmq};
 use kv_sim::publish::{Encoding, EventPlane};
@@ -114,6 +115,18 @@ pub(crate) struct EngineArgs {
     /// Subject of the json encoding; requests on SUBJECT.snapshot are answered with the cache.
     #[arg(long, default_value = "kv-events.{worker_id}")]
     json_subject: String,
+    /// Blocks of FlexKV's host memory; with it or --flexkv-ssd-blocks, FlexKV is under the cache.
+    #[arg(long, default_value_t = 0)]
+    flexkv_cpu_blocks: usize,
+    /// Blocks of FlexKV's disk.
+    #[arg(long, default_value_t = 0)]
+    flexkv_ssd_blocks: usize,
+    /// Microseconds to load a block from host memory.
+    #[arg(long, default_value_t = 100.0, value_parser = non_negative)]
+    flexkv_cpu_us_per_block: f64,
+    /// Microseconds to load a block from disk.
+    #[arg(long, default_value_t = 800.0, value_parser = non_negative)]
+    flexkv_ssd_us_per_block: f64,
 }
 
 /// Where an engine's own events go.
@@ -277,6 +290,18 @@ impl EngineArgs {
                 subject: self.json_subject,
             },
         };
+        let level = |blocks, us: f64| {
+            let load_per_block = Duration::try_from_secs_f64(us / 1e6)?;
+            anyhow::Ok(LevelConfig {
+                blocks,
+                load_per_block,
+            })
+        };
+        let flexkv = flexkv::Config {
+            cpu: level(self.flexkv_cpu_blocks, self.flexkv_cpu_us_per_block)?,
+            ssd: level(self.flexkv_ssd_blocks, self.flexkv_ssd_us_per_block)?,
+        };
+        let offloads = flexkv.cpu.blocks + flexkv.ssd.blocks > 0;
         Ok(Config {
             listen: SocketAddr::new(self.host, self.port),
             worker_id: self.worker_id,
@@ -293,6 +318,7 @@ impl EngineArgs {
             instant: self.instant,
             events: self.nats.map(|url| EventPlane { url, encoding }),
             own,
+            flexkv: offloads.then_some(flexkv),
         })
     }
 }

@@ -13,6 +13,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::api;
 use crate::chain::Key;
+use crate::flexkv;
 use crate::metrics::{Counters, Gauges};
 use crate::own::{Outlet, OwnError, OwnEvents};
 use crate::publish::{EventPlane, PublishError, Publisher};
@@ -42,6 +43,8 @@ pub struct Config {
     pub events: Option<EventPlane>,
     /// The stream of events that the engine offers itself.
     pub own: Option<OwnEvents>,
+    /// Levels under the cache.
+    pub flexkv: Option<flexkv::Config>,
 }
 
 impl Default for Config {
@@ -62,6 +65,7 @@ impl Default for Config {
             instant: false,
             events: None,
             own: None,
+            flexkv: None,
         }
     }
 }

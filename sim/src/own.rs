@@ -11,6 +11,7 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
 use crate::change::Change;
+use crate::flexkv;
 use crate::snapshot;
 
 pub use self::dialect::Dialect;
@@ -118,13 +119,16 @@ impl Outlet {
         }
     }
 
-    /// Queues changes in order.
-    pub(crate) fn publish(&self, changes: &[Change]) {
+    /// Queues changes in order, those of the levels under the cache last; TensorRT-LLM has none.
+    pub(crate) fn publish(&self, changes: &[Change], outside: &[flexkv::Change]) {
         match self {
-            Self::Zmq(publisher) => publisher.publish(changes),
+            Self::Zmq(publisher) => publisher.publish(changes, outside),
             Self::Http(publisher, block_size) => {
                 let events = changes.iter().map(|c| dialect::post(c, *block_size));
-                publisher.publish(events.collect());
+                let outside = outside
+                    .iter()
+                    .map(|c| dialect::post_outside(c, *block_size));
+                publisher.publish(events.chain(outside).collect());
             }
             Self::Poll(buffer) => buffer.push(changes),
         }

@@ -3,7 +3,9 @@
 //! A step first serves the running sequences in order of arrival, then admits waiting ones, until
 //! the token budget is spent. Long prefills are cut into chunks and share steps with decodes. Of a
 //! cached prompt at least one token is computed again. A running sequence that finds no block
-//! preempts the newest one, which starts over; a waiting one waits.
+//! preempts the newest one, which starts over; a waiting one waits. With `FlexKV`, what its levels
+//! have of a prompt beyond the cache is loaded as the sequence is admitted, which the step takes
+//! longer for, and what a sequence has computed is stored there at its end.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -12,6 +14,7 @@ use tokio::sync::mpsc;
 
 use crate::cache::{Cache, Lease};
 use crate::chain::Chain;
+use crate::flexkv::FlexKv;
 use crate::metrics::Counters;
 use crate::token::Answer;
 
@@ -51,6 +54,8 @@ pub(crate) struct Sequence {
     max_tokens: usize,
     answer: Answer,
     chain: Chain,
+    /// `FlexKV`'s hashes of the prompt.
+    outside: Vec<u64>,
     lease: Lease,
     computed: usize,
     planned: usize,
@@ -67,6 +72,9 @@ pub(crate) struct Scheduler {
     waiting: VecDeque<Sequence>,
     running: Vec<Sequence>,
     counters: Counters,
+    flexkv: Option<FlexKv>,
+    /// Time of the loads of the step under way.
+    loading: Duration,
 }
 
 // === impl Sequence ===
@@ -90,6 +98,7 @@ impl Sequence {
             tokens: prompt,
             max_tokens,
             chain,
+            outside: Vec::new(),
             lease: Lease::default(),
             computed: 0,
             planned: 0,
@@ -120,7 +129,19 @@ impl Scheduler {
             waiting: VecDeque::new(),
             running: Vec::new(),
             counters: Counters::default(),
+            flexkv: None,
+            loading: Duration::ZERO,
         }
+    }
+
+    /// Puts further levels under the cache.
+    pub(crate) fn offload_to(&mut self, flexkv: FlexKv) {
+        self.flexkv = Some(flexkv);
+    }
+
+    /// The levels under the cache.
+    pub(crate) fn flexkv_mut(&mut self) -> Option<&mut FlexKv> {
+        self.flexkv.as_mut()
     }
 
     /// The cache.
@@ -153,7 +174,10 @@ impl Scheduler {
     }
 
     /// Queues a request.
-    pub(crate) fn submit(&mut self, sequence: Sequence) {
+    pub(crate) fn submit(&mut self, mut sequence: Sequence) {
+        if let Some(flexkv) = &self.flexkv {
+            sequence.outside = flexkv.hashes(&sequence.tokens);
+        }
         self.waiting.push_back(sequence);
     }
 
@@ -182,6 +206,7 @@ impl Scheduler {
         };
         Some(
             self.limits.step
+                + std::mem::take(&mut self.loading)
                 + part(self.limits.prefill_per_token, prefill)
                 + part(self.limits.decode_per_seq, decodes),
         )
@@ -193,6 +218,10 @@ impl Scheduler {
         while at < self.running.len() {
             if self.finish_step_of(at, now) {
                 let done = self.running.remove(at);
+                if let Some(flexkv) = &mut self.flexkv {
+                    let hashes = flexkv.hashes(&done.tokens[..done.computed]);
+                    flexkv.store(&hashes);
+                }
                 self.cache.release(done.lease);
             } else {
                 at += 1;
@@ -262,7 +291,11 @@ impl Scheduler {
             let block_size = self.limits.block_size;
             let reusable = (next.tokens.len() - 1) / block_size;
             let keys = &next.chain.keys()[..reusable.min(next.chain.keys().len())];
-            let cached = self.cache.overlap(keys) * block_size;
+            let hits = self.cache.overlap(keys);
+            let outside = next.outside.get(hits..keys.len()).unwrap_or(&[]);
+            let flexkv = self.flexkv.as_ref();
+            let (loaded, time) = flexkv.map_or((0, Duration::ZERO), |f| f.find(outside));
+            let cached = (hits + loaded) * block_size;
             let planned = (next.tokens.len() - cached).min(*budget);
             let needed = blocks_for(cached + planned, block_size);
             let Some((lease, _)) = self.cache.admit(keys, needed) else {
@@ -275,6 +308,7 @@ impl Scheduler {
             sequence.computed = cached;
             sequence.planned = planned;
             *budget -= planned;
+            self.loading += time;
             if sequence.cached_tokens.is_none() {
                 sequence.cached_tokens = Some(cached);
                 self.counters.prefix_queries += sequence.prompt_len as u64;

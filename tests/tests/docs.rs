@@ -102,6 +102,8 @@ fn every_metric_of_the_sidecar_is_in_the_catalogue() {
     for family in [
         &metrics.changes,
         &metrics.snapshots,
+        &metrics.texts,
+        &metrics.text_tokens,
         &metrics.subscriptions,
         &metrics.saves,
         &metrics.restores,
@@ -321,6 +323,7 @@ fn every_key_is_documented_with_its_default() {
         "nats.dynamo.component",
         "nats.dynamo.namespace",
         "nats.url",
+        "tokenizer.path",
         "workers[].endpoint",
         "workers[].events.trtllm.url",
         "workers[].events.zmq.endpoint",

@@ -117,8 +117,18 @@ async fn the_model_selects_the_pool_its_block_size_and_its_policy() {
     let both = ask(json!({"model": "sql", "cache_salt": "tenant-1"})).await;
     assert_eq!((overlap(&both, 3), overlap(&both, 4)), (0, 0), "{both}");
 
-    let unknown = ask(json!({"model": "gpt"})).await;
-    assert_eq!(unknown["pool"], "small");
+    let unknown = stack.send(&json!({"model": "gpt", "prompt": prompt})).await;
+    let unknown = unknown.expect_err("a refusal");
+    assert!(unknown.starts_with("404"), "{unknown}");
+    assert!(unknown.contains("model_not_found"), "{unknown}");
+    let list = stack.client.get(stack.envoy.port, "/v1/models").await;
+    let list = list.expect("a list");
+    let ids = list["data"]
+        .as_array()
+        .expect("models")
+        .iter()
+        .map(|m| &m["id"]);
+    assert_eq!(ids.collect::<Vec<_>>(), ["llama-8b", "llama-70b", "sql"]);
     assert_eq!(stack.envoy.total("kv_router_unknown_model").await, 1);
     stack.envoy.idle().await;
     stack.envoy.intended().await;

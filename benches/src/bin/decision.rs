@@ -53,6 +53,7 @@ async fn measure(report: &mut Report, blocks: usize, workers: &[SocketAddr]) -> 
         workers,
         mode: "kv",
         decision_header: false,
+        tokenizer: None,
     };
     let fleet = Fleet::start(options).await?;
     let mut feed = Feed::connect(&fleet, 1).await?;

@@ -33,6 +33,8 @@ fn empty() -> (Index, usize) {
         level: 6,
         group: GROUP,
         max_orphans: 0,
+        max_bytes: usize::MAX,
+        max_page_bytes: usize::MAX,
     };
     let mut index = Index::new(config);
     let pool = index.add_pool(POOL_KEY);
@@ -243,6 +245,7 @@ fn lookups(report: &mut Report, conversations: &[Conversation]) {
         group: GROUP,
         epoch: 1,
         pool_key: POOL_KEY,
+        family: kv_core::id::Family::Dynamo,
         slots: OWNERS + 1,
     };
     let mut table = Table::new(

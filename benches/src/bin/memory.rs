@@ -35,6 +35,7 @@ async fn main() -> anyhow::Result<()> {
         workers: &workers,
         mode: "kv",
         decision_header: false,
+        tokenizer: None,
     };
     let fleet = Fleet::start(options).await?;
     let mut feed = Feed::connect(&fleet, 1).await?;

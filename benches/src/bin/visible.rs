@@ -5,13 +5,14 @@
 //! outside (from before the publication of a prompt's block to the answer of the first request
 //! whose decision record shows the block; so it includes that request).
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
-use kv_benches::corpus::{Chain, Corpus};
+use kv_benches::corpus::{Chain, Corpus, Store};
 use kv_benches::cpu;
 use kv_benches::feed::Feed;
 use kv_benches::fleet::{Fleet, Options};
@@ -30,7 +31,13 @@ use tokio::time::sleep;
 const OWNERS: usize = 64;
 const BLOCKS: usize = 1_000_000;
 /// Conversations that grow at a time.
-const LIVE: usize = 512;
+const LIVE: usize = 1024;
+/// Blocks at which a conversation is over.
+const CONVERSATION: usize = 256;
+/// Blocks of those that grow which an engine holds at most; for more it evicts.
+const CAPACITY: usize = 4096;
+/// Messages a second of all engines, from which on steps have several blocks.
+const MESSAGES: usize = 10_000;
 /// How long each load is watched.
 const WATCH: Duration = Duration::from_secs(8);
 const PROBES: usize = 400;
@@ -53,6 +60,7 @@ async fn main() -> anyhow::Result<()> {
         workers: &workers,
         mode: "kv",
         decision_header: true,
+        tokenizer: None,
     };
     let fleet = Fleet::start(options).await?;
     let mut feed = Feed::connect(&fleet, 1).await?;
@@ -60,6 +68,7 @@ async fn main() -> anyhow::Result<()> {
         feed.add(&fleet, conversation.stores).await?;
     }
     feed.finish(&fleet).await?;
+    let known = Arc::new(known(&mut feed, &fleet).await?);
     let envoy = fleet.envoy(1, |_| ()).await?;
     // The worker of the probes has a publisher of its own, so its events are numbered apart.
     let mut probes = Feed::connect(&fleet, 2).await?;
@@ -76,11 +85,16 @@ async fn main() -> anyhow::Result<()> {
             "Envoy main CPU",
             "Envoy worker CPU",
             "writes/s",
+            "lookups",
+            "over",
+            "under",
         ],
     );
-    for rate in [0, 1_000, 10_000] {
+    for rate in [0, 1_000, 10_000, 50_000] {
         let load = Growth::start(feed, rate);
-        sleep(Duration::from_secs(1)).await;
+        // By then engines are full at the highest rate.
+        sleep(Duration::from_secs(if rate > 10_000 { 8 } else { 1 })).await;
+        let lookups = Lookups::start(envoy.port, Arc::clone(&known));
         let before = (
             used(&fleet, &envoy)?,
             buckets(&fleet).await?,
@@ -96,6 +110,7 @@ async fn main() -> anyhow::Result<()> {
         );
         let share = |of: fn(&Use) -> f64| (of(&after.0) - of(&before.0)) / seconds / 1e7;
         let outside = probe(&mut probes, &envoy).await?;
+        let credits = lookups.stop()?;
         let (back, sent) = load.stop()?;
         feed = back;
         let sidecar = [0.5, 0.99].map(|q| 1000.0 * bucket_quantile(&before.1, &after.1, q));
@@ -112,9 +127,21 @@ async fn main() -> anyhow::Result<()> {
             main.into(),
             share(|u| u.worker).into(),
             ((after.2 - before.2) as f64 / seconds).into(),
+            credits.lookups.into(),
+            credits.over.into(),
+            credits.under.into(),
         ]);
-        if rate > 0 {
-            let at = |what: &str| format!("{what} at {rate} stores/s");
+        let at = |what: &str| format!("{what} at {rate} stores/s");
+        report.at_most(
+            &at("lookups credited too much"),
+            credits.over as f64,
+            0.0,
+            "",
+        );
+        if rate > 10_000 {
+            report.at_most(&at("event to visible p50"), outside[0], 5.0, "ms");
+            report.at_most(&at("event to visible p99"), outside[1], 20.0, "ms");
+        } else if rate > 0 {
             let limits = [0.1, 0.5].map(|limit| COALESCE_MS + limit);
             report.at_most(&at("received to visible p50"), sidecar[0], limits[0], "ms");
             report.at_most(&at("received to visible p99"), sidecar[1], limits[1], "ms");
@@ -130,39 +157,78 @@ async fn main() -> anyhow::Result<()> {
     report.finish()
 }
 
-/// Lets conversations grow by single blocks at random times, `rate` a second on average, until told
-/// to stop. On a thread of its own, because the runtime's timers keep to whole milliseconds.
+/// Engines that store single blocks at random times, `rate` a second on average, until told to
+/// stop. On a thread of its own, because the runtime's timers keep to whole milliseconds.
 struct Growth {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<anyhow::Result<(Feed, f64)>>,
+}
+
+/// What one engine holds.
+#[derive(Default)]
+struct Engine {
+    live: Vec<Chain>,
+    /// Conversations that are over, the first one to be evicted first.
+    over: VecDeque<Chain>,
+    blocks: usize,
+}
+
+impl Engine {
+    /// A step: some conversations grow by a block each, and for each block above the capacity one
+    /// is evicted, from the end of what has been over for longest.
+    fn step(&mut self, worker: u64, size: usize, rng: &mut Rng) -> (Vec<Store>, Vec<(u64, u64)>) {
+        let (mut stores, mut removals) = (Vec::new(), Vec::new());
+        self.live.resize_with(LIVE / OWNERS, Chain::default);
+        let first = rng.below(self.live.len());
+        for i in 0..size {
+            let at = (first + i) % self.live.len();
+            let chain = &mut self.live[at];
+            chain.push(rng.next_u64());
+            let last = chain.len() - 1;
+            stores.extend(chain.stores(worker, StorageTier::Device, last, last + 1));
+            self.blocks += 1;
+            if chain.len() == CONVERSATION {
+                self.over.push_back(std::mem::take(chain));
+            }
+            if self.blocks > CAPACITY
+                && let Some(chain) = self.over.front_mut()
+            {
+                removals.extend(chain.sequence.pop().map(|hash| (worker, hash)));
+                self.blocks -= 1;
+                if chain.sequence.is_empty() {
+                    self.over.pop_front();
+                }
+            }
+        }
+        (stores, removals)
+    }
 }
 
 impl Growth {
     fn start(mut feed: Feed, rate: usize) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
         let (told, runtime) = (Arc::clone(&stop), Handle::current());
+        // At high rates an engine's step has several blocks, which it sends together.
+        let size = (rate / MESSAGES).max(1);
         let thread = thread::spawn(move || {
             let mut rng = Rng::new(rate as u64 + 11);
-            let mut live: Vec<Chain> = vec![Chain::default(); LIVE];
+            let mut engines: Vec<Engine> = Vec::new();
+            engines.resize_with(OWNERS, Engine::default);
             let (since, mut due, mut sent) = (Instant::now(), 0.0, 0_usize);
             while !told.load(Ordering::Relaxed) {
                 if rate == 0 {
                     thread::sleep(Duration::from_millis(10));
                     continue;
                 }
-                due -= (1.0 - rng.unit()).ln() / rate as f64;
+                due -= size as f64 * (1.0 - rng.unit()).ln() / rate as f64;
                 let early = due - since.elapsed().as_secs_f64();
                 if early > 0.0 {
                     thread::sleep(Duration::from_secs_f64(early));
                 }
-                let at = rng.below(LIVE);
-                let (worker, chain) = (1 + (at % OWNERS) as u64, &mut live[at]);
-                chain.push(rng.next_u64());
-                let last = chain.len() - 1;
-                for store in chain.stores(worker, StorageTier::Device, last, last + 1) {
-                    runtime.block_on(feed.publish(store))?;
-                }
-                sent += 1;
+                let at = rng.below(OWNERS);
+                let (stores, removals) = engines[at].step(1 + at as u64, size, &mut rng);
+                sent += stores.len();
+                runtime.block_on(feed.step(stores, &removals))?;
             }
             Ok((feed, sent as f64 / since.elapsed().as_secs_f64()))
         });
@@ -174,6 +240,68 @@ impl Growth {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().expect("the growing thread")
     }
+}
+
+/// Requests for prompts of which one worker is known to hold a part, one after the other, until
+/// told to stop.
+struct Lookups {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<anyhow::Result<Credits>>,
+}
+
+/// What decisions credited.
+#[derive(Clone, Copy, Default)]
+struct Credits {
+    lookups: usize,
+    over: usize,
+    under: usize,
+}
+
+impl Lookups {
+    fn start(port: u16, known: Arc<Vec<(Vec<u8>, u64, u64)>>) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let told = Arc::clone(&stop);
+        let thread = thread::spawn(move || {
+            let mut connection = Connection::open(port)?;
+            let mut credits = Credits::default();
+            for (request, worker, depth) in known.iter().cycle() {
+                if told.load(Ordering::Relaxed) {
+                    break;
+                }
+                let head = connection.send(request)?;
+                let seen = overlaps(&head)?;
+                credits.lookups += 1;
+                let held = |of: u64| if of == *worker { *depth } else { 0 };
+                let is_over = seen.iter().any(|(of, seen)| *seen > held(*of));
+                credits.over += usize::from(is_over);
+                credits.under += usize::from(!seen.contains(&(*worker, *depth)));
+                // A client of many, which leaves the processor to what is measured.
+                thread::sleep(Duration::from_millis(1));
+            }
+            Ok(credits)
+        });
+        Self { stop, thread }
+    }
+
+    fn stop(self) -> anyhow::Result<Credits> {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().expect("the asking thread")
+    }
+}
+
+/// Prompts of which a worker holds a part: request, worker, blocks.
+async fn known(feed: &mut Feed, fleet: &Fleet) -> anyhow::Result<Vec<(Vec<u8>, u64, u64)>> {
+    let mut rng = Rng::new(17);
+    let mut known = Vec::new();
+    for i in 0..256 {
+        let prompt = Prompt::new(Case::Miss, 2048, 1, &mut rng);
+        let (worker, depth) = (1 + i % OWNERS as u64, 1 + rng.below(prompt.chain.len()));
+        let stores = prompt.chain.stores(worker, StorageTier::Device, 0, depth);
+        feed.add(fleet, stores.collect::<Vec<_>>()).await?;
+        known.push((request(&prompt.body()), worker, depth as u64));
+    }
+    feed.finish(fleet).await?;
+    Ok(known)
 }
 
 /// Times from publication to visibility, sorted, in milliseconds.
@@ -212,11 +340,19 @@ async fn probe(feed: &mut Feed, envoy: &Envoy) -> anyhow::Result<Vec<f64>> {
 
 /// Device blocks that a decision saw on a worker.
 fn overlap(head: &str, worker: u64) -> anyhow::Result<u64> {
+    let seen = overlaps(head)?;
+    let of = seen.iter().find(|(of, _)| *of == worker);
+    Ok(of.map_or(0, |(_, overlap)| *overlap))
+}
+
+/// Device blocks that a decision saw, by worker.
+fn overlaps(head: &str) -> anyhow::Result<Vec<(u64, u64)>> {
     let record = header(head, "x-kv-router-decision").context("no decision record")?;
     let record: Value = serde_json::from_str(record)?;
     let list = record["candidates"].as_array().context("no candidates")?;
-    let of = list.iter().find(|c| c["worker"] == worker);
-    Ok(of.and_then(|c| c["overlap"][0].as_u64()).unwrap_or(0))
+    let number = |value: &Value| value.as_u64().unwrap_or(0);
+    let seen = |c: &Value| (number(&c["worker"]), number(&c["overlap"][0]));
+    Ok(list.iter().map(seen).collect())
 }
 
 fn used(fleet: &Fleet, envoy: &Envoy) -> anyhow::Result<Use> {

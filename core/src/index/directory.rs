@@ -3,11 +3,14 @@
 
 use hashbrown::HashMap;
 
+use super::BOX_BYTES;
 use super::unit::UnitId;
 use crate::page::page_id;
 
 /// Pages grow in number while their mean size is above this.
 const MEAN_BYTES: usize = 1024;
+/// Bytes that Envoy keeps for a page beside its image.
+const KEY_BYTES: usize = 94;
 /// Page ids stay below `2^MAX_LEVEL`.
 const MAX_LEVEL: u8 = 24;
 
@@ -23,7 +26,7 @@ struct Dirt {
 struct Entry {
     units: Vec<UnitId>,
     /// As last encoded; empty before.
-    image: Vec<u8>,
+    image: Box<[u8]>,
     /// Units that didn't fit when last encoded.
     left_out: usize,
 }
@@ -40,6 +43,8 @@ pub(super) struct Directory {
     grown: Vec<u32>,
     bytes: usize,
     left_out: usize,
+    /// Units that the pages have room for.
+    room: usize,
 }
 
 impl Directory {
@@ -55,6 +60,7 @@ impl Directory {
             grown: Vec::new(),
             bytes: 0,
             left_out: 0,
+            room: 0,
         }
     }
 
@@ -86,6 +92,25 @@ impl Directory {
         self.bytes
     }
 
+    /// Bytes of the pages and their keys in Envoy.
+    pub(super) fn envoy_bytes(&self) -> usize {
+        self.bytes + KEY_BYTES * self.pages.len()
+    }
+
+    /// Bytes taken from the allocator.
+    pub(super) fn own_bytes(&self) -> usize {
+        let lists = self.room * size_of::<UnitId>() + self.grown.capacity() * size_of::<u32>();
+        let pages = self.pages.capacity() * size_of::<Entry>() + self.bytes;
+        let boxes = 2 * BOX_BYTES * self.pages.len();
+        pages + lists + boxes + self.dirty.allocation_size()
+    }
+
+    /// Gives the units that the pages list other numbers.
+    pub(super) fn renumber(&mut self, renumber: impl Fn(&mut UnitId)) {
+        let units = self.pages.iter_mut().flat_map(|page| &mut page.units);
+        units.for_each(renumber);
+    }
+
     pub(super) fn left_out(&self) -> usize {
         self.left_out
     }
@@ -97,7 +122,9 @@ impl Directory {
     pub(super) fn insert(&mut self, key: u64, unit: UnitId) {
         let page = self.page_of(key);
         if let Some(page) = self.pages.get_mut(page as usize) {
+            let before = page.units.capacity();
             page.units.push(unit);
+            self.room += page.units.capacity() - before;
         }
     }
 
@@ -126,8 +153,7 @@ impl Directory {
         if let Some(page) = self.pages.get_mut(page as usize) {
             self.bytes = self.bytes + image.len() - page.image.len();
             self.left_out = self.left_out + left_out - page.left_out;
-            page.image.clear();
-            page.image.extend_from_slice(image);
+            page.image = image.into();
             page.left_out = left_out;
         }
     }
@@ -155,9 +181,11 @@ impl Directory {
             return;
         };
         let units = std::mem::take(&mut entry.units);
-        let (stay, go) = units
+        let before = units.capacity();
+        let (stay, go): (Vec<_>, Vec<_>) = units
             .into_iter()
             .partition(|u| page_id(key_of(*u), level) == old);
+        self.room = self.room + stay.capacity() + go.capacity() - before;
         entry.units = stay;
         self.pages.push(Entry {
             units: go,

@@ -2,89 +2,134 @@
 
 use hashbrown::HashMap;
 
+use super::owner::known;
 use super::slab::NIL;
+use super::space::Space;
+use super::tree::{Run, SHARED, TIERS};
 use super::{Held, Index};
-use crate::id::{Slot, Tier};
+use crate::event::{EventData, Removed};
+use crate::id::{Family, Slot, Tier};
 
 impl Index {
-    /// The engine's names of all blocks that an owner holds, in no order. With [`Index::held`] they
-    /// make a dump in parts.
+    /// The engine's names of all blocks that an owner holds, with their families, in no order. With
+    /// [`Index::held`] they make a dump in parts.
     #[must_use]
-    pub fn names(&self, pool: usize, slot: Slot) -> Vec<u64> {
-        let owner = self.owners.get(&(pool, slot));
-        owner.map_or_else(Vec::new, |owner| owner.names().map(|n| n.hash).collect())
+    pub fn names(&self, pool: usize, slot: Slot) -> Vec<(Family, u64)> {
+        let names = |family| {
+            let names = self.names_on(Space::new(pool, family), slot, TIERS);
+            names.into_iter().map(move |name| (family, name))
+        };
+        Family::ALL.into_iter().flat_map(names).collect()
+    }
+
+    /// The names of all blocks that an owner has on some of these tiers.
+    fn names_on(&self, space: Space, slot: Slot, tiers: u16) -> Vec<u64> {
+        let Some(owner) = self.owners.get(&(space, slot)) else {
+            return Vec::new();
+        };
+        let mut names = Vec::new();
+        for id in self.runs_of(space, slot) {
+            let run = self.tree.run(id);
+            let low = self.tree.raw.get(run.raw, slot.0).unwrap_or(0);
+            if low & tiers == 0 {
+                continue;
+            }
+            if low & SHARED != 0 {
+                names.extend(run.blocks.iter().map(|block| block.name));
+                continue;
+            }
+            let own = run.blocks.iter().flat_map(|b| owner.own.of(b.sequence));
+            let own = own.filter(|name| name.tiers & tiers != 0);
+            names.extend(own.map(|name| name.hash));
+        }
+        names
     }
 
     /// The blocks of these names as an owner holds them at this moment, and after each the links
     /// above it that the owner lost; names that it has no more are left out. Parts are in no order
     /// ([`parents_first`]), and a link may come twice.
     #[must_use]
-    pub fn held(&self, pool: usize, slot: Slot, names: &[u64]) -> Vec<Held> {
-        let Some(owner) = self.owners.get(&(pool, slot)) else {
-            return Vec::new();
-        };
+    pub fn held(&self, pool: usize, slot: Slot, names: &[(Family, u64)]) -> Vec<Held> {
+        let tree = &self.tree;
         let mut part = Vec::with_capacity(names.len());
-        for name in names.iter().filter_map(|hash| owner.name(*hash)) {
-            let node = self.tree.node(name.node);
+        for (family, name) in names {
+            let space = Space::new(pool, *family);
+            let owner = self.owners.get(&(space, slot));
+            let known = owner.and_then(|owner| known(tree, owner, space, slot, *name));
+            let Some(known) = known else {
+                continue;
+            };
+            let run = tree.run(known.place.run());
+            let at = tree.index(known.place);
             part.push(Held {
-                sequence: node.sequence,
-                parent: self.sequence(node.parent),
-                name: Some(name.hash),
-                tiers: name.tiers,
+                family: *family,
+                sequence: tree.block(known.place).sequence,
+                parent: self.before(run, at),
+                name: Some(*name),
+                // Tiers are four.
+                tiers: u8::try_from(known.tiers).unwrap_or(0),
             });
-            let mut at = node.parent;
-            while at != NIL && self.tree.tiers(at, slot) == 0 {
-                let link = self.tree.node(at);
-                part.push(Held {
-                    sequence: link.sequence,
-                    parent: self.sequence(link.parent),
+            let mut above = run.parent;
+            while above != NIL {
+                let run = tree.run(above);
+                if tree.raw.get(run.raw, slot.0).is_some() {
+                    break;
+                }
+                let links = run.blocks.iter().enumerate().rev();
+                part.extend(links.map(|(at, block)| Held {
+                    family: *family,
+                    sequence: block.sequence,
+                    parent: self.before(run, at),
                     name: None,
                     tiers: 0,
-                });
-                at = link.parent;
+                }));
+                above = run.parent;
             }
         }
         part
     }
 
-    /// Whether an owner holds a block, on whatever tier and whatever is missing before it.
+    /// Whether an owner holds a block of Dynamo's family, on whatever tier and whatever is missing before it.
     #[must_use]
     pub fn holds(&self, pool: usize, slot: Slot, sequence: u64) -> bool {
-        let node = u16::try_from(pool)
-            .ok()
-            .and_then(|pool| self.tree.find(pool, sequence));
-        node.is_some_and(|node| self.tree.tiers(node, slot) != 0)
+        let place = self.tree.find(Space::new(pool, Family::Dynamo), sequence);
+        place.is_some_and(|place| self.tree.low(place, slot).is_some())
     }
 
     /// Drops all blocks of an owner from one tier and returns how many it held there.
     pub fn clear_tier(&mut self, pool: usize, slot: Slot, tier: Tier) -> u32 {
-        let bit = 1_u8 << tier.index();
-        let Some(owner) = self.owners.get(&(pool, slot)) else {
-            return 0;
-        };
-        let on_tier = owner.names().filter(|name| name.tiers & bit != 0);
-        let names: Vec<u64> = on_tier.map(|name| name.hash).collect();
-        let mut applied = super::Applied::default();
-        for name in names {
-            self.remove(pool, slot, tier, name, &mut applied);
+        let mut removed: u32 = 0;
+        for family in Family::ALL {
+            let names = self.names_on(Space::new(pool, family), slot, 1 << tier.index());
+            let data = EventData::Removed(Removed {
+                block_hashes: names,
+            });
+            let applied = self.apply_family(pool, family, slot, tier, &data);
+            removed = removed.saturating_add(applied.removed);
         }
-        applied.removed
+        removed
     }
 
-    fn sequence(&self, node: u32) -> Option<u64> {
-        (node != NIL).then(|| self.tree.node(node).sequence)
+    /// Sequence hash of the block before one of a run.
+    fn before(&self, run: &Run, at: usize) -> Option<u64> {
+        let block = match at.checked_sub(1) {
+            Some(before) => run.blocks.get(before),
+            None => self.tree.run(run.parent).blocks.last(),
+        };
+        block.map(|block| block.sequence)
     }
 }
 
-/// Puts the parts of a dump in the order that [`Index::restore`] takes: parents before children.
-/// Blocks whose parent is not among them come first.
+/// Puts the parts of a dump in the order that [`Index::restore`] takes: family by family, parents
+/// before children. Of a family, blocks whose parent is not among them come first.
 pub fn parents_first(blocks: &mut [Held]) {
-    let parents: HashMap<u64, Option<u64>> =
-        blocks.iter().map(|b| (b.sequence, b.parent)).collect();
-    let mut depths: HashMap<u64, u32> = HashMap::with_capacity(parents.len());
+    let key = |block: &Held| (block.family, block.sequence);
+    let parent = |block: &Held| block.parent.map(|parent| (block.family, parent));
+    let parents: HashMap<_, _> = blocks.iter().map(|b| (key(b), parent(b))).collect();
+    let mut depths: HashMap<_, u32> = HashMap::with_capacity(parents.len());
     let mut above = Vec::new();
     for block in blocks.iter() {
-        let mut at = Some(block.sequence);
+        let mut at = Some(key(block));
         let mut depth = 0;
         // A circle, which no index makes, ends where it began.
         while let Some(sequence) = at.filter(|_| above.len() <= parents.len()) {
@@ -103,14 +148,14 @@ pub fn parents_first(blocks: &mut [Held]) {
             depth += 1;
         }
     }
-    blocks.sort_by_cached_key(|block| depths.get(&block.sequence).copied());
+    blocks.sort_by_cached_key(|block| (block.family, depths.get(&key(block)).copied()));
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::{Index, IndexConfig};
     use super::*;
-    use crate::event::{EventData, Removed, Stored, StoredBlock};
+    use crate::event::{Stored, StoredBlock};
     use crate::rng::Rng;
 
     const SLOT: Slot = Slot(3);
@@ -121,6 +166,8 @@ mod tests {
             level: 2,
             group: 8,
             max_orphans: 100,
+            max_bytes: usize::MAX,
+            max_page_bytes: usize::MAX,
         });
         index.add_pool(7);
         index
@@ -209,6 +256,7 @@ mod tests {
     #[test]
     fn a_circle_of_parents_ends() {
         let block = |sequence, parent| Held {
+            family: Family::Dynamo,
             sequence,
             parent: Some(parent),
             name: Some(sequence),

@@ -1,169 +1,134 @@
-//! One owner's names for its blocks. Engine hashes are opaque and belong to the owner alone, so
-//! workers whose engines hash differently still share blocks in the tree.
+//! What one owner has, and its hand on the tree. Engine hashes are opaque and belong to the owner
+//! alone, so workers whose engines hash differently still share blocks in the tree.
+//!
+//! A name that is kept with its block counts for those owners only whose member in `raw` is marked
+//! [`SHARED`]; the names of the others are their own.
 
-use std::collections::BTreeSet;
-use std::hash::BuildHasher;
-
-use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
-
-use super::tree::NodeId;
-use crate::id::Tier;
-
-/// A block as the engine names it.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Name {
-    pub(super) hash: u64,
-    pub(super) node: NodeId,
-    /// Bit per tier.
-    pub(super) tiers: u8,
-}
-
-/// A store whose parent the owner has not named.
-#[derive(Clone, Debug)]
-pub(super) struct Orphan {
-    pub(super) tier: Tier,
-    pub(super) blocks: Vec<OrphanBlock>,
-}
-
-#[derive(Clone, Copy, Debug)]
-pub(super) struct OrphanBlock {
-    pub(super) hash: u64,
-    pub(super) tokens_hash: u64,
-    /// Removed while waiting: it only links the blocks after it.
-    pub(super) gone: bool,
-}
+use super::announced::Announced;
+use super::own::Names;
+use super::places::Place;
+use super::space::Space;
+use super::tree::{SHARED, TIERS, Tree, UNNAMED};
+use super::waiting::Waiting;
+use crate::id::{Slot, Tier};
 
 /// Names and waiting stores of one owner.
 #[derive(Debug, Default)]
 pub(super) struct Owner {
-    names: HashTable<Name>,
-    hasher: DefaultHashBuilder,
-    /// Blocks held under several names: how many more than one, by tier.
-    aliases: HashMap<NodeId, [u32; Tier::COUNT]>,
-    /// Waiting stores by the parent they wait for.
-    orphans: HashMap<u64, Vec<Orphan>>,
-    /// Each block in a waiting store with the parent that the store waits for.
-    awaited: BTreeSet<(u64, u64)>,
+    pub(super) own: Names,
+    pub(super) waiting: Waiting,
+    /// Where its names are limited.
+    pub(super) announced: Option<Box<Announced>>,
+    /// Blocks that it holds.
+    pub(super) held: usize,
 }
 
-/// What removing a name means for the block.
+impl Owner {
+    /// Bytes taken from the allocator.
+    pub(super) fn bytes(&self) -> usize {
+        let announced = self.announced.as_ref().map_or(0, |a| a.bytes());
+        self.own.bytes() + self.waiting.bytes() + announced
+    }
+}
+
+/// An owner about to change what it holds.
+pub(super) struct Hand<'a> {
+    pub(super) tree: &'a mut Tree,
+    pub(super) owner: &'a mut Owner,
+    pub(super) space: Space,
+    pub(super) slot: Slot,
+}
+
+/// A name of an owner.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Known {
+    pub(super) place: Place,
+    pub(super) tiers: u16,
+    is_own: bool,
+}
+
+/// What taking a name back means for the block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Unnamed {
+pub(super) enum Taken {
     /// The owner has no such name on this tier.
     Unknown,
     /// Another name keeps the block on this tier.
     Kept,
     /// The block has left this tier.
-    Left(NodeId),
+    Left,
 }
 
-impl Owner {
-    pub(super) fn name(&self, hash: u64) -> Option<Name> {
-        let same = |name: &Name| name.hash == hash;
-        self.names.find(self.hasher.hash_one(hash), same).copied()
+/// What an owner names like this.
+pub(super) fn known(
+    tree: &Tree,
+    owner: &Owner,
+    space: Space,
+    slot: Slot,
+    hash: u64,
+) -> Option<Known> {
+    if let Some(name) = owner.own.get(hash) {
+        let place = tree.find(space, name.sequence)?;
+        return Some(Known {
+            place,
+            tiers: name.tiers,
+            is_own: true,
+        });
+    }
+    if hash == UNNAMED {
+        return None;
+    }
+    let place = tree.find_name(space, hash)?;
+    let low = tree.low(place, slot)?;
+    (low & SHARED != 0).then_some(Known {
+        place,
+        tiers: low & TIERS,
+        is_own: false,
+    })
+}
+
+impl Hand<'_> {
+    /// What the owner names like this.
+    pub(super) fn known(&self, hash: u64) -> Option<Known> {
+        known(self.tree, self.owner, self.space, self.slot, hash)
     }
 
-    /// Names in use.
-    pub(super) fn len(&self) -> usize {
-        self.names.len()
-    }
-
-    pub(super) fn names(&self) -> impl Iterator<Item = Name> + '_ {
-        self.names.iter().copied()
-    }
-
-    /// Names a block on a tier. `held` says whether the owner holds it there under another name.
-    pub(super) fn add(&mut self, hash: u64, node: NodeId, tier: Tier, held: bool) {
-        if held && let Some(extra) = self.aliases.entry(node).or_default().get_mut(tier.index()) {
-            *extra += 1;
+    /// Names a block on some tiers. The owner names no other block so.
+    pub(super) fn give(&mut self, place: Place, hash: u64, tiers: u16) {
+        let low = self.tree.low(place, self.slot);
+        let held = low.map_or(0, |low| low & TIERS);
+        let may_share = low.is_none_or(|low| low & SHARED != 0);
+        let shares = may_share && self.tree.shares(place, hash, low.is_some());
+        let block = self.tree.block(place);
+        if !shares {
+            if may_share && held != 0 {
+                // With two names for the block, both are the owner's own.
+                self.owner.own.add(block.name, block.sequence, held);
+            }
+            self.owner.own.add(hash, block.sequence, tiers);
         }
-        let (key, bit) = (self.hasher.hash_one(hash), 1 << tier.index());
-        if let Some(name) = self.names.find_mut(key, |name| name.hash == hash) {
-            name.tiers |= bit;
-            return;
-        }
-        let name = Name {
-            hash,
-            node,
-            tiers: bit,
-        };
-        let hasher = &self.hasher;
-        self.names
-            .insert_unique(key, name, |name| hasher.hash_one(name.hash));
+        self.owner.held += usize::from(held == 0);
+        let low = held | tiers | if shares { SHARED } else { 0 };
+        self.tree.hold(place, self.slot, Some(low));
     }
 
     /// Takes a name back from a tier.
-    pub(super) fn remove(&mut self, hash: u64, tier: Tier) -> Unnamed {
-        let (key, bit) = (self.hasher.hash_one(hash), 1_u8 << tier.index());
-        let Ok(mut entry) = self.names.find_entry(key, |name| name.hash == hash) else {
-            return Unnamed::Unknown;
+    pub(super) fn take(&mut self, hash: u64, tier: Tier) -> Taken {
+        let bit = 1 << tier.index();
+        let Some(known) = self.known(hash).filter(|known| known.tiers & bit != 0) else {
+            return Taken::Unknown;
         };
-        let name = entry.get_mut();
-        if name.tiers & bit == 0 {
-            return Unnamed::Unknown;
-        }
-        name.tiers &= !bit;
-        let node = name.node;
-        if name.tiers == 0 {
-            entry.remove();
-        }
-        let Some(extra) = self.aliases.get_mut(&node) else {
-            return Unnamed::Left(node);
-        };
-        let outcome = match extra.get_mut(tier.index()) {
-            Some(extra) if *extra > 0 => {
-                *extra -= 1;
-                Unnamed::Kept
-            }
-            _ => Unnamed::Left(node),
-        };
-        if *extra == [0; Tier::COUNT] {
-            self.aliases.remove(&node);
-        }
-        outcome
-    }
-
-    pub(super) fn wait(&mut self, parent: u64, orphan: Orphan) {
-        for block in &orphan.blocks {
-            self.awaited.insert((block.hash, parent));
-        }
-        self.orphans.entry(parent).or_default().push(orphan);
-    }
-
-    /// The stores that waited for a block.
-    pub(super) fn waiting_for(&mut self, parent: u64) -> Vec<Orphan> {
-        if self.orphans.is_empty() {
-            return Vec::new();
-        }
-        let orphans = self.orphans.remove(&parent).unwrap_or_default();
-        for block in orphans.iter().flat_map(|orphan| &orphan.blocks) {
-            self.awaited.remove(&(block.hash, parent));
-        }
-        orphans
-    }
-
-    /// Removes a block from every store that waits with it. Whether there was one.
-    pub(super) fn remove_waiting(&mut self, hash: u64, tier: Tier) -> bool {
-        let mut found = false;
-        for (_, parent) in self.awaited.range((hash, 0)..=(hash, u64::MAX)) {
-            let orphans = self.orphans.get_mut(parent).into_iter().flatten();
-            let blocks = orphans
-                .filter(|orphan| orphan.tier == tier)
-                .flat_map(|orphan| &mut orphan.blocks);
-            for block in blocks.filter(|block| block.hash == hash && !block.gone) {
-                block.gone = true;
-                found = true;
+        if known.is_own {
+            let sequence = self.tree.block(known.place).sequence;
+            self.owner.own.remove(hash, bit);
+            let mut others = self.owner.own.of(sequence);
+            if others.any(|name| name.tiers & bit != 0) {
+                return Taken::Kept;
             }
         }
-        found
-    }
-
-    /// Blocks in waiting stores.
-    pub(super) fn waiting(&self) -> usize {
-        self.orphans
-            .values()
-            .flatten()
-            .map(|o| o.blocks.len())
-            .sum()
+        let low = self.tree.low(known.place, self.slot).unwrap_or(0) & !bit;
+        let low = (low & TIERS != 0).then_some(low);
+        self.owner.held -= usize::from(low.is_none());
+        self.tree.hold(known.place, self.slot, low);
+        Taken::Left
     }
 }

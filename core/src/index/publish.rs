@@ -1,12 +1,11 @@
 //! From the tree to page images.
 
-use super::tree::{NodeId, Tree};
+use super::sets::EMPTY;
+use super::tree::{RunId, Tree};
 use super::unit::UnitId;
 use crate::index::PageWrite;
 use crate::page::encode::{Run, SPLIT_BYTES, Unit, encode, set_bytes};
 use crate::page::{WHOLE, fingerprint};
-
-use super::sets::EMPTY;
 
 /// Pages of one flush, which bounds the time it takes.
 const FLUSH_PAGES: usize = 512;
@@ -60,7 +59,7 @@ fn encoded(tree: &mut Tree, id: u32, epoch: u32) -> Vec<u8> {
 /// Brings one changed unit's listing, split and page up to date.
 fn refresh(tree: &mut Tree, id: UnitId, is_loss: bool) {
     let unit = *tree.units.at(id);
-    if tree.node(unit.root).eff == EMPTY {
+    if tree.run(unit.root).eff == EMPTY {
         tree.units.unlist(id);
         return;
     }
@@ -77,21 +76,23 @@ fn unit_image(tree: &Tree, id: UnitId) -> Unit {
     let mut runs = Vec::new();
     let mut starts = vec![unit.root];
     while let Some(start) = starts.pop() {
-        let node = tree.node(start);
+        let mut of = tree.run(start);
         let mut run = Run {
-            position: tree.units.position(node.depth),
-            set: node.eff,
-            blocks: vec![node.sequence],
+            position: of.first,
+            set: of.eff,
+            blocks: of.blocks.iter().map(|b| b.sequence).collect(),
         };
         let mut at = start;
         loop {
             let first = starts.len();
-            let visible = |c: &NodeId| tree.node(*c).unit == id && tree.node(*c).eff != EMPTY;
-            starts.extend(tree.children(at).filter(visible));
+            let is_visible = |c: &RunId| tree.run(*c).unit == id && tree.run(*c).eff != EMPTY;
+            starts.extend(tree.children(at).filter(is_visible));
             match starts.get(first..) {
-                Some(&[only]) if tree.node(only).eff == run.set => {
+                // Runs that differ in what is hidden only are one to readers.
+                Some(&[only]) if tree.run(only).eff == run.set => {
                     starts.truncate(first);
-                    run.blocks.push(tree.node(only).sequence);
+                    of = tree.run(only);
+                    run.blocks.extend(of.blocks.iter().map(|b| b.sequence));
                     at = only;
                 }
                 _ => break,
@@ -154,37 +155,37 @@ fn split_position(tree: &Tree, depth: u32, image: &Unit) -> Option<u8> {
 /// Makes every block at `position` of the unit, published or not, a unit of its own.
 fn split(tree: &mut Tree, id: UnitId, position: u8) {
     let unit = *tree.units.at(id);
-    let inner = |tree: &Tree, node: NodeId| -> Vec<NodeId> { tree.children(node).collect() };
     let mut roots = Vec::new();
     let mut stack = vec![unit.root];
-    while let Some(node) = stack.pop() {
-        for child in inner(tree, node) {
-            if tree.node(child).unit != id {
-                continue;
-            }
-            if tree.units.position(tree.node(child).depth) == position {
-                roots.push(child);
-            } else {
-                stack.push(child);
-            }
+    while let Some(at) = stack.pop() {
+        let run = tree.run(at);
+        let before = usize::from(position.saturating_sub(run.first));
+        if before == 0 {
+            roots.push(at);
+        } else if before < run.blocks.len() {
+            roots.push(tree.split(at, before).1);
+        } else {
+            let is_inside = |child: &RunId| tree.run(*child).unit == id;
+            stack.extend(tree.children(at).filter(is_inside));
         }
     }
     let parent = tree.units.at_mut(id);
     parent.split = position;
     parent.below = u32::try_from(roots.len()).unwrap_or(u32::MAX);
     for root in roots {
-        let node = tree.node(root);
-        let (key, depth) = (tree.key(node.pool, node.sequence), node.depth);
+        let run = tree.run(root);
+        let first = run.blocks.first().map_or(0, |block| block.sequence);
+        let (key, depth) = (run.space.key(&tree.secrets, first), run.depth);
         let new = tree.units.begin(root, key, depth);
         let mut below = 0;
         let mut stack = vec![root];
-        while let Some(node) = stack.pop() {
-            tree.assign(node, new);
-            for child in inner(tree, node) {
-                let child_unit = tree.node(child).unit;
-                if child_unit == id {
+        while let Some(at) = stack.pop() {
+            tree.runs.at_mut(at).unit = new;
+            for child in tree.children(at) {
+                let child_run = tree.run(child);
+                if child_run.unit == id {
                     stack.push(child);
-                } else if tree.units.position(tree.node(child).depth) != 0 {
+                } else if child_run.first != 0 {
                     below += 1;
                 }
             }

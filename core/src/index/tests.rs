@@ -1,9 +1,12 @@
+mod bounds;
+
 use std::collections::HashMap;
 
 use super::*;
 use crate::event::{EventData, Removed, Stored, StoredBlock};
 use crate::hash::chain;
 use crate::naive::Naive;
+use crate::overlap::Overlap;
 use crate::reader::{Reader, View};
 use crate::rng::Rng;
 
@@ -54,6 +57,7 @@ impl Envoy {
             group: self.group,
             epoch: 7,
             pool_key: SECRET + pool as u64,
+            family: Family::Dynamo,
             slots: self.slots,
         };
         let fetch = |id| self.pages.get(&id).cloned();
@@ -86,6 +90,8 @@ impl History {
             level: 0,
             group,
             max_orphans: 1 << 20,
+            max_bytes: usize::MAX,
+            max_page_bytes: usize::MAX,
         };
         let mut index = Index::new(config);
         assert_eq!(index.add_pool(SECRET), 0);
@@ -124,9 +130,9 @@ impl History {
         sequence
     }
 
-    /// An engine's name for a block: its own for every owner.
+    /// An engine's name for a block: there are three kinds of engines.
     fn name(slot: Slot, sequence: u64) -> u64 {
-        sequence.rotate_left(17) ^ u64::from(slot.0) << 3
+        sequence.rotate_left(17) ^ u64::from(slot.0 % 3) << 3
     }
 
     fn step(&mut self) {
@@ -198,6 +204,7 @@ fn run(seed: u64, group: u8, slots: u16, length: usize, alphabet: u64, steps: us
         if step % 10 == 0 {
             envoy.flush_changes(&mut history.index);
             history.check(&mut envoy);
+            history.index.tree.check();
         }
         if history.index.stats().blocks > largest.blocks {
             largest = history.index.stats();
@@ -272,6 +279,8 @@ fn small() -> Index {
         level: 2,
         group: 4,
         max_orphans: 8,
+        max_bytes: usize::MAX,
+        max_page_bytes: usize::MAX,
     });
     index.add_pool(SECRET);
     index
@@ -434,6 +443,8 @@ fn a_dump_rebuilds_an_owner_hidden_blocks_included() {
             level: 3,
             group: 8,
             max_orphans: 0,
+            max_bytes: usize::MAX,
+            max_page_bytes: usize::MAX,
         };
         let mut copy = Index::new(config);
         copy.add_pool(SECRET);
@@ -464,6 +475,8 @@ fn ten_thousand_continuations_of_one_prompt_keep_pages_small() {
         level: 4,
         group: 32,
         max_orphans: 0,
+        max_bytes: usize::MAX,
+        max_page_bytes: usize::MAX,
     };
     let mut index = Index::new(config);
     index.add_pool(SECRET);

@@ -1,43 +1,68 @@
 //! The tree of blocks of all pools: who holds what, and who holds it without a gap from the root.
 //!
-//! Every node has two owner sets. `raw` is what engines reported. `eff` is prefix-closed: an owner
+//! A **run** is a chain of blocks of one unit with one owner set, without forks: only its last
+//! block has children. So a run stands where most trees have one node to a block.
+//!
+//! Every run has two owner sets. `raw` is what engines reported. `eff` is prefix-closed: an owner
 //! is in it only while it is in the parent's, at the worst tier along the chain. Only `eff` is
 //! published, so that lookups may gallop; blocks that a removal hides stay in `raw` and return
-//! with their parent.
+//! with their parent. As `raw` is one along a run, so is `eff`.
 
-use hashbrown::HashTable;
-
+use super::leaves::Leaves;
+use super::places::{Place, Places};
 use super::sets::{EMPTY, SetId, Sets};
 use super::slab::{NIL, Slab};
+use super::space::Space;
 use super::unit::{UnitId, Units};
 use crate::hash::chain;
-use crate::id::{Family, Slot};
-use crate::page::unit_key;
+use crate::id::Slot;
 
-/// Number of a node.
-pub(super) type NodeId = u32;
+/// Number of a run.
+pub(super) type RunId = u32;
 
-/// A block of some prompt. 40 bytes.
-#[derive(Debug)]
-pub(super) struct Node {
+/// The name of a block that no name of an engine is kept with.
+pub(super) const UNNAMED: u64 = 0;
+
+/// Tiers in what `raw` says of an owner.
+pub(super) const TIERS: u16 = (1 << 4) - 1;
+/// Set where an owner has one name for the block, and it is the one kept with the block.
+pub(super) const SHARED: u16 = 1 << 4;
+
+/// One block. 16 bytes.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Block {
     /// Sequence hash.
     pub(super) sequence: u64,
-    pub(super) parent: NodeId,
-    pub(super) child: NodeId,
-    next: NodeId,
-    previous: NodeId,
-    raw: SetId,
-    pub(super) eff: SetId,
-    /// The unit this block belongs to.
-    pub(super) unit: UnitId,
-    pub(super) depth: u32,
-    pub(super) pool: u16,
+    /// The name that all owners in `raw` marked [`SHARED`] have for it.
+    pub(super) name: u64,
 }
 
-impl Default for Node {
+/// A run of blocks. 64 bytes.
+#[derive(Debug)]
+pub(super) struct Run {
+    pub(super) blocks: Vec<Block>,
+    /// The run after whose last block it begins.
+    pub(super) parent: RunId,
+    pub(super) child: RunId,
+    pub(super) next: RunId,
+    pub(super) previous: RunId,
+    pub(super) raw: SetId,
+    pub(super) eff: SetId,
+    /// The unit its blocks belong to.
+    pub(super) unit: UnitId,
+    /// Depth of its first block.
+    pub(super) depth: u32,
+    /// When it was last used, if no run below it was used later.
+    pub(super) used: u32,
+    pub(super) space: Space,
+    /// Position of its first block in its group.
+    pub(super) first: u8,
+}
+
+impl Default for Run {
     fn default() -> Self {
         Self {
-            sequence: 0,
+            blocks: Vec::new(),
             parent: NIL,
             child: NIL,
             next: NIL,
@@ -46,221 +71,482 @@ impl Default for Node {
             eff: EMPTY,
             unit: NIL,
             depth: 0,
-            pool: 0,
+            used: 0,
+            space: Space::default(),
+            first: 0,
         }
     }
+}
+
+impl Run {
+    /// Where one of its blocks stands.
+    #[allow(clippy::cast_possible_truncation)]
+    pub(super) fn place(&self, id: RunId, at: usize) -> Place {
+        // A run is no longer than a group, and a group no longer than `MAX_GROUP`.
+        Place::new(id, self.first + at as u8)
+    }
+
+    /// Depth of the block after its last one.
+    #[allow(clippy::cast_possible_truncation)]
+    fn end(&self) -> u32 {
+        self.depth + self.blocks.len() as u32
+    }
+}
+
+/// What follows a block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// The block asked for.
+    There(Place),
+    /// Not the block asked for.
+    Absent,
+    /// Another block of the tree has the sequence hash.
+    Taken,
 }
 
 /// The tree and the units its blocks are published in.
 #[derive(Debug)]
 pub(super) struct Tree {
-    nodes: Slab<Node>,
-    by_key: HashTable<NodeId>,
+    pub(super) runs: Slab<Run>,
+    pub(super) by_sequence: Places,
+    pub(super) by_name: Places,
     /// Secrets of the pools.
-    pool_keys: Vec<u64>,
-    /// Members are `slot << 4 | mask of tiers`.
-    raw: Sets,
+    pub(super) secrets: Vec<u64>,
+    /// Members are `slot << 5 | SHARED | mask of tiers`.
+    pub(super) raw: Sets,
     /// Members are `slot << 2 | tier`, as pages hold them.
     pub(super) eff: Sets,
     pub(super) units: Units,
+    pub(super) leaves: Leaves,
+    /// Blocks.
+    pub(super) blocks: usize,
+    /// Blocks that the runs have room for.
+    pub(super) room: usize,
     /// (owner, block) pairs held.
     pub(super) held: usize,
+    /// Number of the use under way.
+    pub(super) clock: u32,
 }
 
 impl Tree {
     pub(super) fn new(units: Units) -> Self {
         Self {
-            nodes: Slab::default(),
-            by_key: HashTable::new(),
-            pool_keys: Vec::new(),
-            raw: Sets::new(4),
+            runs: Slab::default(),
+            by_sequence: Places::new(),
+            by_name: Places::new(),
+            secrets: Vec::new(),
+            raw: Sets::new(5),
             eff: Sets::new(2),
             units,
+            leaves: Leaves::default(),
+            blocks: 0,
+            room: 0,
             held: 0,
+            clock: 0,
         }
     }
 
-    pub(super) fn add_pool(&mut self, key: u64) -> usize {
-        self.pool_keys.push(key);
-        self.pool_keys.len() - 1
+    pub(super) fn add_pool(&mut self, secret: u64) -> usize {
+        self.secrets.push(secret);
+        self.secrets.len() - 1
     }
 
-    pub(super) fn blocks(&self) -> usize {
-        self.nodes.len()
+    pub(super) fn run(&self, id: RunId) -> &Run {
+        self.runs.at(id)
     }
 
-    pub(super) fn node(&self, id: NodeId) -> &Node {
-        self.nodes.at(id)
+    /// Runs that begin after a run.
+    pub(super) fn children(&self, id: RunId) -> impl Iterator<Item = RunId> + '_ {
+        let some = |id: RunId| (id != NIL).then_some(id);
+        std::iter::successors(some(self.run(id).child), move |c| some(self.run(*c).next))
     }
 
-    /// Children of a node.
-    pub(super) fn children(&self, id: NodeId) -> impl Iterator<Item = NodeId> + '_ {
-        let some = |id: NodeId| (id != NIL).then_some(id);
-        std::iter::successors(some(self.node(id).child), move |c| some(self.node(*c).next))
+    /// Which of its run's blocks stands at a place.
+    pub(super) fn index(&self, place: Place) -> usize {
+        usize::from(place.position()).saturating_sub(self.run(place.run()).first.into())
     }
 
-    /// The key under which a block's unit is found if the block is its first: also what identifies
-    /// the block, because pools must not share blocks.
-    pub(super) fn key(&self, pool: u16, sequence: u64) -> u64 {
-        let secret = self.pool_keys.get(usize::from(pool)).copied().unwrap_or(0);
-        unit_key(sequence, secret, Family::Dynamo)
+    pub(super) fn block(&self, place: Place) -> Block {
+        let block = self.run(place.run()).blocks.get(self.index(place));
+        block.copied().unwrap_or_default()
     }
 
-    /// The node of a sequence hash.
-    pub(super) fn find(&self, pool: u16, sequence: u64) -> Option<NodeId> {
-        let same = |id: &NodeId| {
-            let node = self.node(*id);
-            node.sequence == sequence && node.pool == pool
+    /// The place of a sequence hash.
+    pub(super) fn find(&self, space: Space, sequence: u64) -> Option<Place> {
+        let is_it = |place: &Place| {
+            self.block(*place).sequence == sequence && self.run(place.run()).space == space
         };
-        self.by_key.find(self.key(pool, sequence), same).copied()
+        self.by_sequence
+            .get(space.key(&self.secrets, sequence), is_it)
     }
 
-    /// The node of the block with this token hash below `parent` (`NIL` at the root), made if it
-    /// isn't there. `None` when another block has its sequence hash.
-    pub(super) fn below(&mut self, pool: u16, parent: NodeId, tokens: u64) -> Option<NodeId> {
-        let sequence = if parent == NIL {
+    /// The place of the block that a name is kept with.
+    pub(super) fn find_name(&self, space: Space, name: u64) -> Option<Place> {
+        let is_it =
+            |place: &Place| self.block(*place).name == name && self.run(place.run()).space == space;
+        self.by_name.get(space.name_key(&self.secrets, name), is_it)
+    }
+
+    /// Sequence hash of the block with this token hash after a place.
+    pub(super) fn sequence_after(&self, at: Place, tokens: u64) -> u64 {
+        if at == Place::ROOT {
             tokens
         } else {
-            chain(self.node(parent).sequence, tokens)
-        };
-        self.with_sequence(pool, parent, sequence)
+            chain(self.block(at).sequence, tokens)
+        }
     }
 
-    /// The node of a sequence hash below `parent`, made if it isn't there. `None` when another
-    /// block has that hash.
-    pub(super) fn with_sequence(
-        &mut self,
-        pool: u16,
-        parent: NodeId,
-        sequence: u64,
-    ) -> Option<NodeId> {
-        if let Some(id) = self.find(pool, sequence) {
-            return (self.node(id).parent == parent).then_some(id);
-        }
-        let depth = if parent == NIL {
+    /// The block with this sequence hash after a place.
+    pub(super) fn next(&self, space: Space, at: Place, sequence: u64) -> Next {
+        let run = self.run(at.run());
+        let following = if at == Place::ROOT {
             0
         } else {
-            self.node(parent).depth + 1
+            self.index(at) + 1
         };
-        let next = if parent == NIL {
-            NIL
+        if let Some(block) = run.blocks.get(following)
+            && block.sequence == sequence
+        {
+            return Next::There(run.place(at.run(), following));
+        }
+        let Some(place) = self.find(space, sequence) else {
+            return Next::Absent;
+        };
+        let is_child = following == run.blocks.len()
+            && self.index(place) == 0
+            && self.run(place.run()).parent == at.run();
+        if is_child {
+            Next::There(place)
         } else {
-            self.node(parent).child
+            Next::Taken
+        }
+    }
+
+    /// What `raw` says of an owner at a place.
+    pub(super) fn low(&self, place: Place, slot: Slot) -> Option<u16> {
+        self.raw.get(self.run(place.run()).raw, slot.0)
+    }
+
+    /// Adds a block after a place, held by one owner as `low` says, or by nobody as a link.
+    /// `more` blocks are expected to follow.
+    pub(super) fn add(
+        &mut self,
+        space: Space,
+        at: Place,
+        block: Block,
+        by: Option<(Slot, u16)>,
+        more: usize,
+    ) -> Place {
+        let parent = self.cut_after(at);
+        let run = self.run(parent);
+        let depth = if parent == NIL { 0 } else { run.end() };
+        let position = self.units.position(depth);
+        let begins_unit =
+            parent == NIL || position == 0 || self.units.at(run.unit).split == position;
+        let has_same_owners = match by {
+            None => run.raw == EMPTY,
+            Some((slot, low)) => self.raw.is_alone(run.raw, slot.0, low),
         };
-        let id = self.nodes.insert(Node {
-            sequence,
+        let extends = !begins_unit && run.child == NIL && has_same_owners;
+        let id = if extends {
+            self.push(parent, block);
+            if run_is_visible(self.run(parent)) {
+                self.units.touch(self.run(parent).unit, false);
+            }
+            parent
+        } else {
+            let id = self.begin(space, parent, depth, block, more);
+            if let Some((slot, low)) = by {
+                self.runs.at_mut(id).raw = self.raw.replace(EMPTY, slot.0, Some(low));
+                self.close(id, slot);
+            }
+            id
+        };
+        self.held += usize::from(by.is_some());
+        let place = Place::new(id, position);
+        self.list(space, block, place);
+        place
+    }
+
+    fn push(&mut self, id: RunId, block: Block) {
+        let blocks = &mut self.runs.at_mut(id).blocks;
+        let before = blocks.capacity();
+        blocks.push(block);
+        self.room += blocks.capacity() - before;
+        self.blocks += 1;
+    }
+
+    /// A run of its own for a block that joins the tree.
+    fn begin(
+        &mut self,
+        space: Space,
+        parent: RunId,
+        depth: u32,
+        block: Block,
+        more: usize,
+    ) -> RunId {
+        let next = self.run(parent).child;
+        let next = if parent == NIL { NIL } else { next };
+        let first = self.units.position(depth);
+        let room = self.units.room(depth).min(1 + more);
+        let id = self.runs.insert(Run {
+            blocks: Vec::with_capacity(room),
             parent,
             next,
             depth,
-            pool,
-            ..Node::default()
+            space,
+            first,
+            used: self.clock,
+            ..Run::default()
         });
-        if parent != NIL {
-            self.nodes.at_mut(parent).child = id;
-        }
-        if next != NIL {
-            self.nodes.at_mut(next).previous = id;
-        }
-        let key = self.key(pool, sequence);
-        let parent_unit = self.node(parent).unit;
-        self.nodes.at_mut(id).unit = self.units.join(id, key, depth, parent_unit);
-        let rehash = |id: &NodeId| {
-            let node = self.nodes.at(*id);
-            let secret = self
-                .pool_keys
-                .get(usize::from(node.pool))
-                .copied()
-                .unwrap_or(0);
-            unit_key(node.sequence, secret, Family::Dynamo)
+        self.room += self.run(id).blocks.capacity();
+        self.push(id, block);
+        self.runs.at_mut(parent).child = id;
+        self.runs.at_mut(next).previous = id;
+        let key = space.key(&self.secrets, block.sequence);
+        let parent_unit = self.run(parent).unit;
+        self.runs.at_mut(id).unit = self.units.join(id, key, depth, parent_unit);
+        self.leaves.push(id, &self.runs);
+        id
+    }
+
+    /// Enters a block into the tables.
+    fn list(&mut self, space: Space, block: Block, place: Place) {
+        let Self { runs, secrets, .. } = self;
+        let (runs, secrets) = (&*runs, &*secrets);
+        let key = |place: &Place| {
+            let run = runs.at(place.run());
+            let at = usize::from(place.position().saturating_sub(run.first));
+            run.space
+                .key(secrets, run.blocks.get(at).map_or(0, |b| b.sequence))
         };
-        self.by_key.insert_unique(key, id, rehash);
-        Some(id)
+        self.by_sequence
+            .insert(space.key(secrets, block.sequence), place, key);
+        if block.name != UNNAMED {
+            self.list_name(space, block.name, place);
+        }
     }
 
-    /// Mask of the tiers on which an owner holds a block.
-    pub(super) fn tiers(&self, id: NodeId, slot: Slot) -> u16 {
-        self.raw.get(self.node(id).raw, slot.0).unwrap_or(0)
+    fn list_name(&mut self, space: Space, name: u64, place: Place) {
+        let Self { runs, secrets, .. } = self;
+        let (runs, secrets) = (&*runs, &*secrets);
+        let key = |place: &Place| {
+            let run = runs.at(place.run());
+            let at = usize::from(place.position().saturating_sub(run.first));
+            run.space
+                .name_key(secrets, run.blocks.get(at).map_or(0, |b| b.name))
+        };
+        self.by_name
+            .insert(space.name_key(secrets, name), place, key);
     }
 
-    /// Sets the tiers on which an owner holds a block, and what follows for the blocks below. A
-    /// block that nobody holds and nothing hangs on is dropped: keep no id of it.
-    pub(super) fn hold(&mut self, id: NodeId, slot: Slot, tiers: u16) {
-        let before = self.tiers(id, slot);
-        if before == tiers {
+    /// Takes a block out of the tables.
+    fn unlist(&mut self, space: Space, block: Block, place: Place) {
+        let key = space.key(&self.secrets, block.sequence);
+        self.by_sequence.remove(key, place);
+        if block.name != UNNAMED {
+            let key = space.name_key(&self.secrets, block.name);
+            self.by_name.remove(key, place);
+        }
+    }
+
+    /// Keeps a name with a block, if it has that name or nobody uses the one it has. `is_held`:
+    /// the owner that brings the name holds the block.
+    pub(super) fn shares(&mut self, place: Place, name: u64, is_held: bool) -> bool {
+        let (run, block) = (self.run(place.run()), self.block(place));
+        if block.name == name || name == UNNAMED || is_held {
+            return block.name == name && name != UNNAMED;
+        }
+        let space = run.space;
+        let is_used = self.raw.members(run.raw).iter().any(|m| m & SHARED != 0);
+        if is_used || self.find_name(space, name).is_some() {
+            return false;
+        }
+        if block.name != UNNAMED {
+            let key = space.name_key(&self.secrets, block.name);
+            self.by_name.remove(key, place);
+        }
+        let index = self.index(place);
+        if let Some(block) = self.runs.at_mut(place.run()).blocks.get_mut(index) {
+            block.name = name;
+        }
+        self.list_name(space, name, place);
+        true
+    }
+
+    /// Sets what `raw` says of an owner at a place, and what follows for the blocks below. A block
+    /// that nobody holds and nothing hangs on is dropped: keep no place across this.
+    pub(super) fn hold(&mut self, place: Place, slot: Slot, low: Option<u16>) {
+        let at = self.index(place);
+        self.hold_some(place.run(), at, at + 1, slot, low);
+    }
+
+    /// The same for the blocks of a run from one to before another.
+    pub(super) fn hold_some(
+        &mut self,
+        id: RunId,
+        from: usize,
+        to: usize,
+        slot: Slot,
+        low: Option<u16>,
+    ) {
+        let run = self.run(id);
+        let before = self.raw.get(run.raw, slot.0);
+        if before == low {
+            return;
+        }
+        let (length, is_leaf) = (run.blocks.len(), run.child == NIL);
+        let is_last_owner = low.is_none() && self.raw.members(run.raw).len() == 1;
+        match (before.is_some(), low.is_some()) {
+            (false, true) => self.held += to - from,
+            (true, false) => self.held -= to - from,
+            _ => {}
+        }
+        if is_last_owner && is_leaf && to == length && from > 0 {
+            (from..to).for_each(|_| self.pop(id));
+            return;
+        }
+        let mut id = id;
+        if to < length {
+            id = self.split(id, to).0;
+        }
+        if from > 0 {
+            id = self.split(id, from).1;
+        }
+        let raw = self.raw.replace(self.run(id).raw, slot.0, low);
+        self.runs.at_mut(id).raw = raw;
+        self.close(id, slot);
+        self.settle(id);
+    }
+
+    /// Sets what `raw` says of an owner along a whole run.
+    pub(super) fn hold_all(&mut self, id: RunId, slot: Slot, low: Option<u16>) {
+        self.hold_some(id, 0, self.run(id).blocks.len(), slot, low);
+    }
+
+    /// Restores the invariant of `eff` for one owner from a run downwards.
+    fn close(&mut self, from: RunId, slot: Slot) {
+        let mut stack = Vec::new();
+        let mut at = Some(from);
+        while let Some(id) = at {
+            let run = self.run(id);
+            let own = self.raw.get(run.raw, slot.0);
+            let own = own.map(|low| best_tier(low & TIERS));
+            let above = if run.parent == NIL {
+                Some(0)
+            } else {
+                self.eff.get(self.run(run.parent).eff, slot.0)
+            };
+            let tier = above.zip(own).map(|(above, own)| above.max(own));
+            let (eff, unit) = (run.eff, run.unit);
+            let before = self.eff.get(eff, slot.0);
+            if before != tier {
+                let is_loss = tier.is_none_or(|tier| before.is_some_and(|before| before < tier));
+                self.runs.at_mut(id).eff = self.eff.replace(eff, slot.0, tier);
+                self.units.touch(unit, is_loss);
+                let mut child = self.run(id).child;
+                while child != NIL {
+                    if self.raw.get(self.run(child).raw, slot.0).is_some() {
+                        stack.push(child);
+                    }
+                    child = self.run(child).next;
+                }
+            }
+            at = stack.pop();
+        }
+    }
+
+    /// Drops a run that nobody holds and that has no children, and then its parents likewise.
+    pub(super) fn release(&mut self, mut id: RunId) {
+        while id != NIL {
+            let run = self.run(id);
+            if run.raw != EMPTY || run.child != NIL {
+                return;
+            }
+            let (parent, unit, used) = (run.parent, run.unit, run.used);
+            self.unlink(id);
+            let run = self.runs.remove(id);
+            self.blocks -= run.blocks.len();
+            self.room -= run.blocks.capacity();
+            for (at, block) in run.blocks.iter().enumerate() {
+                self.unlist(run.space, *block, run.place(id, at));
+            }
+            self.units.leave(id, unit, self.run(parent).unit);
+            let above = self.runs.at_mut(parent);
+            above.used = above.used.max(used);
+            if parent != NIL && above.child != NIL {
+                self.merge(parent);
+                return;
+            }
+            if parent != NIL {
+                self.leaves.push(parent, &self.runs);
+            }
+            id = parent;
+        }
+    }
+
+    /// Drops the last block of a leaf.
+    pub(super) fn pop(&mut self, id: RunId) {
+        let run = self.run(id);
+        let (space, unit, at) = (run.space, run.unit, run.blocks.len().saturating_sub(1));
+        let place = run.place(id, at);
+        if at == 0 {
+            let (raw, eff) = (run.raw, run.eff);
+            self.raw.release(raw);
+            self.eff.release(eff);
+            if eff != EMPTY {
+                self.units.touch(unit, true);
+            }
+            let run = self.runs.at_mut(id);
+            (run.raw, run.eff) = (EMPTY, EMPTY);
             self.release(id);
             return;
         }
-        self.held += usize::from(before == 0);
-        self.held -= usize::from(tiers == 0);
-        let raw = self.node(id).raw;
-        let raw = self.raw.replace(raw, slot.0, (tiers != 0).then_some(tiers));
-        self.nodes.at_mut(id).raw = raw;
-        self.close(id, slot);
-        self.release(id);
-    }
-
-    /// Restores the invariant of `eff` for one owner from a node downwards.
-    fn close(&mut self, from: NodeId, slot: Slot) {
-        let mut stack = vec![from];
-        while let Some(id) = stack.pop() {
-            let node = self.node(id);
-            let own = self.raw.get(node.raw, slot.0).map(best_tier);
-            let above = if node.parent == NIL {
-                Some(0)
-            } else {
-                self.eff.get(self.node(node.parent).eff, slot.0)
-            };
-            let tier = above.zip(own).map(|(above, own)| above.max(own));
-            let (eff, unit) = (node.eff, node.unit);
-            let before = self.eff.get(eff, slot.0);
-            if before == tier {
-                continue;
-            }
-            let is_loss = tier.is_none_or(|tier| before.is_some_and(|before| before < tier));
-            self.nodes.at_mut(id).eff = self.eff.replace(eff, slot.0, tier);
-            self.units.touch(unit, is_loss);
-            let mut child = self.node(id).child;
-            while child != NIL {
-                if self.raw.get(self.node(child).raw, slot.0).is_some() {
-                    stack.push(child);
-                }
-                child = self.node(child).next;
-            }
+        if run_is_visible(run) {
+            self.units.touch(unit, true);
+        }
+        let blocks = &mut self.runs.at_mut(id).blocks;
+        let before = blocks.capacity();
+        let block = blocks.pop();
+        if 4 * blocks.len() <= before {
+            blocks.shrink_to(2 * blocks.len());
+        }
+        self.room -= before - blocks.capacity();
+        self.blocks -= 1;
+        if let Some(block) = block {
+            self.unlist(space, block, place);
         }
     }
 
-    /// Drops a node that nobody holds and that has no children, and then its parents likewise.
-    fn release(&mut self, mut id: NodeId) {
-        while id != NIL {
-            let node = self.node(id);
-            if node.raw != EMPTY || node.child != NIL {
-                return;
-            }
-            let key = self.key(node.pool, node.sequence);
-            if let Ok(entry) = self.by_key.find_entry(key, |other| *other == id) {
-                entry.remove();
-            }
-            let node = self.nodes.remove(id);
-            if node.parent != NIL {
-                if node.previous == NIL {
-                    self.nodes.at_mut(node.parent).child = node.next;
-                } else {
-                    self.nodes.at_mut(node.previous).next = node.next;
-                }
-                if node.next != NIL {
-                    self.nodes.at_mut(node.next).previous = node.previous;
-                }
-            }
-            let parent_unit = self.node(node.parent).unit;
-            self.units.leave(id, node.unit, parent_unit);
-            id = node.parent;
+    /// Notes that a block and those before it are in use.
+    pub(super) fn touch(&mut self, place: Place) {
+        if self.clock == u32::MAX {
+            // Orders what is old less finely, rather than wrongly.
+            self.clock /= 2;
+            self.runs.iter_mut().for_each(|run| run.used /= 2);
+            self.leaves.rebuild(&self.runs);
         }
+        self.clock += 1;
+        self.runs.at_mut(place.run()).used = self.clock;
     }
 
-    /// Moves a node to another unit.
-    pub(super) fn assign(&mut self, id: NodeId, unit: UnitId) {
-        self.nodes.at_mut(id).unit = unit;
+    /// Where one of the blocks of a run stands: its keys in both tables.
+    pub(super) fn relist(&mut self, old: RunId, new: RunId, from: usize, to: usize) {
+        let run = self.runs.at(new);
+        for (at, block) in run.blocks.iter().enumerate().take(to).skip(from) {
+            let (was, is) = (run.place(old, at), run.place(new, at));
+            let key = run.space.key(&self.secrets, block.sequence);
+            self.by_sequence.replace(key, was, is);
+            if block.name != UNNAMED {
+                let key = run.space.name_key(&self.secrets, block.name);
+                self.by_name.replace(key, was, is);
+            }
+        }
     }
+}
+
+fn run_is_visible(run: &Run) -> bool {
+    run.eff != EMPTY
 }
 
 /// Best tier of a non-empty mask.

@@ -3,7 +3,7 @@
 
 use super::directory::Directory;
 use super::slab::{NIL, Slab};
-use super::tree::NodeId;
+use super::tree::RunId;
 use crate::page::WHOLE;
 
 /// Number of a unit.
@@ -11,8 +11,8 @@ pub(super) type UnitId = u32;
 
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Unit {
-    /// First block.
-    pub(super) root: NodeId,
+    /// The run that begins with its first block.
+    pub(super) root: RunId,
     /// Key of the first block.
     pub(super) key: u64,
     /// Depth of the first block.
@@ -85,8 +85,13 @@ impl Units {
         (depth % self.group) as u8
     }
 
+    /// Blocks from a depth to the end of its group.
+    pub(super) fn room(&self, depth: u32) -> usize {
+        (self.group - depth % self.group) as usize
+    }
+
     /// The unit of a block that joins the tree.
-    pub(super) fn join(&mut self, root: NodeId, key: u64, depth: u32, parent: UnitId) -> UnitId {
+    pub(super) fn join(&mut self, root: RunId, key: u64, depth: u32, parent: UnitId) -> UnitId {
         let position = self.position(depth);
         if position != 0 {
             if self.at(parent).split != position {
@@ -98,7 +103,7 @@ impl Units {
     }
 
     /// A unit of its own for a block.
-    pub(super) fn begin(&mut self, root: NodeId, key: u64, depth: u32) -> UnitId {
+    pub(super) fn begin(&mut self, root: RunId, key: u64, depth: u32) -> UnitId {
         self.units.insert(Unit {
             root,
             key,
@@ -107,9 +112,9 @@ impl Units {
         })
     }
 
-    /// A block left the tree; with the first block the unit goes.
-    pub(super) fn leave(&mut self, node: NodeId, unit: UnitId, parent: UnitId) {
-        if self.at(unit).root != node {
+    /// A run left the tree; with the first one the unit goes.
+    pub(super) fn leave(&mut self, run: RunId, unit: UnitId, parent: UnitId) {
+        if self.at(unit).root != run {
             return;
         }
         let gone = *self.at(unit);
@@ -173,6 +178,35 @@ impl Units {
             self.directory.remove(key, id);
             self.directory.soil(key, depth, true);
         }
+    }
+
+    /// Bytes taken from the allocator.
+    pub(super) fn bytes(&self) -> usize {
+        let changed = self.changed.capacity() * size_of::<UnitId>();
+        self.units.bytes() + changed + self.directory.own_bytes()
+    }
+
+    /// Bytes of what is in use.
+    pub(super) fn used_bytes(&self) -> usize {
+        self.units.used_bytes() + self.directory.own_bytes()
+    }
+
+    /// Numbers the units anew and gives back memory. Returns the numbers by their old ones.
+    pub(super) fn compact(&mut self) -> Vec<UnitId> {
+        // What has gone is not to be looked at under its number of then.
+        let units = &self.units;
+        self.changed.retain(|id| units.at(*id).root != NIL);
+        let ids = self.units.compact();
+        let renumber = |id: &mut UnitId| *id = ids.get(*id as usize).copied().unwrap_or(NIL);
+        self.changed.iter_mut().for_each(renumber);
+        self.changed.shrink_to_fit();
+        self.directory.renumber(renumber);
+        ids
+    }
+
+    /// All units, to change them.
+    pub(super) fn iter_mut(&mut self) -> impl Iterator<Item = &mut Unit> {
+        self.units.iter_mut()
     }
 
     /// One step of growth; the directory needs the units' keys for it.

@@ -52,6 +52,10 @@ impl Ids {
         }
     }
 
+    pub(super) fn limit(&self) -> usize {
+        self.limit
+    }
+
     /// Begins an array.
     pub(super) fn begin(&mut self) {
         self.tokens = Tokens::default();

@@ -36,6 +36,8 @@ pub struct Scanner {
     found: Scan,
     /// Bytes of all chunks before the one at hand.
     fed: usize,
+    /// The key of the token ids, where the body may have one.
+    prompt_key: Option<&'static str>,
     /// The key whose value comes or is being read.
     name: Name,
     /// Offset in the body of the value being read.
@@ -96,9 +98,9 @@ enum Name {
 }
 
 impl Name {
-    fn of(key: &str) -> Self {
+    fn of(key: &str, prompt_key: Option<&str>) -> Self {
         match key {
-            "prompt" => Self::Prompt,
+            key if Some(key) == prompt_key => Self::Prompt,
             "model" => Self::Model,
             "cache_salt" => Self::CacheSalt,
             "stream" => Self::Stream,
@@ -109,14 +111,21 @@ impl Name {
 }
 
 impl Scanner {
-    /// A scanner that keeps up to `max_tokens` token ids.
+    /// A scanner that keeps up to `max_tokens` token ids of `prompt`.
     #[must_use]
     pub fn new(max_tokens: usize) -> Self {
+        Self::of(max_tokens, Some("prompt"))
+    }
+
+    /// A scanner that keeps up to `max_tokens` token ids of this key.
+    #[must_use]
+    pub fn of(max_tokens: usize, prompt_key: Option<&'static str>) -> Self {
         Self {
             state: State::Open,
             error: None,
             found: Scan::default(),
             fed: 0,
+            prompt_key,
             name: Name::Other,
             start: 0,
             key: Text::new(MAX_KEY),
@@ -126,6 +135,12 @@ impl Scanner {
             skip: Skip::default(),
             ids: Ids::new(max_tokens),
         }
+    }
+
+    /// Token ids that are kept at most.
+    #[must_use]
+    pub fn limit(&self) -> usize {
+        self.ids.limit()
     }
 
     /// Takes the next bytes of the body. After an error they are ignored.
@@ -271,7 +286,7 @@ impl Scanner {
         let State::In(kind) = self.state else {
             let key = self.key.get().map_err(|_| self.syntax(end - 1))?;
             // A key too long to be kept is none that is read.
-            self.name = key.map_or(Name::Other, Name::of);
+            self.name = key.map_or(Name::Other, |key| Name::of(key, self.prompt_key));
             self.state = State::Colon;
             return Ok(());
         };

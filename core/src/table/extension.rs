@@ -3,6 +3,9 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Table, Traits};
+use crate::family::Scheme;
+use crate::id::Slot;
+use crate::text::Budget;
 use crate::tracker::Tracking;
 
 /// By position of the pool in the table.
@@ -14,8 +17,12 @@ struct OfPool {
     tracking: Tracking,
     trusts_hints: bool,
     device_ratio: u32,
+    text: Option<Budget>,
     /// By position of the owner in its pool.
     owners: Vec<Traits>,
+    families: Vec<Scheme>,
+    stores: Vec<Slot>,
+    shared_cache_multiplier: f64,
 }
 
 impl Extension {
@@ -24,7 +31,11 @@ impl Extension {
             tracking: pool.policy.tracking,
             trusts_hints: pool.trusts_hints,
             device_ratio: pool.device_ratio,
+            text: pool.text,
             owners: pool.owners.iter().map(|owner| owner.traits).collect(),
+            families: pool.families.clone(),
+            stores: pool.stores.clone(),
+            shared_cache_multiplier: pool.policy.shared_cache_multiplier,
         });
         Self(pools.collect())
     }
@@ -34,6 +45,10 @@ impl Extension {
             pool.policy.tracking = more.tracking;
             pool.trusts_hints = more.trusts_hints;
             pool.device_ratio = more.device_ratio;
+            pool.families = more.families;
+            pool.stores = more.stores;
+            pool.policy.shared_cache_multiplier = more.shared_cache_multiplier;
+            pool.text = more.text;
             for (owner, traits) in pool.owners.iter_mut().zip(more.owners) {
                 owner.traits = traits;
             }

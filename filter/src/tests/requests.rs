@@ -303,16 +303,19 @@ fn the_model_chooses_pool_and_hashing_wherever_its_key_stands() {
     });
     assert_eq!(load.iter().sum::<u64>(), 40);
     site.over(context);
-    // A pool without a list of models takes any name; one with a list only serves others in need.
+    // A pool without a list of models takes any name; one with a list only its own.
     let unknown = "kv_router_unknown_model_total";
     site.complete(br#"{"model":"what","prompt":[1]}"#);
     assert_eq!(site.host.named(unknown), 0);
     table.pools[0].models = vec!["small".into()];
     table.version += 1;
     site.publish(&table, &[]);
-    site.complete(br#"{"model":"what","prompt":[1]}"#);
-    site.complete(br#"{"prompt":[1]}"#);
+    let (context, _) = site.post();
+    let action = site.part(context, br#"{"model":"what","prompt":[1]}"#, true);
+    assert_eq!(action, Action::Pause);
+    assert_eq!(site.host.replied().map(|(status, _)| status), Some(404));
     assert_eq!(site.host.named(unknown), 1);
+    site.complete(br#"{"prompt":[1]}"#);
     assert_eq!(site.host.text(Headers::Request, POOL).unwrap(), "default");
 }
 

@@ -5,7 +5,9 @@ use axum::body::Bytes;
 use axum::extract::State;
 use kv_core::cost::Demand;
 use kv_core::decide::{Record, Request, Scored, decide};
+use kv_core::family::Namespace;
 use kv_core::hash::{Hashing, Seed, sequence_hashes};
+use kv_core::holdings::named;
 use kv_core::id::{DpRank, Tier, WorkerId};
 use kv_core::policy::{Mode, Policy};
 use kv_core::rng::Rng;
@@ -62,6 +64,8 @@ struct Explained<'a> {
     endpoint: &'a str,
     /// Blocks of the prompt by tier: device, host, disk, external.
     overlap: [u32; Tier::COUNT],
+    /// Blocks beyond them that a shared store has.
+    shared_cache: u32,
     load: LoadReport,
     /// Blocks of the prompt in use there.
     shared_blocks: u32,
@@ -101,10 +105,17 @@ pub(super) async fn explain(
     );
     let hashing = Hashing::new(block_size as usize, seed);
     let prompt = sequence_hashes(&question.tokens, hashing);
+    let namespace = Namespace {
+        lora: lora.unwrap_or_default(),
+        salt: question.cache_salt.as_deref().unwrap_or_default(),
+    };
+    let schemes = table.pools.get(number).map_or(&[][..], |p| &p.families);
+    let families = named(schemes, block_size, &question.tokens, namespace);
     let field = admin
         .ask(|reply| Control::Overlaps {
             pool: number,
             prompt,
+            families,
             reply,
         })
         .await?
@@ -168,6 +179,7 @@ fn explained<'a>(pool: &'a Pool, scored: &Scored, chosen: bool) -> Option<Explai
         slot: owner.slot.0,
         endpoint: &owner.endpoint,
         overlap: scored.candidate.overlap.by_tier(),
+        shared_cache: scored.candidate.overlap.shared_cache,
         load: scored.candidate.load.into(),
         shared_blocks: scored.candidate.shared_blocks,
         credit: scored.cost.credit,

@@ -19,7 +19,6 @@ pub(super) fn why(rejection: Rejection) -> &'static str {
         Rejection::EventsOff => "the pool takes no events",
         Rejection::UnaskedSnapshot => "a part of a snapshot that nobody asked for",
         Rejection::OtherSource => "the worker's events are taken from another source",
-        Rejection::FamilyUnsupported => "hashes of a family that is not indexed",
         Rejection::TooManyStrangers => "too many workers that the configuration lacks",
         Rejection::BatchTooLarge => "more bytes than a message may have",
         Rejection::TooManyEvents => "more events than a message may have",

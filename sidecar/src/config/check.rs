@@ -7,13 +7,14 @@ use std::path::Path;
 use kv_core::id::{Role, Slot};
 use kv_core::policy::Policy;
 use kv_core::table::Settings;
+use kv_core::text::Budget;
 use kv_core::tracker::Tracking;
 
 use super::error::{ConfigErrors, Problem};
 use super::file;
 use super::file::File;
 use super::layer::Layer;
-use super::{Config, DEFAULT_POOL, DynamoPlane, Indexer, Nats, Pool, Worker};
+use super::{Config, DEFAULT_POOL, DynamoPlane, Indexer, Nats, Pool, Tokenizer, Worker};
 use crate::ingest::subject::{Template, TemplateError};
 use crate::load;
 
@@ -99,6 +100,8 @@ impl Check {
             indexer: file.indexer.as_ref().map(|indexer| self.indexer(indexer)),
             dynamo_zmq: self.dynamo_zmq(&file.dynamo_zmq),
             event_bytes_per_second: file.event_bytes_per_second,
+            index_bytes: bytes(file.index_bytes),
+            page_bytes: bytes(file.page_bytes),
             load: load::Settings {
                 tracking,
                 expiry_ms: milliseconds(file.active_request_expiry_secs),
@@ -264,8 +267,24 @@ impl Check {
                 self.refuse(path("id"), id, &format!("is taken by {other}"));
             }
             let why = "must be ip:port or [v6]:port";
-            let endpoint = worker.endpoint.as_deref();
-            let endpoint = endpoint.map_or(UNKNOWN, |e| self.address(&path("endpoint"), e, why));
+            let is_store = worker.role == Role::Store;
+            let endpoint = match &worker.endpoint {
+                Some(endpoint) if is_store => {
+                    let why = "must be left out: a store takes no requests";
+                    self.refuse(path("endpoint"), endpoint, why);
+                    UNKNOWN
+                }
+                Some(endpoint) => self.address(&path("endpoint"), endpoint, why),
+                None => {
+                    let path = path("endpoint");
+                    // What the schema has cut away has been reported.
+                    let known = self.problems.iter().any(|p| p.path() == Some(&path));
+                    if !is_store && !known {
+                        self.problems.push(Problem::Missing { path });
+                    }
+                    UNKNOWN
+                }
+            };
             if endpoint != UNKNOWN
                 && let Some(other) = self.endpoints.insert(endpoint, path("endpoint"))
             {
@@ -273,7 +292,7 @@ impl Check {
             }
             Worker {
                 id: worker.id.unwrap_or_default(),
-                endpoint: Some(endpoint),
+                endpoint: Some(endpoint).filter(|_| !is_store),
                 role: worker.role,
                 device: worker.device,
                 ranks: worker.data_parallel_size,
@@ -283,8 +302,11 @@ impl Check {
             }
         });
         let workers = workers.collect();
+        let tokenizer = pool.tokenizer.as_ref();
+        let tokenizer = tokenizer.map(|t| self.tokenizer(t, &path("tokenizer.path")));
         let media = self.media(pool, prefix);
         Pool {
+            tokenizer,
             workers,
             families: self.families(pool, &media, prefix),
             media,
@@ -302,6 +324,20 @@ impl Check {
             routing_group: None,
             trusts_hints: pool.trust_hints,
             device_ratio: pool.encoder_cuda_to_cpu_ratio,
+        }
+    }
+
+    fn tokenizer(&mut self, tokenizer: &file::Tokenizer, at: &str) -> Tokenizer {
+        let folder = tokenizer.path.as_deref();
+        let file = folder.map(|folder| folder.join("tokenizer.json"));
+        self.readable(at, file.as_deref());
+        Tokenizer {
+            path: tokenizer.path.clone().unwrap_or_default(),
+            cache_bytes: tokenizer.cache_bytes,
+            budget: Budget {
+                base_ms: tokenizer.budget_ms,
+                per_thousand_words_ms: tokenizer.budget_ms_per_1000_words,
+            },
         }
     }
 
@@ -330,6 +366,7 @@ impl Check {
             overlap_score_credit: credit,
             host_cache_hit_weight: pool.host_cache_hit_weight,
             disk_cache_hit_weight: pool.disk_cache_hit_weight,
+            shared_cache_multiplier: pool.shared_cache_multiplier,
             decode_active_request_weight: pool.decode_active_request_weight,
             ..defaults
         }
@@ -360,6 +397,11 @@ impl Check {
     ) {
         self.problems.push(Problem::value(path, value, why));
     }
+}
+
+/// More than the machine could address is no limit.
+fn bytes(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
 }
 
 /// Seconds as milliseconds; the schema bounds them.

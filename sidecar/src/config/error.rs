@@ -57,7 +57,7 @@ impl Problem {
         }
     }
 
-    fn path(&self) -> Option<&str> {
+    pub(super) fn path(&self) -> Option<&str> {
         match self {
             Self::Unreadable { .. } | Self::Syntax { .. } => None,
             Self::Value { path, .. } | Self::UnknownKey { path, .. } | Self::Missing { path } => {

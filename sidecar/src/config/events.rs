@@ -105,6 +105,10 @@ pub struct FamilyUse {
     pub media: Vec<String>,
     /// Tokens to a hash, a multiple of the pool's block size.
     pub block_size: u32,
+    /// `PYTHONHASHSEED` of the engines.
+    pub hash_seed: String,
+    /// Most hashes of one rank.
+    pub max_blocks: Option<u32>,
 }
 
 impl Check {
@@ -238,6 +242,15 @@ impl Check {
                 let why = "must be an engine's: Dynamo's hashes come from token ids";
                 self.refuse(path("family"), "dynamo", why);
             }
+            let first = pool
+                .families
+                .iter()
+                .position(|other| other.family == used.family);
+            if let Some(first) = first.filter(|first| *first < i && used.family.is_some()) {
+                let why = format!("is described by {prefix}families[{first}]");
+                let name = used.family.unwrap_or_default().name();
+                self.refuse(path("family"), name, &why);
+            }
             let names = used.media.iter().flatten();
             let names: Vec<String> = names.map(|name| name.trim().to_uppercase()).collect();
             for (k, name) in names.iter().enumerate() {
@@ -252,6 +265,8 @@ impl Check {
                 family: used.family.unwrap_or_default(),
                 media: names,
                 block_size,
+                hash_seed: used.hash_seed.clone().unwrap_or_else(|| "0".into()),
+                max_blocks: used.max_blocks,
             });
         }
         uses

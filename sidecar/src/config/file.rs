@@ -59,6 +59,13 @@ pub struct File {
     /// refused. Needs a restart.
     #[schemars(range(min = 65_536))]
     pub event_bytes_per_second: u64,
+    /// Memory of the index, in bytes. When it is full, what has not been used for longest goes
+    /// first. Needs a restart.
+    #[schemars(range(min = 1_048_576))]
+    pub index_bytes: u64,
+    /// Memory of the pages in each Envoy, in bytes, likewise.
+    #[schemars(range(min = 65_536))]
+    pub page_bytes: u64,
     /// Requests with a longer body are routed by load and not buffered.
     #[schemars(range(min = 1, max = 67_108_864))]
     pub body_limit_bytes: u64,
@@ -107,6 +114,8 @@ impl Default for File {
             indexer: None,
             dynamo_zmq: Vec::new(),
             event_bytes_per_second: 64 << 20,
+            index_bytes: 1 << 30,
+            page_bytes: 256 << 20,
             body_limit_bytes: 16 << 20,
             token_limit: 1_500_000,
             decision_header: false,
@@ -174,6 +183,10 @@ pub struct Pool {
     /// `--router-disk-cache-hit-weight`.
     #[schemars(range(min = 0.0, max = 1_000_000.0))]
     pub disk_cache_hit_weight: f64,
+    /// Credit for a block that a worker does not have and a store of the pool has, in blocks.
+    /// Mirrors Dynamo's `--shared-cache-multiplier`.
+    #[schemars(range(min = 0.0, max = 1_000_000.0))]
+    pub shared_cache_multiplier: f64,
     /// Cost of one active request, in blocks. Mirrors Dynamo's
     /// `--router-decode-active-request-weight`.
     #[schemars(range(min = 0.0, max = 1_000_000.0))]
@@ -197,8 +210,48 @@ pub struct Pool {
     /// worker without. Mirrors Dynamo's `DYN_ENCODER_CUDA_TO_CPU_RATIO`.
     #[schemars(range(min = 1, max = 1_000_000))]
     pub encoder_cuda_to_cpu_ratio: u32,
+    /// How prompts that are text are read; without it they are routed by load. Needs a restart, as
+    /// everything under `tokenizer` does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Tokenizer")]
+    pub tokenizer: Option<Tokenizer>,
     /// The workers.
     pub workers: Vec<Worker>,
+}
+
+/// A model's tokenizer and chat template.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Tokenizer {
+    /// Folder as Hugging Face lays it out: `tokenizer.json`, `tokenizer_config.json`,
+    /// `chat_template.jinja`.
+    #[schemars(required)]
+    pub path: Option<PathBuf>,
+    /// Bytes of token ids that are remembered, so that the next turn of a conversation tokenizes
+    /// only what is new.
+    #[serde(default = "cache_bytes")]
+    #[schemars(range(min = 0, max = 1_099_511_627_776_u64))]
+    pub cache_bytes: u64,
+    /// Milliseconds that reading a prompt may take.
+    #[serde(default = "budget_ms")]
+    #[schemars(range(min = 1, max = 10_000))]
+    pub budget_ms: u32,
+    /// Milliseconds more for every thousand words.
+    #[serde(default = "budget_ms_per_1000_words")]
+    #[schemars(range(min = 0, max = 1_000))]
+    pub budget_ms_per_1000_words: u32,
+}
+
+fn cache_bytes() -> u64 {
+    256 << 20
+}
+
+fn budget_ms() -> u32 {
+    20
+}
+
+fn budget_ms_per_1000_words() -> u32 {
+    2
 }
 
 impl Default for Pool {
@@ -218,12 +271,14 @@ impl Default for Pool {
             overlap_score_credit: None,
             host_cache_hit_weight: policy.host_cache_hit_weight,
             disk_cache_hit_weight: policy.disk_cache_hit_weight,
+            shared_cache_multiplier: policy.shared_cache_multiplier,
             decode_active_request_weight: policy.decode_active_request_weight,
             media: BTreeMap::new(),
             families: Vec::new(),
             image_token_id: None,
             trust_hints: false,
             encoder_cuda_to_cpu_ratio: 8,
+            tokenizer: None,
             workers: Vec::new(),
         }
     }
@@ -237,8 +292,10 @@ pub struct Worker {
     // Optional to serde alone: what the schema has reported as missing must not end the checks.
     #[schemars(required)]
     pub id: Option<u64>,
-    /// `ip:port` or `[v6]:port`, where it takes requests; unique over all pools.
-    #[schemars(required)]
+    /// `ip:port` or `[v6]:port`, where it takes requests; unique over all pools. Everyone but a
+    /// store has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "String")]
     pub endpoint: Option<String>,
     /// What it does for a request.
     #[serde(default)]
@@ -339,6 +396,16 @@ pub struct FamilyUse {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "u32", range(min = 1, max = 65_536))]
     pub block_size: Option<u32>,
+    /// `PYTHONHASHSEED` of the engines, which decides the hashes of vLLM's families; `0` unless
+    /// given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "String", length(max = 64))]
+    pub hash_seed: Option<String>,
+    /// Hashes that one rank can hold, over all its media: beyond it, those not announced for
+    /// longest are given up. For caches that drop blocks without a word, as `FlexKV`'s may.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "u32", range(min = 1))]
+    pub max_blocks: Option<u32>,
 }
 
 /// Where the standalone indexer listens.

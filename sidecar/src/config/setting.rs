@@ -209,6 +209,14 @@ static SETTINGS: &[Setting] = &[
         "Credit for a block on disk or in a store, in blocks",
     ),
     setting(
+        "shared_cache_multiplier",
+        true,
+        Kind::Number,
+        &["shared-cache-multiplier"],
+        &["DYN_SHARED_CACHE_MULTIPLIER"],
+        "Credit for a block that only a shared store has, in blocks",
+    ),
+    setting(
         "decode_active_request_weight",
         true,
         Kind::Number,

@@ -109,6 +109,7 @@ impl Shadow {
         } = scored.candidate;
         Some(Side {
             overlap: overlap.by_tier(),
+            shared_cache: overlap.shared_cache,
             prefill_tokens: load.prefill_tokens,
             active_blocks: load.blocks,
             shared_blocks,
@@ -173,6 +174,9 @@ fn scored(field: &Field, evidence: &Evidence) -> Vec<Scored> {
     let demand = demand(field, evidence);
     let policy = &field.pool.policy;
     let mut candidates = field.candidates();
+    if !field.pool.families.is_empty() {
+        take_overlaps_as_seen(&mut candidates, field, evidence);
+    }
     if candidates.iter().any(|c| !c.load.is_saturated()) {
         candidates.retain(|c| !c.load.is_saturated());
     }
@@ -189,6 +193,19 @@ fn scored(field: &Field, evidence: &Evidence) -> Vec<Scored> {
         }
     };
     candidates.into_iter().map(score).collect()
+}
+
+/// Bookings name a prompt's blocks in Dynamo's family alone: where others count too, the filter's
+/// word is taken for the overlaps of the owners that it lists.
+fn take_overlaps_as_seen(candidates: &mut [Candidate], field: &Field, evidence: &Evidence) {
+    for candidate in candidates {
+        let id = field.pool.owners.get(candidate.owner).map(|owner| owner.id);
+        let seen = evidence
+            .candidates
+            .iter()
+            .find(|seen| Some(seen.owner) == id);
+        candidate.overlap = seen.map_or(candidate.overlap, overlap);
+    }
 }
 
 /// Why a choice was made that is not the best.
@@ -290,7 +307,10 @@ pub(super) fn overlap(seen: &Weighed) -> Overlap {
         sum = sum.saturating_add(blocks);
         *depth = sum;
     }
-    Overlap { depth }
+    Overlap {
+        depth,
+        shared_cache: seen.shared_cache,
+    }
 }
 
 /// The load that the filter saw; all requests count as waiting.

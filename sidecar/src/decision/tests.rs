@@ -27,7 +27,7 @@ fn field(mode: Mode, workers: &[(u32, u64)]) -> Field {
         traits: table::Traits::default(),
     });
     let standing = |(held, blocks): &(u32, u64)| Standing {
-        overlap: Overlap { depth: [*held; 4] },
+        overlap: Overlap::new([*held; 4]),
         load: ActiveLoad {
             blocks: *blocks,
             decoding: u32::try_from(*blocks).unwrap(),
@@ -57,6 +57,7 @@ fn evidence(workers: &[(u64, u32, u32)]) -> Evidence {
     let weighed = |(worker, held, blocks): &(u64, u32, u32)| Weighed {
         owner: id(*worker),
         overlap: [*held, 0, 0, 0],
+        shared_cache: 0,
         prefill_tokens: 0,
         active_blocks: *blocks,
         shared_blocks: 0,
@@ -235,6 +236,7 @@ fn the_formula_shows_each_term() {
     let seen = Weighed {
         owner: id(1),
         overlap: [10, 5, 0, 0],
+        shared_cache: 0,
         prefill_tokens: 1_448,
         active_blocks: 15,
         shared_blocks: 0,

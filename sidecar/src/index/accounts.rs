@@ -241,6 +241,9 @@ impl Service {
                 branches: Vec::new(),
             };
         };
+        if let Some(last) = hashes.last() {
+            self.index.touch(pool, *last);
+        }
         hashes.extend(&booked.hashes);
         Prompt {
             start: 0,

@@ -1,7 +1,7 @@
 //! Events and snapshots into the index.
 
 use kv_core::event::{EventData, RouterEvent, SnapshotPart};
-use kv_core::id::{Slot, Tier, WorkerId};
+use kv_core::id::{Family, Slot, Tier, WorkerId};
 use kv_core::index::Applied;
 use tokio::time::Instant;
 
@@ -170,23 +170,24 @@ impl Service {
         self.heard(event.worker_id, event.event.dp_rank);
         // A clear is one of all tiers.
         let tier = (!is_cleared).then(|| event.storage_tier.into());
-        self.apply_data(plane, pool, slot, tier, data);
+        self.apply_data(plane, (pool, slot), Family::Dynamo, tier, data);
         Ok(())
     }
 
-    /// Applies a change of an owner's cache; one of no tier is a clear of all.
+    /// Applies a change of what an owner, given by pool and slot, holds of a family. A clear is one
+    /// of all families, and of all tiers if it names none.
     pub(super) fn apply_data(
         &mut self,
         plane: Plane,
-        pool: usize,
-        slot: Slot,
+        (pool, slot): (usize, Slot),
+        family: Family,
         tier: Option<Tier>,
         data: &EventData,
     ) {
-        if let Some(tokens) = &mut self.tokens {
+        if let Some(tokens) = self.tokens.as_mut().filter(|_| family == Family::Dynamo) {
             tokens.note(pool, data);
         }
-        let doubtful = self.vouch(pool, slot, tier, data);
+        let doubtful = self.vouch(pool, family, slot, tier, data);
         let mut applied = match (data, tier) {
             (EventData::Cleared, Some(tier)) => Applied {
                 removed: self.index.clear_tier(pool, slot, tier),
@@ -200,7 +201,10 @@ impl Service {
                     ..Applied::default()
                 }
             }
-            (_, tier) => self.index.apply(pool, slot, tier.unwrap_or_default(), data),
+            (_, tier) => {
+                let tier = tier.unwrap_or_default();
+                self.index.apply_family(pool, family, slot, tier, data)
+            }
         };
         // Those were known, though they counted for nothing.
         applied.unknown = applied.unknown.saturating_sub(doubtful);

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use kv_core::event::RouterEvent;
+use kv_core::holdings::Named;
 use kv_core::id::OwnerId;
 use kv_core::overlap::Overlap;
 use kv_core::report::{Report, Sum};
@@ -72,6 +73,8 @@ pub enum Control {
         pool: usize,
         /// Sequence hashes of the prompt's blocks.
         prompt: Vec<u64>,
+        /// Its hashes in further families of the pool.
+        families: Vec<Named>,
         /// The owners and what they have, if there is such a pool.
         reply: oneshot::Sender<Option<Field>>,
     },

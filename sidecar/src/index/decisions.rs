@@ -31,7 +31,7 @@ impl Service {
         now_ms: u64,
     ) {
         let pool = usize::from(booked.owner.pool);
-        let Some(field) = self.unloaded_field(pool, &prompt.hashes) else {
+        let Some(field) = self.unloaded_field(pool, &prompt.hashes, &[]) else {
             return;
         };
         log(&field, evidence);

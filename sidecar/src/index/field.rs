@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use kv_core::decide::Candidate;
+use kv_core::holdings::{Holdings, InIndex, Named};
 use kv_core::id::Role;
 use kv_core::overlap::Overlap;
 use kv_core::report::OwnerKey;
@@ -61,25 +62,32 @@ impl Field {
 }
 
 impl Service {
-    /// What a prompt would meet in a pool, if there is such a pool.
-    pub(super) fn field(&self, pool: usize, prompt: &[u64]) -> Option<Field> {
-        let mut field = self.unloaded_field(pool, prompt)?;
+    /// What a prompt would meet in a pool, if there is such a pool. `families` are its hashes in
+    /// other families than Dynamo's.
+    pub(super) fn field(&self, pool: usize, prompt: &[u64], families: &[Named]) -> Option<Field> {
+        let mut field = self.unloaded_field(pool, prompt, families)?;
         field.load(self.accounts.tracker(), u16::try_from(pool).ok()?, prompt);
         Some(field)
     }
 
     /// The same, but for the load.
-    pub(super) fn unloaded_field(&self, pool: usize, prompt: &[u64]) -> Option<Field> {
+    pub(super) fn unloaded_field(
+        &self,
+        pool: usize,
+        prompt: &[u64],
+        families: &[Named],
+    ) -> Option<Field> {
         let table = Arc::clone(self.tables.get(pool)?);
-        let overlaps = self.index.overlaps(pool, prompt);
-        let standing = |owner: &table::Owner| {
-            let held = overlaps.binary_search_by_key(&owner.slot, |(slot, _)| *slot);
-            let held = held.ok().and_then(|at| overlaps.get(at));
-            Standing {
-                overlap: held.map_or_else(Overlap::default, |(_, overlap)| *overlap),
-                load: ActiveLoad::default(),
-                shared_blocks: 0,
-            }
+        let mut holdings = Holdings::new();
+        let mut index = InIndex {
+            index: &self.index,
+            pool,
+        };
+        holdings.look_up(&mut index, table.slots(), &table.stores, prompt, families);
+        let standing = |owner: &table::Owner| Standing {
+            overlap: holdings.overlap(owner.slot),
+            load: ActiveLoad::default(),
+            shared_blocks: 0,
         };
         let standings = table.owners.iter().map(standing).collect();
         Some(Field {

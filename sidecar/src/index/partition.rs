@@ -4,7 +4,7 @@
 use std::collections::{HashMap, HashSet};
 
 use kv_core::event::{EventData, KvCacheEvent, RouterEvent, StorageTier, Stored, StoredBlock};
-use kv_core::id::{OwnerId, Slot, Tier};
+use kv_core::id::{Family, OwnerId, Slot, Tier};
 use kv_core::overlap::Overlap;
 
 use super::{Service, Slots, random_u64};
@@ -90,7 +90,7 @@ impl Service {
         let dump = self.index.dump(pool, slot);
         let mut names: HashMap<u64, u64> = HashMap::new();
         let mut stores = Vec::new();
-        for held in &dump {
+        for held in dump.iter().filter(|held| held.family == Family::Dynamo) {
             let Some((name, tokens_hash)) = held.name.zip(tokens.of(pool, held)) else {
                 continue;
             };
@@ -139,7 +139,8 @@ impl Service {
         let mut names: HashSet<(usize, u64)> = HashSet::new();
         for pool in 0..self.roster.pools.len() {
             for (_, slot) in self.slots_of(pool) {
-                let dump = self.index.dump(pool, slot);
+                let mut dump = self.index.dump(pool, slot);
+                dump.retain(|held| held.family == Family::Dynamo);
                 names.extend(dump.iter().filter_map(|held| Some((pool, held.name?))));
             }
         }

@@ -3,7 +3,7 @@
 
 use kv_core::approximate::Approximate;
 use kv_core::event::{EventData, Removed};
-use kv_core::id::{Slot, Tier};
+use kv_core::id::{Family, Slot, Tier};
 use kv_core::index::Held;
 use kv_core::report::OwnerKey;
 
@@ -39,6 +39,7 @@ impl Service {
         let blocks = parents.zip(prompt).skip(known);
         let held: Vec<Held> = blocks
             .map(|(parent, hash)| Held {
+                family: Family::Dynamo,
                 sequence: *hash,
                 parent,
                 name: Some(predicted_name(*hash)),

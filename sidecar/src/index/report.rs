@@ -69,7 +69,7 @@ impl Counts {
 }
 
 /// Blocks of an event by what was done with them.
-pub(super) fn by_kind(applied: &Applied) -> [(&'static str, u32); 9] {
+pub(super) fn by_kind(applied: &Applied) -> [(&'static str, u32); 10] {
     [
         ("stored", applied.stored),
         ("duplicate", applied.duplicates),
@@ -80,6 +80,7 @@ pub(super) fn by_kind(applied: &Applied) -> [(&'static str, u32); 9] {
         ("orphan_dropped", applied.orphans_dropped),
         ("renamed", applied.renamed),
         ("collision", applied.collisions),
+        ("expired", applied.expired),
     ]
 }
 
@@ -332,6 +333,10 @@ impl Service {
         self.metrics.orphans.set(stats.orphans as i64);
         self.metrics.left_out_units.set(stats.left_out_units as i64);
         self.metrics.pages.set(i64::from(stats.pages));
+        self.metrics.index_bytes.set(stats.bytes as i64);
+        self.metrics.page_bytes.set(stats.envoy_bytes as i64);
+        let evicted = &self.metrics.evicted;
+        evicted.inc_by(stats.evicted_blocks.saturating_sub(evicted.get()));
         let owners = self.roster.workers().flat_map(|w| w.owners.iter());
         let partial = owners.filter(|o| o.knowledge != Knowledge::Whole).count();
         self.metrics.partial_owners.set(partial as i64);

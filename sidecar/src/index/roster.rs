@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use kv_core::id::{DpRank, OwnerId, Slot, WorkerId};
+use kv_core::family::Scheme;
+use kv_core::id::{DpRank, OwnerId, Role, Slot, WorkerId};
 use kv_core::table::{self, Traits};
 use tokio::time::Instant;
 
@@ -199,16 +200,27 @@ impl Pool {
         let owners = workers.flat_map(|worker| worker.table(ejection.is_in(worker.config.id)));
         let mut owners: Vec<table::Owner> = owners.collect();
         owners.sort_unstable_by_key(|owner| owner.slot);
+        let is_store = |worker: &&Worker| worker.config.role == Role::Store;
+        let stores = self.workers.values().filter(is_store);
+        let stores = stores.flat_map(|worker| worker.owners.iter().map(|owner| owner.slot));
+        let families = self.config.families.iter().map(|used| Scheme {
+            family: used.family,
+            block_size: used.block_size,
+            hash_seed: used.hash_seed.clone(),
+        });
         table::Pool {
             name: self.config.name.clone(),
             key: self.key,
             models: self.config.models.clone(),
             lora_adapters: self.config.lora_adapters.clone(),
             block_size: self.config.block_size,
+            families: families.collect(),
             policy: self.config.policy,
             owners,
             trusts_hints: self.config.trusts_hints,
             device_ratio: self.config.device_ratio,
+            stores: stores.collect(),
+            text: self.config.tokenizer.as_ref().map(|t| t.budget),
         }
     }
 }

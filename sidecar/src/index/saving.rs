@@ -137,7 +137,12 @@ impl Service {
                 Some(state) => (state.key, state.slots.clone()),
                 None => (random_u64(), super::Slots::default()),
             };
-            self.index.add_pool(key);
+            let number = self.index.add_pool(key);
+            for used in &pool.families {
+                if let Some(most) = used.max_blocks {
+                    self.index.limit(number, used.family, most as usize);
+                }
+            }
             self.roster.add(pool.clone(), key, slots);
             kept.extend(state);
         }

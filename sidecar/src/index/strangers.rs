@@ -22,6 +22,8 @@ const MAX_WORKERS: usize = 64;
 const MAX_RANKS: usize = 64;
 /// Blocks in all, counted once for each rank.
 const MAX_BLOCKS: usize = 1 << 20;
+/// Memory of their index, in bytes.
+const MAX_BYTES: usize = 256 << 20;
 /// How long one may be silent.
 const SILENCE: Duration = Duration::from_secs(300);
 const POOL: usize = 0;
@@ -94,6 +96,8 @@ impl Default for Strangers {
             level: 0,
             group: super::GROUP,
             max_orphans: super::MAX_ORPHANS / 16,
+            max_bytes: MAX_BYTES,
+            max_page_bytes: usize::MAX,
         });
         // Never published, so it needs no secret.
         index.add_pool(0);

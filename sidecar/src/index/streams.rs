@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use kv_core::event::EventData;
-use kv_core::id::{DpRank, Family, WorkerId};
+use kv_core::id::{DpRank, WorkerId};
 use tokio::time::Instant;
 
 use super::knowledge::{Knowledge, Stream, Taken};
@@ -100,9 +100,6 @@ impl Service {
         let owner = worker
             .owner_mut(change.rank)
             .ok_or(Rejection::UnknownRank)?;
-        if change.family != Family::Dynamo {
-            return Err(Rejection::FamilyUnsupported);
-        }
         let slot = owner.slot;
         if change.data == EventData::Cleared && change.tier.is_none() {
             owner.knowledge = Knowledge::Whole;
@@ -113,7 +110,8 @@ impl Service {
             stream.speaks_for(change.rank);
         }
         self.heard(id, change.rank);
-        self.apply_data(plane, pool, slot, change.tier, &change.data);
+        let owner = (pool, slot);
+        self.apply_data(plane, owner, change.family, change.tier, &change.data);
         Ok(())
     }
 

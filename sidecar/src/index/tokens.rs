@@ -81,6 +81,7 @@ mod tests {
 
     fn held(sequence: u64, parent: Option<u64>, name: u64) -> Held {
         Held {
+            family: kv_core::id::Family::Dynamo,
             sequence,
             parent,
             name: Some(name),

@@ -1,7 +1,7 @@
 //! What of an owner's blocks counts after events about them were lost.
 
 use kv_core::event::EventData;
-use kv_core::id::{DpRank, Slot, Tier, WorkerId};
+use kv_core::id::{DpRank, Family, Slot, Tier, WorkerId};
 
 use super::Service;
 use super::doubt::Doubt;
@@ -71,6 +71,7 @@ impl Service {
     pub(super) fn vouch(
         &mut self,
         pool: usize,
+        family: Family,
         slot: Slot,
         tier: Option<Tier>,
         data: &EventData,
@@ -84,15 +85,15 @@ impl Service {
             EventData::Stored(stored) => {
                 let chain = stored
                     .parent_hash
-                    .map(|parent| doubt.vouch_for_name(parent));
+                    .map(|parent| doubt.vouch_for_name(family, parent));
                 for block in &stored.blocks {
-                    doubt.forget(block.block_hash);
+                    doubt.forget(family, block.block_hash);
                 }
                 self.index.restore(pool, slot, &chain.unwrap_or_default());
             }
             EventData::Removed(gone) => {
                 let tier = tier.unwrap_or_default();
-                let was_there = |hash: &&u64| doubt.remove(**hash, tier);
+                let was_there = |hash: &&u64| doubt.remove(family, **hash, tier);
                 removed = gone.block_hashes.iter().filter(was_there).count();
             }
             EventData::Cleared => match tier {
@@ -109,7 +110,9 @@ impl Service {
         let Some(doubt) = self.doubts.get_mut(&(pool, slot)) else {
             return;
         };
-        let chains = prompt.iter().flat_map(|hash| doubt.vouch_for(*hash));
+        let chains = prompt
+            .iter()
+            .flat_map(|hash| doubt.vouch_for(Family::Dynamo, *hash));
         let chain: Vec<_> = chains.collect();
         self.index.restore(pool, slot, &chain);
         self.drop_empty_doubt(pool, slot);

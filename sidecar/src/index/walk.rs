@@ -4,7 +4,7 @@
 //! walk comes again after it: stores that are in the copy already do no harm, nor do removals of
 //! what is not.
 
-use kv_core::id::OwnerId;
+use kv_core::id::{Family, OwnerId};
 
 use super::{Service, roster};
 use crate::state::{OwnerState, StreamState};
@@ -24,7 +24,7 @@ struct Place {
     pool: usize,
     id: OwnerId,
     /// Names that are not copied yet.
-    names: Vec<u64>,
+    names: Vec<(Family, u64)>,
 }
 
 /// The next part of a walk.
@@ -80,7 +80,11 @@ impl Service {
         }
     }
 
-    fn owner_state(&mut self, number: usize, id: OwnerId) -> Option<(OwnerState, Vec<u64>)> {
+    fn owner_state(
+        &mut self,
+        number: usize,
+        id: OwnerId,
+    ) -> Option<(OwnerState, Vec<(Family, u64)>)> {
         let (pool, worker) = self.roster.worker(id.worker)?;
         let is_awaited = worker.repair.is_some();
         let json = worker.json;

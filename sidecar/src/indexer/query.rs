@@ -174,24 +174,9 @@ mod tests {
     fn tiers_add_up_and_the_best_rank_counts() {
         let owner = |worker, rank| OwnerId { worker, rank };
         let held = [
-            (
-                owner(7, 0),
-                Overlap {
-                    depth: [2, 3, 3, 5],
-                },
-            ),
-            (
-                owner(7, 1),
-                Overlap {
-                    depth: [1, 1, 2, 2],
-                },
-            ),
-            (
-                owner(9, 3),
-                Overlap {
-                    depth: [0, 1, 1, 1],
-                },
-            ),
+            (owner(7, 0), Overlap::new([2, 3, 3, 5])),
+            (owner(7, 1), Overlap::new([1, 1, 2, 2])),
+            (owner(9, 3), Overlap::new([0, 1, 1, 1])),
         ];
         let expected = serde_json::json!({
             "frequencies": [],

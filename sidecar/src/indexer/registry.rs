@@ -207,6 +207,7 @@ impl Registry {
                 ttl_ms: 0,
                 trusts_hints: false,
                 device_ratio: 1,
+                tokenizer: None,
                 media: Media::default(),
                 families: Vec::new(),
                 image_token: None,

@@ -138,8 +138,10 @@ impl Normaliser {
         let mut out = Normalised::default();
         let mut events = Vec::new();
         // The rank may stand after the events.
+        let settings = &self.settings;
+        let family = |medium: Option<&str>| Some(settings.family(medium)?.family);
         let head = payload::read(payload, encoding, &mut |event| {
-            events.push(event.and_then(event::read));
+            events.push(event.and_then(|event| event::read(event, family)));
         });
         let rank = head.rank.unwrap_or(self.default_rank);
         for event in events {

@@ -165,6 +165,7 @@ impl Scripted {
         let hashing = Hashing::new(BLOCK as usize, Seed::new("", ""));
         let prompt = sequence_hashes(prompt, hashing);
         let ask = |reply| Control::Overlaps {
+            families: Vec::new(),
             pool: 0,
             prompt,
             reply,

@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Config, Refusal};
 use crate::chain::{Chain, Key};
 use crate::change::Change;
+use crate::flexkv::FlexKv;
 use crate::metrics::{self, Counters, Gauges};
 use crate::own::Outlet;
 use crate::publish::Publisher;
@@ -51,7 +52,10 @@ struct Core {
 
 impl Shared {
     pub(super) fn new(config: Config) -> Self {
-        let scheduler = Scheduler::new(config.limits.clone(), config.blocks);
+        let mut scheduler = Scheduler::new(config.limits.clone(), config.blocks);
+        if let Some(flexkv) = &config.flexkv {
+            scheduler.offload_to(FlexKv::new(flexkv, config.limits.block_size));
+        }
         Self {
             config,
             core: Mutex::new(Core {
@@ -219,6 +223,8 @@ impl Shared {
         // Events first: who has a token may rely on its blocks being on their way.
         core.publish(self.config.worker_id);
         core.scheduler.end_step(self.started.elapsed());
+        // What finished sequences left outside.
+        core.publish(self.config.worker_id);
     }
 
     fn lock(&self) -> MutexGuard<'_, Core> {
@@ -239,7 +245,9 @@ impl Core {
     }
 
     fn publish(&mut self, worker_id: u64) {
-        if self.unpublished.is_empty() {
+        let flexkv = self.scheduler.flexkv_mut();
+        let outside = flexkv.map(FlexKv::take_changes).unwrap_or_default();
+        if self.unpublished.is_empty() && outside.is_empty() {
             return;
         }
         let unpublished = std::mem::take(&mut self.unpublished);
@@ -250,7 +258,7 @@ impl Core {
         }
         if let Some(own) = &self.own {
             let changes: Vec<Change> = unpublished.into_iter().map(|(_, change)| change).collect();
-            own.publish(&changes);
+            own.publish(&changes, &outside);
         }
     }
 }

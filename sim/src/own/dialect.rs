@@ -8,6 +8,7 @@ use super::value::Value;
 use super::zmq::Faults;
 use crate::chain::Key;
 use crate::change::Change;
+use crate::flexkv;
 
 /// How events are written on ZMQ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,22 +21,12 @@ pub enum Dialect {
     Sglang,
 }
 
-/// A batch of changes as MessagePack.
-pub(super) fn batch(
-    dialect: Dialect,
-    changes: &[Change],
-    block_size: usize,
-    faults: &Faults,
-) -> Vec<u8> {
+/// A batch of events as MessagePack.
+pub(super) fn batch(events: Vec<Value>, faults: &Faults) -> Vec<u8> {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
     let mut batch = vec![
         Value::Float(since.map_or(0.0, |age| age.as_secs_f64())),
-        Value::List(
-            changes
-                .iter()
-                .flat_map(|change| events(dialect, change, block_size, faults))
-                .collect(),
-        ),
+        Value::List(events),
     ];
     if !faults.short_batches {
         batch.push(Value::Uint(0));
@@ -43,7 +34,13 @@ pub(super) fn batch(
     Value::List(batch).pack()
 }
 
-fn events(dialect: Dialect, change: &Change, block_size: usize, faults: &Faults) -> Vec<Value> {
+/// The events of a change of the cache.
+pub(super) fn events(
+    dialect: Dialect,
+    change: &Change,
+    block_size: usize,
+    faults: &Faults,
+) -> Vec<Value> {
     let hash = |hash: u64| match dialect {
         _ if faults.bytes_hashes => {
             let mut bytes = vec![0xab; 24];
@@ -135,6 +132,49 @@ fn stored(dialect: Dialect, run: &[Key], hash: &dyn Fn(u64) -> Value, size: Valu
             }
             Value::List(list)
         }
+    }
+}
+
+/// The event of a change under the cache, as `FlexKV`'s collector writes it for vLLM: short lists
+/// without token ids and parent, removed hashes with a sign.
+pub(super) fn outside(change: &flexkv::Change, block_size: usize) -> Value {
+    match change {
+        flexkv::Change::Stored(medium, hashes) => Value::List(vec![
+            Value::text("BlockStored"),
+            Value::List(hashes.iter().map(|hash| Value::Uint(*hash)).collect()),
+            Value::Nil,
+            Value::List(Vec::new()),
+            Value::Uint(block_size as u64),
+            Value::Nil,
+            Value::text(medium),
+        ]),
+        flexkv::Change::Removed(medium, hashes) => {
+            let signed = hashes.iter().map(|hash| Value::Int(hash.cast_signed()));
+            Value::List(vec![
+                Value::text("BlockRemoved"),
+                Value::List(signed.collect()),
+                Value::text(medium),
+            ])
+        }
+    }
+}
+
+/// A change under the cache as an engine of one's own posts it.
+pub(super) fn post_outside(change: &flexkv::Change, block_size: usize) -> Event {
+    match change {
+        flexkv::Change::Stored(medium, hashes) => Event::BlockStored {
+            block_hashes: hashes.clone(),
+            parent_block_hash: None,
+            token_ids: Vec::new(),
+            block_size: u32::try_from(block_size).unwrap_or(u32::MAX),
+            medium: Some((*medium).to_owned()),
+            lora_name: None,
+            cache_salt: None,
+        },
+        flexkv::Change::Removed(medium, hashes) => Event::BlockRemoved {
+            block_hashes: hashes.clone(),
+            medium: Some((*medium).to_owned()),
+        },
     }
 }
 

@@ -12,8 +12,10 @@ use tokio_util::sync::CancellationToken;
 use zeromq::{PubSocket, RouterSocket, Socket as _, SocketRecv as _, SocketSend as _, ZmqMessage};
 
 use super::dialect::{self, Dialect};
+use super::value::Value;
 use super::{OwnError, Zmq};
 use crate::change::Change;
+use crate::flexkv;
 
 /// Batches that wait to be sent.
 const QUEUE: usize = 4096;
@@ -103,7 +105,7 @@ impl Publisher {
         Ok((publisher, task))
     }
 
-    pub(super) fn publish(&self, changes: &[Change]) {
+    pub(super) fn publish(&self, changes: &[Change], outside: &[flexkv::Change]) {
         let mut rest = changes;
         while !rest.is_empty() {
             let mut blocks = 0;
@@ -113,10 +115,20 @@ impl Publisher {
             };
             let count = rest.iter().take_while(fits).count().max(1);
             let (some, others) = rest.split_at(count);
-            let payload = dialect::batch(self.dialect, some, self.block_size, &self.faults);
-            self.enqueue(Item::Batch(payload.into(), some.len() as u64));
+            let events =
+                |change| dialect::events(self.dialect, change, self.block_size, &self.faults);
+            self.send(some.iter().flat_map(events).collect(), some.len());
             rest = others;
         }
+        // Each may be of a whole prompt.
+        for change in outside {
+            self.send(vec![dialect::outside(change, self.block_size)], 1);
+        }
+    }
+
+    fn send(&self, events: Vec<Value>, changes: usize) {
+        let payload = dialect::batch(events, &self.faults);
+        self.enqueue(Item::Batch(payload.into(), changes as u64));
     }
 
     pub(super) fn restart(&self) {

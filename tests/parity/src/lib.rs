@@ -5,3 +5,4 @@
 pub mod content;
 pub mod history;
 pub mod oracle;
+pub mod workload;

@@ -26,6 +26,8 @@ impl Both {
             level: 0,
             group: 32,
             max_orphans: 64,
+            max_bytes: usize::MAX,
+            max_page_bytes: usize::MAX,
         });
         ours.add_pool(1);
         Self {

@@ -22,6 +22,8 @@ impl Ours {
             level: 0,
             group: 32,
             max_orphans: 1 << 20,
+            max_bytes: usize::MAX,
+            max_page_bytes: usize::MAX,
         });
         index.add_pool(1);
         Self {

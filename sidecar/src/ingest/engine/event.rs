@@ -3,6 +3,8 @@
 //! Positions of a list are those of vLLM. What stands after the extra keys differs between
 //! versions and is told apart by type. Anything further is ignored, in lists and in maps.
 
+use kv_core::id::Family;
+
 use super::hash::hash;
 use super::keys::{BlockKeys, Key, extra_keys, mm_infos};
 use super::value::Value;
@@ -83,19 +85,22 @@ const STORED: [&str; 2] = ["BlockStored", "stored"];
 const REMOVED: [&str; 2] = ["BlockRemoved", "removed"];
 const CLEARED: [&str; 2] = ["AllBlocksCleared", "cleared"];
 
-/// Reads an event of any form.
+/// Reads an event of any form. `family` tells what the names of blocks on a medium are hashes of.
 ///
 /// # Errors
 /// Why it can't be used.
-pub(super) fn read(value: &Value<'_>) -> Result<Event, Rejection> {
+pub(super) fn read(
+    value: &Value<'_>,
+    family: impl Fn(Option<&str>) -> Option<Family>,
+) -> Result<Event, Rejection> {
     match value {
         Value::List(list) => {
             let tag = list.first().and_then(Value::text);
             let tag = tag.ok_or(Rejection::Malformed)?;
-            of_list(tag, list)
+            of_list(tag, list, family)
         }
         Value::Map(_) => match value.get("type").and_then(Value::text) {
-            Some(tag) => of_map(tag, value),
+            Some(tag) => of_map(tag, value, family),
             None if value.get("data").is_some() => {
                 let event = super::trtllm::read(value)?;
                 Ok(Event::TrtLlm(event))
@@ -106,7 +111,11 @@ pub(super) fn read(value: &Value<'_>) -> Result<Event, Rejection> {
     }
 }
 
-fn of_map(tag: &str, map: &Value<'_>) -> Result<Event, Rejection> {
+fn of_map(
+    tag: &str,
+    map: &Value<'_>,
+    family: impl Fn(Option<&str>) -> Option<Family>,
+) -> Result<Event, Rejection> {
     let get = |key| map.get(key).unwrap_or(&Value::Nil);
     if CLEARED.contains(&tag) {
         let said = |key| get(key).text().map(str::to_owned);
@@ -123,8 +132,9 @@ fn of_map(tag: &str, map: &Value<'_>) -> Result<Event, Rejection> {
         locality: text(get("locality"))?,
         ownership: text(get("ownership"))?,
     };
+    let family = family(place.medium.as_deref());
     if REMOVED.contains(&tag) {
-        let hashes = hashes(get("block_hashes"))?;
+        let hashes = hashes(get("block_hashes"), family)?;
         return Ok(Event::Removed(Removed { hashes, place }));
     }
     if !STORED.contains(&tag) {
@@ -144,10 +154,15 @@ fn of_map(tag: &str, map: &Value<'_>) -> Result<Event, Rejection> {
         salt,
         keys,
         place,
+        family,
     )
 }
 
-fn of_list(tag: &str, list: &[Value<'_>]) -> Result<Event, Rejection> {
+fn of_list(
+    tag: &str,
+    list: &[Value<'_>],
+    family: impl Fn(Option<&str>) -> Option<Family>,
+) -> Result<Event, Rejection> {
     let at = |i: usize| list.get(i).unwrap_or(&Value::Nil);
     if CLEARED.contains(&tag) {
         return Ok(Event::Cleared {
@@ -158,7 +173,7 @@ fn of_list(tag: &str, list: &[Value<'_>]) -> Result<Event, Rejection> {
     if REMOVED.contains(&tag) {
         let mut place = place_of_tail(list.get(3..).unwrap_or_default());
         place.medium = text(at(2))?;
-        let hashes = hashes(at(1))?;
+        let hashes = hashes(at(1), family(place.medium.as_deref()))?;
         return Ok(Event::Removed(Removed { hashes, place }));
     }
     if !STORED.contains(&tag) {
@@ -181,6 +196,7 @@ fn of_list(tag: &str, list: &[Value<'_>]) -> Result<Event, Rejection> {
     let infos = tail.iter().find(is_infos).unwrap_or(&Value::Nil);
     let mut place = place_of_tail(tail);
     place.medium = text(at(6))?;
+    let family = family(place.medium.as_deref());
     let lora = lora(named, at(5))?;
     stored(
         [at(1), at(2), at(3), at(4)],
@@ -188,6 +204,7 @@ fn of_list(tag: &str, list: &[Value<'_>]) -> Result<Event, Rejection> {
         salt,
         (keys, infos),
         place,
+        family,
     )
 }
 
@@ -205,12 +222,13 @@ fn stored(
     salt: Option<String>,
     (keys, infos): (&Value<'_>, &Value<'_>),
     place: Place,
+    family: Option<Family>,
 ) -> Result<Event, Rejection> {
     let mut stored = Stored {
-        hashes: hashes(names)?,
+        hashes: hashes(names, family)?,
         parent: match parent {
             Value::Nil => None,
-            parent => Some(hash(parent).ok_or(Rejection::Malformed)?),
+            parent => Some(hash(parent, family).ok_or(Rejection::Malformed)?),
         },
         tokens: tokens(token_ids)?,
         block_size: number(block_size)?,
@@ -304,12 +322,12 @@ fn lora(name: &Value<'_>, number: &Value<'_>) -> Result<Lora, Rejection> {
 }
 
 /// Names of blocks.
-pub(super) fn hashes(value: &Value<'_>) -> Result<Vec<u64>, Rejection> {
+pub(super) fn hashes(value: &Value<'_>, family: Option<Family>) -> Result<Vec<u64>, Rejection> {
     let list = value.list().ok_or(Rejection::Malformed)?;
     if list.len() > MAX_EVENT_BLOCKS {
         return Err(Rejection::TooManyBlocks);
     }
-    let hashes = list.iter().map(hash);
+    let hashes = list.iter().map(|value| hash(value, family));
     hashes.collect::<Option<_>>().ok_or(Rejection::Malformed)
 }
 

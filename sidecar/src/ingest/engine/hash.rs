@@ -1,19 +1,22 @@
 //! Engines' names for blocks: 64 bits, however they are written.
 
 use kv_core::hash::chain;
+use kv_core::id::Family;
 
 use super::value::Value;
 
 /// The 64 bits of a name.
 ///
 /// - An integer counts by its bits, so that one engine may send it with and without sign.
-/// - Of bytes the last eight count, big-endian, as vLLM does when it shortens its own hashes.
+/// - Of bytes those count, big-endian, that the family shortens its digests to; the last eight where
+///   there is none, as vLLM does with its own hashes.
 /// - A text is a decimal number, or hexadecimal if it begins with `0x`, has 16, 32 or more digits,
 ///   or is no decimal number. Of a digest in hexadecimal the first 16 digits count, as SGLang does.
-pub(super) fn hash(value: &Value<'_>) -> Option<u64> {
+pub(super) fn hash(value: &Value<'_>, family: Option<Family>) -> Option<u64> {
     match value {
         Value::Int(int) => bits(*int),
-        Value::Bytes(bytes) => big_endian(bytes),
+        Value::Bytes(bytes) if bytes.is_empty() => None,
+        Value::Bytes(bytes) => Some(family.unwrap_or(Family::VllmSha256Cbor).reduce(bytes)),
         Value::Str(text) => written(text),
         _ => None,
     }
@@ -22,12 +25,6 @@ pub(super) fn hash(value: &Value<'_>) -> Option<u64> {
 fn bits(int: i128) -> Option<u64> {
     let unsigned = u64::try_from(int).ok();
     unsigned.or_else(|| i64::try_from(int).ok().map(i64::cast_unsigned))
-}
-
-fn big_endian(bytes: &[u8]) -> Option<u64> {
-    let last = bytes.get(bytes.len().saturating_sub(8)..)?;
-    let shift = |bits: u64, byte: &u8| bits << 8 | u64::from(*byte);
-    (!last.is_empty()).then(|| last.iter().fold(0, shift))
 }
 
 fn written(text: &str) -> Option<u64> {
@@ -57,6 +54,21 @@ pub(super) fn names(hash: u64, parts: u64) -> impl Iterator<Item = u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_digest_in_bytes_is_shortened_as_its_family_does() {
+        let digest = Value::Bytes((1..=32).collect::<Vec<u8>>().into());
+        let (first, last) = (0x0102_0304_0506_0708, 0x191a_1b1c_1d1e_1f20);
+        assert_eq!(hash(&digest, None), Some(last));
+        for (family, expected) in [
+            (Family::LmCache, first),
+            (Family::HiCache, first),
+            (Family::VllmSha256Cbor, last),
+            (Family::VllmXxhashCbor, last),
+        ] {
+            assert_eq!(hash(&digest, Some(family)), Some(expected), "{family:?}");
+        }
+    }
 
     #[test]
     fn hashes_in_every_form_are_the_same_bits() {
@@ -94,7 +106,7 @@ mod tests {
             (text("é234567890123456"), None),
         ];
         for (value, expected) in cases {
-            assert_eq!(hash(&value), expected, "{value:?}");
+            assert_eq!(hash(&value, None), expected, "{value:?}");
         }
     }
 }

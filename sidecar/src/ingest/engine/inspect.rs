@@ -169,7 +169,7 @@ impl Seen {
         };
         let name: String = name.unwrap_or("?").chars().take(64).collect();
         count(&mut self.events, name);
-        match event::read(value) {
+        match event::read(value, |_| None) {
             Ok(Event::Stored(stored)) => self.stored(&stored),
             Ok(Event::Removed(removed)) => self.place(&removed.place),
             Ok(Event::TrtLlm(event)) => {

@@ -138,7 +138,7 @@ pub(super) fn mm_infos(value: &Value<'_>) -> Vec<BlockKeys> {
         let objects = info.get("mm_objects").and_then(Value::list);
         let hashes = objects.into_iter().flatten().filter_map(|object| {
             let hash = object.get("mm_hash")?;
-            super::hash::hash(hash).map(Key::Object)
+            super::hash::hash(hash, None).map(Key::Object)
         });
         hashes.collect()
     };

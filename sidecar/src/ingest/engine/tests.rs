@@ -31,6 +31,8 @@ fn with_families() -> Settings {
         family,
         media: media.iter().map(|&m| m.to_owned()).collect(),
         block_size,
+        hash_seed: "0".into(),
+        max_blocks: None,
     };
     Settings {
         families: vec![

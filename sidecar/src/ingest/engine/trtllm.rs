@@ -68,9 +68,9 @@ pub(super) fn read(map: &Value<'_>) -> Result<Event, Rejection> {
     let data = match of("type").text().ok_or(Rejection::Malformed)? {
         "created" => Data::Created,
         "stored" => Data::Stored(stored(data)?),
-        "removed" => Data::Removed(hashes(of("block_hashes"))?),
+        "removed" => Data::Removed(hashes(of("block_hashes"), None)?),
         "updated" => Data::Updated {
-            hash: hash(of("block_hash")).ok_or(Rejection::Malformed)?,
+            hash: hash(of("block_hash"), None).ok_or(Rejection::Malformed)?,
             level: match of("cache_level").get("new_value") {
                 Some(level) => number(level)?,
                 None => None,
@@ -101,7 +101,7 @@ fn stored(data: &Value<'_>) -> Result<Stored, Rejection> {
     Ok(Stored {
         parent: match get("parent_hash") {
             Value::Nil => None,
-            parent => Some(hash(parent).ok_or(Rejection::Malformed)?),
+            parent => Some(hash(parent, None).ok_or(Rejection::Malformed)?),
         },
         lora,
         salt: text(get("cache_salt"))?.filter(|salt| !salt.is_empty()),
@@ -124,12 +124,12 @@ fn block(block: &Value<'_>) -> Result<Block, Rejection> {
     if keys.is_empty() {
         // Set for tokens that stand for something else, such as a part of an image or a prompt table.
         let tokens = get("tokens").list().unwrap_or_default().iter();
-        let extra = tokens.filter_map(|token| token.get("token_extra_id").and_then(hash));
+        let extra = tokens.filter_map(|token| hash(token.get("token_extra_id")?, None));
         keys.extend(extra.filter(|extra| *extra != 0).map(Key::Other));
         keys.dedup();
     }
     Ok(Block {
-        hash: hash(get("block_hash")).ok_or(Rejection::Malformed)?,
+        hash: hash(get("block_hash"), None).ok_or(Rejection::Malformed)?,
         tokens,
         level: number(get("cache_level"))?.unwrap_or_default(),
         keys,

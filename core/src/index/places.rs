@@ -1,0 +1,136 @@
+//! Where blocks stand, by a hash.
+
+use hashbrown::HashTable;
+
+use super::slab::NIL;
+use super::tree::RunId;
+
+/// Bits of a position.
+const POSITION_BITS: u32 = 7;
+/// Most runs: their numbers must leave room for a position.
+pub(super) const MAX_RUNS: usize = (1 << (32 - POSITION_BITS)) - 1;
+/// Parts of a table, each of which grows by itself: growth pauses for a part only.
+const SHARDS: usize = 64;
+/// Bytes of an entry in a table that has just grown and so is filled least.
+const ENTRY_BYTES: usize = 12;
+
+/// Where a block stands: in which run, and at which position of its group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Place(u32);
+
+impl Place {
+    /// Before all first blocks.
+    pub(super) const ROOT: Self = Self(u32::MAX);
+
+    pub(super) fn new(run: RunId, position: u8) -> Self {
+        Self(run << POSITION_BITS | u32::from(position))
+    }
+
+    /// The run, `NIL` at the root.
+    pub(super) fn run(self) -> RunId {
+        if self == Self::ROOT {
+            NIL
+        } else {
+            self.0 >> POSITION_BITS
+        }
+    }
+
+    /// The position in the group.
+    #[allow(clippy::cast_possible_truncation)]
+    pub(super) fn position(self) -> u8 {
+        (self.0 & ((1 << POSITION_BITS) - 1)) as u8
+    }
+}
+
+/// A table of places.
+#[derive(Debug)]
+pub(super) struct Places {
+    shards: Vec<HashTable<Place>>,
+    len: usize,
+    bytes: usize,
+}
+
+impl Places {
+    pub(super) fn new() -> Self {
+        let mut shards = Vec::new();
+        shards.resize_with(SHARDS, HashTable::new);
+        Self {
+            shards,
+            len: 0,
+            bytes: 0,
+        }
+    }
+
+    #[allow(clippy::cast_possible_truncation)]
+    fn shard(hash: u64) -> usize {
+        // Bits that a shard uses for neither the bucket nor the tag.
+        (hash >> 40) as usize % SHARDS
+    }
+
+    pub(super) fn get(&self, hash: u64, is_it: impl FnMut(&Place) -> bool) -> Option<Place> {
+        self.shards
+            .get(Self::shard(hash))?
+            .find(hash, is_it)
+            .copied()
+    }
+
+    /// Adds a place that is not there yet.
+    pub(super) fn insert(&mut self, hash: u64, place: Place, rehash: impl Fn(&Place) -> u64) {
+        if let Some(shard) = self.shards.get_mut(Self::shard(hash)) {
+            let grows = shard.len() == shard.capacity();
+            let before = if grows { shard.allocation_size() } else { 0 };
+            shard.insert_unique(hash, place, rehash);
+            if grows {
+                self.bytes = self.bytes + shard.allocation_size() - before;
+            }
+            self.len += 1;
+        }
+    }
+
+    /// Fills an empty table, which then takes the least memory.
+    pub(super) fn fill(&mut self, places: impl Iterator<Item = (u64, Place)> + Clone) {
+        let mut sizes = vec![0_usize; self.shards.len()];
+        for (hash, _) in places.clone() {
+            if let Some(size) = sizes.get_mut(Self::shard(hash)) {
+                *size += 1;
+            }
+        }
+        for (shard, size) in self.shards.iter_mut().zip(&sizes) {
+            *shard = HashTable::with_capacity(*size);
+            self.bytes += shard.allocation_size();
+        }
+        self.len = sizes.iter().sum();
+        for (hash, place) in places {
+            if let Some(shard) = self.shards.get_mut(Self::shard(hash)) {
+                // There is room for all: nothing is hashed again.
+                shard.insert_unique(hash, place, |_| hash);
+            }
+        }
+    }
+
+    /// Puts another place where one stood.
+    pub(super) fn replace(&mut self, hash: u64, old: Place, new: Place) {
+        let shard = self.shards.get_mut(Self::shard(hash));
+        if let Some(place) = shard.and_then(|s| s.find_mut(hash, |place| *place == old)) {
+            *place = new;
+        }
+    }
+
+    pub(super) fn remove(&mut self, hash: u64, place: Place) {
+        let shard = self.shards.get_mut(Self::shard(hash));
+        if let Some(Ok(entry)) = shard.map(|s| s.find_entry(hash, |other| *other == place)) {
+            entry.remove();
+            self.len -= 1;
+        }
+    }
+
+    /// Bytes taken from the allocator.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Most bytes that this many entries take, if there were never more.
+    pub(super) fn used_bytes(&self) -> usize {
+        self.len * ENTRY_BYTES
+    }
+}

@@ -1,0 +1,184 @@
+//! Prompts that are text: what the filter asks the sidecar about them, and its answers.
+//!
+//! The call is `kv.router.v1.Text/Read` on the socket of the bridge, each message put through
+//! [`crate::wire::encode`]. Answers carry the hashes of blocks, not token ids.
+
+use serde::{Deserialize, Serialize};
+
+use crate::surface::Surface;
+
+/// gRPC service of the call.
+pub const SERVICE: &str = "kv.router.v1.Text";
+/// gRPC method of the call.
+pub const METHOD: &str = "Read";
+/// Longest body that is asked about, in bytes.
+pub const LONGEST_BODY: usize = 4 << 20;
+/// Longest budget, in milliseconds.
+const LONGEST_MS: u64 = 10_000;
+/// Bytes of a thousand words.
+const THOUSAND_WORDS: u64 = 6_000;
+
+/// How long reading a text may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Budget {
+    /// For any text, in milliseconds.
+    pub base_ms: u32,
+    /// Besides, for every thousand words, in milliseconds. A word is taken for six bytes.
+    pub per_thousand_words_ms: u32,
+}
+
+impl Budget {
+    /// Microseconds for a body of this size.
+    #[must_use]
+    pub fn of(self, bytes: usize) -> u64 {
+        let bytes = u64::try_from(bytes).unwrap_or(u64::MAX);
+        let more = u64::from(self.per_thousand_words_ms).saturating_mul(bytes);
+        let us = more.saturating_mul(1_000) / THOUSAND_WORDS;
+        let base = 1_000 * u64::from(self.base_ms);
+        base.saturating_add(us).min(1_000 * LONGEST_MS)
+    }
+}
+
+/// A question.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ask<'a> {
+    /// Name of the pool, whose tokenizer counts.
+    pub pool: &'a str,
+    /// Where in the body the text stands.
+    pub surface: Surface,
+    /// Tokens to a block.
+    pub block_size: u32,
+    /// [`crate::hash::Seed`] of the blocks.
+    pub seed: u64,
+    /// After how many microseconds nobody waits for the answer any more.
+    pub budget_us: u64,
+    /// The body, as it came.
+    #[serde(borrow)]
+    pub body: &'a [u8],
+}
+
+/// An answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Answer<'a> {
+    /// The prompt has been read.
+    #[serde(borrow)]
+    Read(Blocks<'a>),
+    /// It has not.
+    Refused(Refusal),
+}
+
+/// The blocks of a prompt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Blocks<'a> {
+    /// Tokens of the prompt; an estimate unless all of it was read.
+    pub tokens: u32,
+    /// How far it was read.
+    pub extent: Extent,
+    /// Sequence hashes of the blocks that were read, little-endian, 8 bytes each.
+    #[serde(borrow)]
+    pub hashes: &'a [u8],
+}
+
+impl Blocks<'_> {
+    /// The sequence hashes; a part of one at the end counts for nothing.
+    #[must_use]
+    pub fn hashes(&self) -> Vec<u64> {
+        let (hashes, _) = self.hashes.as_chunks();
+        hashes
+            .iter()
+            .map(|hash| u64::from_le_bytes(*hash))
+            .collect()
+    }
+}
+
+/// How far a prompt was read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Extent {
+    /// To its end.
+    Whole,
+    /// As far as time sufficed.
+    Deadline,
+    /// To the first image, sound or film.
+    Media,
+}
+
+impl Extent {
+    /// Metric label.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Whole => "whole",
+            Self::Deadline => "beginning",
+            Self::Media => "before_media",
+        }
+    }
+}
+
+/// Why a prompt has not been read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Refusal {
+    /// The pool has no tokenizer, or no chat template.
+    NoTokenizer,
+    /// The chat template refuses the conversation, or takes too long.
+    Template,
+    /// The body makes no sense, or asks for something that only the engine knows.
+    Malformed,
+    /// Too much is asked at a time.
+    Overloaded,
+    /// There was no time even to begin.
+    Deadline,
+}
+
+impl Refusal {
+    /// Metric label.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::NoTokenizer => "no_tokenizer",
+            Self::Template => "template",
+            Self::Malformed => "malformed",
+            Self::Overloaded => "overloaded",
+            Self::Deadline => "deadline",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire;
+
+    #[test]
+    fn questions_and_answers_survive_encoding() {
+        let ask = Ask {
+            pool: "default",
+            surface: Surface::Chat,
+            block_size: 16,
+            seed: u64::MAX,
+            budget_us: 20_000,
+            body: b"{}",
+        };
+        assert_eq!(wire::decode(&wire::encode(&ask)), Ok(ask));
+        let answer = Answer::Read(Blocks {
+            tokens: 40,
+            extent: Extent::Deadline,
+            hashes: &[1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 1, 9],
+        });
+        let bytes = wire::encode(&answer);
+        let Ok(Answer::Read(blocks)) = wire::decode(&bytes) else {
+            panic!("{bytes:?}")
+        };
+        assert_eq!(blocks.hashes(), [1, 2 + (1 << 56)]);
+    }
+
+    #[test]
+    fn a_budget_grows_with_the_text_and_is_bounded() {
+        let budget = Budget {
+            base_ms: 20,
+            per_thousand_words_ms: 2,
+        };
+        assert_eq!(budget.of(0), 20_000);
+        assert_eq!(budget.of(24_000), 28_000);
+        assert_eq!(budget.of(usize::MAX), 10_000_000);
+    }
+}

@@ -1,0 +1,160 @@
+//! Prompts that are text: asking the sidecar for their blocks while the request waits.
+//!
+//! The wait is bounded by the pool's budget, whatever becomes of the sidecar: Envoy ends the call
+//! then. The root context makes the call, so that a client which leaves meanwhile leaves nothing
+//! behind.
+
+use kv_core::policy::Mode;
+use kv_core::surface::Surface;
+use kv_core::text::{Answer, Ask, Extent, LONGEST_BODY, METHOD, Refusal, SERVICE};
+use kv_core::wire;
+
+use crate::host::{Host, Method, Token};
+use crate::metrics::Fault;
+use crate::reason::Reason;
+use crate::vm::Router;
+
+/// The call.
+const READ: Method = Method {
+    service: SERVICE,
+    method: METHOD,
+};
+
+/// What to ask about.
+#[derive(Clone, Copy, Debug)]
+pub struct Question<'a> {
+    /// The request's context, and the root context it belongs to.
+    pub contexts: (u32, u32),
+    /// The API.
+    pub surface: Surface,
+    /// Bytes of the body.
+    pub bytes: usize,
+    /// The model it names.
+    pub model: Option<&'a str>,
+    /// Its cache salt.
+    pub salt: &'a str,
+}
+
+/// A question under way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Asked {
+    token: Token,
+    since_ns: u64,
+    budget_ns: u64,
+}
+
+/// What has become of a question.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Told {
+    /// How far the prompt is known, or why not.
+    pub reason: Reason,
+    /// Tokens of the prompt, 0 where unknown.
+    pub tokens: u32,
+    /// Sequence hashes of its blocks.
+    pub hashes: Vec<u64>,
+}
+
+impl Told {
+    fn nothing(reason: Reason) -> Self {
+        Self {
+            reason,
+            tokens: 0,
+            hashes: Vec::new(),
+        }
+    }
+}
+
+impl<H: Host> Router<H> {
+    /// Asks the sidecar.
+    ///
+    /// # Errors
+    /// The reason why it is not asked.
+    pub fn ask(&mut self, question: &Question<'_>) -> Result<Asked, Reason> {
+        let fleet = self.world.fleet().ok_or(Reason::Text)?;
+        let served = fleet.serve(question.model).ok_or(Reason::Text)?;
+        let budget = served.pool.text.ok_or(Reason::Text)?;
+        if served.pool.policy.mode != Mode::Kv {
+            return Err(Reason::Text);
+        }
+        if question.bytes > LONGEST_BODY {
+            return Err(Reason::TooLong);
+        }
+        let host = &self.host;
+        let body = host.body(0, question.bytes);
+        if body.len() != question.bytes {
+            self.metrics.fault(host, Fault::Body);
+            return Err(Reason::TextFailed);
+        }
+        let budget_us = budget.of(body.len());
+        let message = wire::encode(&Ask {
+            pool: &served.pool.name,
+            surface: question.surface,
+            block_size: served.pool.block_size,
+            seed: served.hashing(question.salt).seed.0,
+            budget_us,
+            body: &body,
+        });
+        let since_ns = host.now_ns();
+        let (request, root) = question.contexts;
+        let timeout_ms = budget_us.div_ceil(1_000);
+        let token = host
+            .enter(root)
+            .then(|| host.call(&self.cluster, READ, &message, timeout_ms));
+        host.enter(request);
+        let token = token.flatten().ok_or(Reason::TextFailed)?;
+        Ok(Asked {
+            token,
+            since_ns,
+            budget_ns: 1_000 * budget_us,
+        })
+    }
+}
+
+impl Asked {
+    /// Whether this is the question's call.
+    #[must_use]
+    pub fn is(&self, token: Token) -> bool {
+        self.token == token
+    }
+
+    /// When it was asked.
+    #[must_use]
+    pub fn since_ns(&self) -> u64 {
+        self.since_ns
+    }
+
+    /// Understands the answer; `None` where the call has failed or taken too long.
+    #[must_use]
+    pub fn understand(&self, message: Option<&[u8]>, now_ns: u64) -> Told {
+        let Some(message) = message else {
+            // Envoy gives the same status for a call that it ended as for one that failed.
+            // Its timer may have begun a little before the call.
+            let waited_ns = now_ns.saturating_sub(self.since_ns);
+            let is_late = waited_ns >= self.budget_ns / 4 * 3;
+            let reason = if is_late {
+                Reason::TextLate
+            } else {
+                Reason::TextFailed
+            };
+            return Told::nothing(reason);
+        };
+        match wire::decode::<Answer<'_>>(message) {
+            Err(_) => Told::nothing(Reason::TextFailed),
+            Ok(Answer::Refused(refusal)) => Told::nothing(match refusal {
+                Refusal::NoTokenizer => Reason::Text,
+                Refusal::Template | Refusal::Malformed => Reason::TextRefused,
+                Refusal::Overloaded => Reason::TextOverloaded,
+                Refusal::Deadline => Reason::TextLate,
+            }),
+            Ok(Answer::Read(blocks)) => Told {
+                reason: match blocks.extent {
+                    Extent::Whole => Reason::Kv,
+                    Extent::Deadline => Reason::KvBeginning,
+                    Extent::Media => Reason::KvBeforeMedia,
+                },
+                tokens: blocks.tokens,
+                hashes: blocks.hashes(),
+            },
+        }
+    }
+}

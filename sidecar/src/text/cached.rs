@@ -1,0 +1,270 @@
+//! Tokenizing only what has not been tokenized before.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use quick_cache::sync::Cache;
+use quick_cache::{DefaultHashBuilder, Lifecycle, Weighter};
+use xxhash_rust::xxh3::Xxh3;
+
+use super::cut::{Cut, WINDOW};
+use super::encoder::{Encoder, EncoderError};
+
+/// Bytes that an entry costs besides its ids.
+const ENTRY_BYTES: u64 = 96;
+
+/// Ids of one chunk of text.
+type Ids = Arc<[u32]>;
+
+/// A tokenizer that remembers.
+///
+/// Chunks are remembered by a hash of the whole text up to their end, so a hit vouches for
+/// everything before it.
+pub struct Cached {
+    encoder: Encoder,
+    chunks: Cache<u128, Ids, Weight, DefaultHashBuilder, Evictions>,
+    evictions: Evictions,
+    /// Secret: prompts can't be made to meet in one hash.
+    seed: u64,
+    window: usize,
+}
+
+/// Ids of a text.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Encoded {
+    /// The ids, of the text's beginning if it isn't complete.
+    pub ids: Vec<u32>,
+    /// Whether they are those of the whole text.
+    pub complete: bool,
+    /// How many of them were remembered.
+    pub remembered: usize,
+}
+
+impl Cached {
+    /// The same tokenizer, with cuts at another distance than 4 KiB.
+    #[must_use]
+    pub fn with_window(mut self, window: usize) -> Self {
+        self.window = window;
+        self
+    }
+
+    /// A tokenizer that remembers as many ids as fit into `bytes`.
+    #[must_use]
+    pub fn new(encoder: Encoder, bytes: u64, seed: u64) -> Self {
+        let evictions = Evictions::default();
+        let items = usize::try_from(bytes / (4 * WINDOW as u64 / 4)).unwrap_or(usize::MAX);
+        let hasher = DefaultHashBuilder::default();
+        Self {
+            encoder,
+            chunks: Cache::with(items.max(16), bytes, Weight, hasher, evictions.clone()),
+            evictions,
+            seed,
+            window: WINDOW,
+        }
+    }
+
+    /// The tokenizer.
+    #[must_use]
+    pub fn encoder(&self) -> &Encoder {
+        &self.encoder
+    }
+
+    /// Bytes that are remembered.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.chunks.weight()
+    }
+
+    /// Chunks that were forgotten for lack of room.
+    #[must_use]
+    pub fn evicted(&self) -> u64 {
+        self.evictions.0.load(std::sync::atomic::Ordering::Relaxed)
+    }
+
+    /// Ids of a text, without any that stand around it. After the deadline no further chunk is
+    /// tokenized.
+    ///
+    /// # Errors
+    /// When the tokenizer refuses the text.
+    pub fn encode(&self, text: &str, deadline: Option<Instant>) -> Result<Encoded, EncoderError> {
+        let mut encoded = Encoded::default();
+        let is_late = || deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        if !self.encoder.cuts().any() {
+            if is_late() {
+                return Ok(encoded);
+            }
+            encoded.ids = self.encoder.whole(text)?;
+            encoded.complete = true;
+            return Ok(encoded);
+        }
+        let mut hasher = Xxh3::with_seed(self.seed);
+        let mut hashed = 0;
+        let mut from: Option<Cut> = None;
+        let mut is_known = true;
+        let cuts = self.encoder.cuts().of(text, self.window);
+        let ends = cuts.map(Some).chain([None]);
+        for cut in ends {
+            let end = cut.map_or(text.len(), |cut| cut.at);
+            hasher.update(text.as_bytes().get(hashed..end).unwrap_or_default());
+            hashed = end;
+            let key = hasher.digest128();
+            // Past the first unknown chunk the others are not worth asking for.
+            let known = is_known.then(|| self.chunks.get(&key)).flatten();
+            is_known = known.is_some();
+            if let Some(ids) = known {
+                encoded.ids.extend_from_slice(&ids);
+                encoded.remembered += ids.len();
+            } else {
+                if is_late() {
+                    return Ok(encoded);
+                }
+                let ids = self.encoder.part(text, from, end)?;
+                encoded.ids.extend_from_slice(&ids);
+                self.chunks.insert(key, ids.into());
+            }
+            from = cut;
+        }
+        encoded.complete = true;
+        Ok(encoded)
+    }
+}
+
+/// Weighs an entry in bytes.
+#[derive(Clone)]
+struct Weight;
+
+impl Weighter<u128, Ids> for Weight {
+    fn weight(&self, _: &u128, ids: &Ids) -> u64 {
+        ENTRY_BYTES + 4 * ids.len() as u64
+    }
+}
+
+/// Counts what is forgotten.
+#[derive(Clone, Default)]
+struct Evictions(Arc<std::sync::atomic::AtomicU64>);
+
+impl Lifecycle<u128, Ids> for Evictions {
+    type RequestState = ();
+
+    fn begin_request(&self) {}
+
+    fn on_evict(&self, (): &mut (), _: u128, _: Ids) {
+        self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use tokenizers::models::TrainerWrapper;
+    use tokenizers::models::bpe::{BPE, BpeTrainer};
+    use tokenizers::normalizers::unicode::NFC;
+    use tokenizers::normalizers::{Prepend, Replace, Sequence};
+    use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+    use tokenizers::{AddedToken, NormalizerWrapper, Tokenizer};
+
+    use super::*;
+
+    const TEXT: &str = "The router sends each request to the worker that holds its prefix. \
+        A block of sixteen tokens is hashed; 12 blocks are 192 tokens!\n\n  def f(x):\n\treturn x  + 1\n\
+        caf\u{e9} \u{4f60}\u{597d} \u{1f600} <|end|><|user|>What's the time now please tell me\r\n";
+
+    fn trained(mut tokenizer: Tokenizer) -> Tokenizer {
+        let end = |content: &str| AddedToken::from(content, true);
+        let mut trainer = TrainerWrapper::BpeTrainer(
+            BpeTrainer::builder()
+                .vocab_size(600)
+                .show_progress(false)
+                .build(),
+        );
+        tokenizer
+            .train(&mut trainer, [TEXT, "tell me what time it is"].into_iter())
+            .unwrap();
+        tokenizer
+            .add_special_tokens([end("<|end|>"), end("<|user|>")])
+            .unwrap();
+        tokenizer
+    }
+
+    /// As GPT-2 and its followers have it.
+    fn byte_level() -> Tokenizer {
+        let mut tokenizer = Tokenizer::new(BPE::default());
+        tokenizer.with_normalizer(Some(NFC)).unwrap();
+        tokenizer.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
+        tokenizer.with_post_processor(Some(ByteLevel::default()));
+        trained(tokenizer)
+    }
+
+    /// As Llama 2 has it: no pre-tokenizer, spaces are letters, one is put before every text.
+    fn sentence_piece() -> Tokenizer {
+        let mut tokenizer = Tokenizer::new(BPE::default());
+        let spaces = Replace::new(" ", "\u{2581}").unwrap();
+        let steps: Vec<NormalizerWrapper> =
+            vec![Prepend::new("\u{2581}".into()).into(), spaces.into()];
+        tokenizer
+            .with_normalizer(Some(Sequence::new(steps)))
+            .unwrap();
+        trained(tokenizer)
+    }
+
+    fn cached(tokenizer: Tokenizer, bytes: u64) -> Cached {
+        Cached::new(Encoder::new(tokenizer).unwrap(), bytes, 7).with_window(24)
+    }
+
+    #[test]
+    fn parts_have_the_ids_of_the_whole() {
+        let cached = cached(byte_level(), 1 << 20);
+        assert!(cached.encoder().cuts().any());
+        let mut text = String::new();
+        for turn in 0..40 {
+            let before = cached.encode(&text, None).unwrap().ids.len();
+            text.push_str(&TEXT[(turn * 13) % 60..]);
+            let encoded = cached.encode(&text, None).unwrap();
+            assert!(encoded.complete);
+            assert_eq!(encoded.ids, cached.encoder().whole(&text).unwrap());
+            assert!(
+                encoded.remembered + 80 > before,
+                "{} of {before}",
+                encoded.remembered
+            );
+        }
+    }
+
+    #[test]
+    fn a_vocabulary_with_tokens_across_words_is_not_cut() {
+        // Without a pre-tokenizer a trainer learns such tokens from so small a text.
+        let cached = cached(sentence_piece(), 1 << 20);
+        let text = TEXT.replace("<|", "").repeat(40);
+        let encoded = cached.encode(&text, None).unwrap();
+        assert_eq!(encoded.ids, cached.encoder().whole(&text).unwrap());
+        assert!(encoded.complete);
+        let again = cached.encode(&text, None).unwrap();
+        // All of it is one part.
+        assert_eq!(again.remembered, encoded.ids.len());
+        assert_eq!(cached.encoder().cuts().of(&text, 1).count(), 0);
+    }
+
+    #[test]
+    fn what_is_remembered_stays_in_its_bounds() {
+        let cached = cached(byte_level(), 8 << 10);
+        for n in 0..200 {
+            cached.encode(&format!("{n} {TEXT}"), None).unwrap();
+        }
+        assert!(cached.evicted() > 0);
+        assert!(cached.bytes() <= 8 << 10, "{}", cached.bytes());
+    }
+
+    #[test]
+    fn after_the_deadline_the_beginning_is_answered() {
+        let cached = cached(byte_level(), 1 << 20);
+        let whole = cached.encoder().whole(TEXT).unwrap();
+        let passed = Instant::now().checked_sub(Duration::from_secs(1));
+        let none = cached.encode(TEXT, passed).unwrap();
+        assert_eq!((none.ids.len(), none.complete), (0, false));
+        cached.encode(&TEXT[..150], None).unwrap();
+        let some = cached.encode(TEXT, passed).unwrap();
+        assert!(!some.complete && !some.ids.is_empty());
+        assert_eq!(some.ids, whole[..some.ids.len()]);
+    }
+}

@@ -1,0 +1,273 @@
+//! Blocks that are known by hashes of other families, through real Envoy: for every request of a
+//! random history the overlaps by tier in the decision record, and what a shared store adds, equal
+//! the naive model.
+
+use kv_core::event::{EventData, Removed, Stored, StoredBlock};
+use kv_core::family::{FamilyHasher, Namespace, Scheme};
+use kv_core::hash::{Hashing, Seed, sequence_hashes};
+use kv_core::id::{Family, Slot, Tier};
+use kv_core::naive::{Foreign, Naive};
+use kv_core::rng::Rng;
+use kv_tests::client::json_request;
+use kv_tests::stack::{Setup, Stack};
+use kv_tests::upstream::Upstream;
+use serde_json::{Value, json};
+
+const WORKERS: u64 = 4;
+const STORE: u64 = 90;
+const BLOCK: usize = 16;
+
+/// A family, its block size in tokens, and media with their tiers.
+type Used = (Family, u32, &'static [(&'static str, Tier)]);
+
+const FAMILIES: [Used; 4] = [
+    (
+        Family::FlexKv,
+        16,
+        &[("CPU", Tier::Host), ("SSD", Tier::Disk)],
+    ),
+    (Family::VllmSha256Cbor, 32, &[("FS", Tier::Disk)]),
+    (Family::HiCache, 64, &[("EXTERNAL", Tier::External)]),
+    (Family::LmCache, 128, &[("CXL", Tier::Host)]),
+];
+
+fn scheme((family, block_size, _): Used) -> Scheme {
+    Scheme {
+        family,
+        block_size,
+        hash_seed: "7".into(),
+    }
+}
+
+fn hashes(used: Used, prompt: &[u32]) -> Vec<u64> {
+    let mut hasher = FamilyHasher::new(&scheme(used), Namespace::default()).expect("a hasher");
+    hasher.push(prompt);
+    hasher.into_hashes()
+}
+
+/// A prompt that shares its beginning with others.
+fn prompt(rng: &mut Rng) -> Vec<u32> {
+    let (system, branch) = (rng.below(2), rng.below(3));
+    let length = 1 + rng.below(1600);
+    let token = |i: usize| {
+        if i / 300 == 0 {
+            system * 10_000 + i
+        } else {
+            system * 10_000 + branch * 1_000_000 + i
+        }
+    };
+    (0..length)
+        .map(|i| u32::try_from(token(i)).expect("a token id"))
+        .collect()
+}
+
+/// Posts workers' events, and tells the model.
+struct Engines<'a> {
+    stack: &'a Stack,
+    naive: Naive,
+    sequences: [u64; 100],
+    events: u64,
+}
+
+impl Engines<'_> {
+    async fn change(&mut self, rng: &mut Rng) {
+        let used = FAMILIES.get(rng.below(FAMILIES.len() + 1)).copied();
+        let prompt = prompt(rng);
+        let worker = match used {
+            Some((family, ..)) if family.is_flat() && rng.below(3) == 0 => STORE,
+            _ => 1 + rng.below(WORKERS as usize) as u64,
+        };
+        let (family, size, medium, tier, names) = match used {
+            None => {
+                let hashing = Hashing::new(BLOCK, Seed::default());
+                let names = sequence_hashes(&prompt, hashing);
+                let names = names.iter().map(|name| name.rotate_left(9) ^ worker);
+                (
+                    Family::Dynamo,
+                    BLOCK as u32,
+                    "GPU",
+                    Tier::Device,
+                    names.collect(),
+                )
+            }
+            Some(used) => {
+                let (medium, tier) = used.2[rng.below(used.2.len())];
+                (used.0, used.1, medium, tier, hashes(used, &prompt))
+            }
+        };
+        if names.is_empty() {
+            return;
+        }
+        let from = rng.below(names.len());
+        let to = from + 1 + rng.below(names.len() - from);
+        let (event, data) = if rng.below(3) == 0 {
+            removal(family, medium, &names[from..to])
+        } else {
+            let from = if family.is_flat() { from } else { 0 };
+            let tokens = &prompt[from * size as usize..to * size as usize];
+            store(family, size, medium, &names[from..to], tokens)
+        };
+        let slot = Slot(u16::try_from(worker).expect("a small id"));
+        self.naive.apply_family(0, family, slot, tier, &data);
+        self.post(worker, event).await;
+    }
+
+    async fn post(&mut self, worker: u64, event: Value) {
+        let sequence = &mut self.sequences[worker as usize];
+        let body = json!({
+            "worker_id": worker,
+            "incarnation": "first",
+            "sequence": *sequence,
+            "events": [event],
+        });
+        *sequence += 1;
+        self.events += 1;
+        let admin = self.stack.sidecar.admin;
+        let request = json_request(admin, "/v1/events", &body).expect("a request");
+        let answer = self.stack.client.send(request).await.expect("an answer");
+        let text = String::from_utf8_lossy(answer.body());
+        assert!(answer.status().is_success(), "{text}");
+        let taken: Value = serde_json::from_str(&text).expect("json");
+        assert_eq!(
+            (&taken["changes"], &taken["rejected"]),
+            (&json!(1), &json!(0))
+        );
+    }
+}
+
+fn store(
+    family: Family,
+    size: u32,
+    medium: &str,
+    names: &[u64],
+    tokens: &[u32],
+) -> (Value, EventData) {
+    let has_tokens = family == Family::Dynamo;
+    let blocks = names.iter().zip(tokens.chunks_exact(size as usize));
+    let blocks = blocks.map(|(name, block)| StoredBlock {
+        block_hash: *name,
+        tokens_hash: if has_tokens {
+            Seed::default().block(block)
+        } else {
+            *name
+        },
+        mm_extra_info: None,
+    });
+    let data = EventData::Stored(Stored {
+        parent_hash: None,
+        start_position: None,
+        blocks: blocks.collect(),
+    });
+    let event = json!({
+        "type": "BlockStored",
+        "block_hashes": names,
+        "parent_block_hash": null,
+        "token_ids": if has_tokens { tokens } else { &[] },
+        "block_size": size,
+        "medium": medium,
+    });
+    (event, data)
+}
+
+fn removal(family: Family, medium: &str, names: &[u64]) -> (Value, EventData) {
+    let data = EventData::Removed(Removed {
+        block_hashes: names.to_vec(),
+    });
+    // As FlexKV's accelerated path writes them.
+    let signed = || {
+        names
+            .iter()
+            .map(|name| name.cast_signed())
+            .collect::<Vec<_>>()
+    };
+    let hashes = if family == Family::FlexKv {
+        json!(signed())
+    } else {
+        json!(names)
+    };
+    let event = json!({"type": "BlockRemoved", "block_hashes": hashes, "medium": medium});
+    (event, data)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn overlaps_of_all_families_match_the_naive_model() {
+    let mut workers = Vec::new();
+    let mut upstreams = Vec::new();
+    for id in 1..=WORKERS {
+        let upstream = Upstream::start(id).await;
+        let events = json!({"http": {"trust_loopback": true}});
+        workers.push(json!({"id": id, "endpoint": upstream.address, "events": events}));
+        upstreams.push(upstream);
+    }
+    let events = json!({"http": {"trust_loopback": true}});
+    workers.push(json!({"id": STORE, "role": "store", "events": events}));
+    let families = FAMILIES.map(|(family, block_size, media)| {
+        json!({
+            "family": family,
+            "block_size": block_size,
+            "media": media.iter().map(|(name, _)| *name).collect::<Vec<_>>(),
+            "hash_seed": "7",
+        })
+    });
+    let stack = Stack::start(&Setup {
+        threads: 2,
+        workers: Vec::new(),
+        more: json!({"workers": workers, "families": families}),
+    })
+    .await;
+    let mut engines = Engines {
+        stack: &stack,
+        naive: Naive::default(),
+        sequences: [0; 100],
+        events: 0,
+    };
+    let mut rng = Rng::new(11);
+    // Decisions in which some worker has blocks on each tier, and in the store.
+    let mut seen_on = [0; 5];
+    for round in 0..300 {
+        for _ in 0..rng.below(4) {
+            engines.change(&mut rng).await;
+        }
+        stack.sidecar.settled(engines.events).await;
+        let prompt = prompt(&mut rng);
+        let (answer, decision) = stack.complete(&prompt).await.expect("an answer");
+        let sequence = sequence_hashes(&prompt, Hashing::new(BLOCK, Seed::default()));
+        let foreign = FAMILIES.map(|used| Foreign {
+            family: used.0,
+            blocks: used.1 / BLOCK as u32,
+            hashes: hashes(used, &prompt),
+        });
+        let seen = decision["candidates"].as_array().expect("candidates");
+        // The store takes no requests.
+        assert_eq!(seen.len(), WORKERS as usize, "round {round}: {decision}");
+        let mut most = [0; 5];
+        for candidate in seen {
+            let worker = candidate["worker"].as_u64().expect("a worker");
+            let slot = Slot(u16::try_from(worker).expect("a small id"));
+            let stores = [Slot(STORE as u16)];
+            let held = engines.naive.holding(0, slot, &stores, &sequence, &foreign);
+            assert_eq!(
+                (&candidate["overlap"], &candidate["shared_cache"]),
+                (&json!(held.by_tier()), &json!(held.shared_cache)),
+                "round {round}: {decision}"
+            );
+            let blocks = held.by_tier().into_iter().chain([held.shared_cache]);
+            most.iter_mut()
+                .zip(blocks)
+                .for_each(|(most, n)| *most = n.max(*most));
+        }
+        for (seen, most) in seen_on.iter_mut().zip(most) {
+            *seen += usize::from(most > 0);
+        }
+        let costs = seen.iter().filter_map(|c| c["cost"].as_f64());
+        let least = costs.fold(f64::INFINITY, f64::min);
+        assert_eq!(
+            seen[0]["cost"],
+            Value::from(least),
+            "round {round}: {decision}"
+        );
+        assert_eq!(answer["worker"], decision["worker"], "round {round}");
+    }
+    assert!(seen_on.iter().all(|n| *n > 20), "{seen_on:?} of 300");
+    stack.envoy.idle().await;
+}
