@@ -23,6 +23,7 @@ use std::time::Duration;
 use proxy_wasm::hostcalls;
 use proxy_wasm::types::{BufferType, StreamType};
 
+use crate::header_map::HeaderMap;
 use crate::host::{
     Expect, Headers, Host, Level, Method, MetricId, MetricKind, Queue, Shared, Token,
 };
@@ -57,6 +58,7 @@ unsafe extern "C" {
         data: *mut *mut u8,
         size: *mut usize,
     ) -> u32;
+    fn proxy_get_header_map_pairs(map: u32, data: *mut *mut u8, size: *mut usize) -> u32;
     fn proxy_get_header_map_value(
         map: u32,
         key: *const u8,
@@ -242,6 +244,12 @@ impl Host for Envoy {
 
     fn dequeue(&self, queue: Queue) -> Option<Vec<u8>> {
         bytes(|data, size| unsafe { proxy_dequeue_shared_queue(queue.0, data, size) })
+    }
+
+    fn headers(&self, map: Headers) -> Option<HeaderMap> {
+        let pairs =
+            bytes(|data, size| unsafe { proxy_get_header_map_pairs(map as u32, data, size) });
+        pairs.map(HeaderMap::new)
     }
 
     fn header(&self, map: Headers, name: &str) -> Option<Vec<u8>> {

@@ -78,19 +78,6 @@ impl Glimpse {
         }
         None
     }
-
-    /// Takes what is nobody's off the board. Returns the owners and how many blocks of it others
-    /// use there.
-    pub fn expire(&mut self, host: &impl Host, now_s: u32) -> Vec<(u64, u32)> {
-        let expired = self.board.expire(now_s);
-        if expired.is_empty() {
-            return expired;
-        }
-        let is_written = host.set_shared(&key::board(self.shard), self.board.bytes(), self.expect);
-        self.again(host, None);
-        // Whoever came before has another try.
-        if is_written { expired } else { Vec::new() }
-    }
 }
 
 impl Listing {
@@ -114,6 +101,15 @@ pub fn stamp(host: &impl Host, shard: u8, now_s: u32, is_live: impl Fn(EntryId) 
     change(host, shard, |board| {
         board.stamp(now_s, &is_live).then_some(())
     });
+}
+
+/// Takes what is nobody's off a board. Returns the owners and how many blocks of it others use there.
+pub fn expire(host: &impl Host, shard: u8, now_s: u32) -> Vec<(u64, u32)> {
+    let expired = change(host, shard, |board| {
+        let expired = board.expire(now_s);
+        (!expired.is_empty()).then_some(expired)
+    });
+    expired.unwrap_or_default()
 }
 
 /// Changes a board, unless `step` has nothing to change.

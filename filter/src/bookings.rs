@@ -25,6 +25,9 @@ const MAX_SUMS: usize = 4096;
 /// Sequence hashes that a booking names, at most; blocks past them count as nobody else's.
 pub const MAX_HASHES: usize = 16_384;
 
+/// Boards that are swept at a time: all of them in 16 ticks.
+const SWEPT: usize = 16;
+
 /// Where a request may be booked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Place {
@@ -86,6 +89,8 @@ struct Live {
 pub struct Bookings {
     vm: u64,
     last: u64,
+    /// The board that was swept last.
+    swept: u8,
     /// Number of the last entry on a board.
     listed: u64,
     live: HashMap<u64, Live>,
@@ -431,10 +436,17 @@ impl Bookings {
         }
     }
 
-    /// The prompt of a VM that is no more was taken off its board: so many of its blocks are in use
-    /// on the owner still, and count once less.
-    pub fn bury(&mut self, host: &impl Host, place: Place, shared: u32) {
-        self.add(host, place, Delta::double(-i64::from(shared)));
+    /// Takes the prompts of VMs that are no more off some boards, the next ones each time. What
+    /// others use of them counts once less.
+    pub fn sweep(&mut self, host: &impl Host, place: impl Fn(u64) -> Option<Place>) {
+        for _ in 0..SWEPT {
+            self.swept = self.swept.wrapping_add(1);
+            for (owner, shared) in board::expire(host, self.swept, seconds(host)) {
+                if let Some(place) = place(owner) {
+                    self.add(host, place, Delta::double(-i64::from(shared)));
+                }
+            }
+        }
     }
 
     /// Reports what has happened, whenever the last report was.

@@ -16,7 +16,7 @@ use kv_core::reader::{Reader, View};
 use kv_core::rng::Rng;
 
 use crate::board::Glimpse;
-use crate::bookings::{self, Bookings, Place, Tentative};
+use crate::bookings::{Bookings, Place, Tentative};
 use crate::fleet::Served;
 use crate::hints::Pin;
 use crate::host::Host;
@@ -62,6 +62,8 @@ pub enum Answer {
     Streamed {
         /// Tokens that the client expects.
         expected: u32,
+        /// Whether the client wants to be told what the answer used.
+        tells_usage: bool,
     },
 }
 
@@ -169,16 +171,9 @@ impl Chooser {
         // Where blocks count for each request, or not at all, nothing is counted more than once.
         let tracking = pool.policy.tracking;
         let counts_distinct = tracking.active_blocks && tracking.kv_reuse;
-        let mut prompt = (mode == Mode::Kv && counts_distinct)
+        let prompt = (mode == Mode::Kv && counts_distinct)
             .then(|| Glimpse::new(host, ask.hashes))
             .flatten();
-        if let Some(prompt) = &mut prompt {
-            for (owner, shared) in prompt.expire(host, bookings::seconds(host)) {
-                if let Some(place) = served.place_named(owner) {
-                    bookings.bury(host, place, shared);
-                }
-            }
-        }
         let policy = pool.policy.trusted(trust);
         let candidates = match ask.pin {
             Some(pin) => {

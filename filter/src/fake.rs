@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::rc::Rc;
 
+use crate::header_map::HeaderMap;
 use crate::host::{
     Expect, Headers, Host, Level, Method, MetricId, MetricKind, Queue, Shared, Token,
 };
@@ -384,6 +385,24 @@ impl Host for Fake {
         self.process.queues.borrow_mut()[queue.0 as usize]
             .items
             .pop_front()
+    }
+
+    fn headers(&self, map: Headers) -> Option<HeaderMap> {
+        self.context(|context| {
+            let headers = match map {
+                Headers::Request => &context.request,
+                Headers::Response => &context.response,
+            };
+            let size = |len: usize| u32::try_from(len).unwrap().to_le_bytes();
+            let mut bytes = size(headers.len()).to_vec();
+            for (name, value) in headers {
+                bytes.extend([size(name.len()), size(value.len())].concat());
+            }
+            for (name, value) in headers {
+                bytes.extend([name.as_bytes(), value, b""].join(&0));
+            }
+            Some(HeaderMap::new(bytes))
+        })
     }
 
     fn header(&self, map: Headers, name: &str) -> Option<Vec<u8>> {

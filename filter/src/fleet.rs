@@ -51,7 +51,6 @@ pub struct Served<'a> {
     /// Whether the pool names the request's model.
     pub known: bool,
     derived: &'a Derived,
-    fleet: &'a Fleet,
 }
 
 impl Fleet {
@@ -112,7 +111,6 @@ impl Fleet {
             lora,
             known,
             derived: self.pools.get(position)?,
-            fleet: self,
         })
     }
 
@@ -177,12 +175,6 @@ impl<'a> Served<'a> {
     pub fn owner_in(&self, slot: Slot) -> Option<usize> {
         let owners = &self.pool.owners;
         owners.binary_search_by_key(&slot, |owner| owner.slot).ok()
-    }
-
-    /// Where requests are booked for the owner, of any pool, that boards call so.
-    #[must_use]
-    pub fn place_named(&self, name: u64) -> Option<Place> {
-        self.fleet.places().find(|place| place.lane.name() == name)
     }
 
     /// The owner at a position.

@@ -5,7 +5,7 @@
 
 use kv_core::surface::Surface;
 
-use crate::host::{Headers, Host};
+use crate::header_map::HeaderMap;
 use crate::reason::Reason;
 
 /// Path of the list of models.
@@ -15,13 +15,13 @@ const MODELS: &[u8] = b"/v1/models";
 ///
 /// # Errors
 /// The reason for not holding it.
-pub fn judge(host: &impl Host, body_limit: u64) -> Result<Surface, Reason> {
-    let header = |name| host.header(Headers::Request, name);
-    let surface = Surface::of(&path(host)).ok_or(Reason::Passed)?;
-    if header(":method").as_deref() != Some(b"POST")
-        || !header("content-type").is_some_and(|value| is_json(&value))
+pub fn judge(headers: &HeaderMap, body_limit: u64) -> Result<Surface, Reason> {
+    let header = |name| headers.get(name);
+    let surface = Surface::of(path(headers)).ok_or(Reason::Passed)?;
+    if header(":method") != Some(b"POST")
+        || !header("content-type").is_some_and(is_json)
         || header("upgrade").is_some()
-        || header("connection").is_some_and(|value| asks_for_upgrade(&value))
+        || header("connection").is_some_and(asks_for_upgrade)
     {
         return Err(Reason::Passed);
     }
@@ -29,7 +29,7 @@ pub fn judge(host: &impl Host, body_limit: u64) -> Result<Surface, Reason> {
         return Err(Reason::Compressed);
     }
     if let Some(length) = header("content-length") {
-        let length = std::str::from_utf8(&length).ok();
+        let length = std::str::from_utf8(length).ok();
         match length.and_then(|length| length.parse::<u64>().ok()) {
             None => return Err(Reason::Passed),
             Some(length) if length > body_limit => return Err(Reason::TooLong),
@@ -40,16 +40,15 @@ pub fn judge(host: &impl Host, body_limit: u64) -> Result<Surface, Reason> {
 }
 
 /// Whether the current request, which has no body, asks for the list of models.
-pub fn asks_for_models(host: &impl Host) -> bool {
-    host.header(Headers::Request, ":method").as_deref() == Some(b"GET") && path(host) == MODELS
+pub fn asks_for_models(headers: &HeaderMap) -> bool {
+    headers.get(":method") == Some(b"GET") && path(headers) == MODELS
 }
 
-/// The current request's path without query.
-fn path(host: &impl Host) -> Vec<u8> {
-    let mut path = host.header(Headers::Request, ":path").unwrap_or_default();
-    let end = path.iter().position(|b| matches!(b, b'?' | b'#'));
-    path.truncate(end.unwrap_or(path.len()));
-    path
+/// Path without query and fragment.
+fn path(headers: &HeaderMap) -> &[u8] {
+    let path = headers.get(":path").unwrap_or_default();
+    let mut parts = path.split(|b| matches!(b, b'?' | b'#'));
+    parts.next().unwrap_or_default()
 }
 
 /// `application/json`, possibly with parameters.
@@ -70,6 +69,7 @@ mod tests {
 
     use super::judge;
     use crate::fake::Fake;
+    use crate::host::{Headers, Host as _};
     use crate::reason::Reason;
 
     const LIMIT: u64 = 1000;
@@ -89,7 +89,7 @@ mod tests {
         {
             host.client_header(name, value);
         }
-        judge(&host, LIMIT)
+        judge(&host.headers(Headers::Request).unwrap(), LIMIT)
     }
 
     #[test]

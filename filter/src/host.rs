@@ -3,6 +3,8 @@
 //! Values are bytes, never strings: a client chooses them. No call panics or fails loudly; a
 //! refusal is `None` or `false`, and callers count it.
 
+use crate::header_map::HeaderMap;
+
 /// Severity of a log line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -17,7 +19,7 @@ pub enum Level {
     Critical = 5,
 }
 
-/// A header map.
+/// Which header map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Headers {
@@ -116,6 +118,8 @@ pub trait Host {
     /// Takes the first item of a queue; `None` from an empty one.
     fn dequeue(&self, queue: Queue) -> Option<Vec<u8>>;
 
+    /// All headers; `None` if Envoy does not tell.
+    fn headers(&self, map: Headers) -> Option<HeaderMap>;
     /// First value of a header.
     fn header(&self, map: Headers, name: &str) -> Option<Vec<u8>>;
     /// Sets a header to one value.

@@ -44,6 +44,7 @@ pub mod choose;
 pub mod config;
 pub mod correction;
 pub mod fleet;
+pub mod header_map;
 pub mod hints;
 pub mod hold;
 pub mod host;

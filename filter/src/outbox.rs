@@ -9,8 +9,11 @@ use kv_core::wire::{self, QUEUE};
 use crate::host::{Host, Queue};
 use crate::metrics::{Event, Metrics};
 
-/// Steps come at least this far apart in reports, unless a report is full.
-const SPACING_NS: u64 = 1_000_000;
+/// Steps come at least this far apart in reports, unless a report is full: where others have to
+/// know soon, and where they can wait. A report is a message to the sidecar, which costs Envoy more
+/// than all else that a step takes. What only lightens a load waits as long as the sidecar takes to
+/// tell other proxies of it, and mostly comes with the next booking.
+const SPACING_NS: (u64, u64) = (1_000_000, 5_000_000);
 /// A complete report comes at least this often.
 const COMPLETE_NS: u64 = 2_000_000_000;
 /// A VM that ends says so at most this often while it has requests.
@@ -50,6 +53,8 @@ pub struct Outbox {
     bytes: usize,
     /// Owners whose sums have changed since they were last reported.
     touched: Vec<OwnerKey>,
+    /// Whether others have to know soon of a step that waits.
+    is_urgent: bool,
     /// Whether a complete report was made that nothing has called into question since.
     whole: bool,
     completed_ns: u64,
@@ -90,6 +95,7 @@ impl Outbox {
             return;
         }
         self.bytes += bytes;
+        self.is_urgent |= is_urgent(&step);
         self.steps.push(Timed { at_ns, step });
     }
 
@@ -97,13 +103,16 @@ impl Outbox {
     pub fn forget(&mut self) {
         self.steps = Vec::new();
         self.bytes = 0;
+        self.is_urgent = false;
         self.whole = false;
     }
 
     /// Reports what waits, if it is time to.
     pub fn settle(&mut self, host: &impl Host, sums: &Sums) {
         let now_ns = host.now_ns();
-        if self.steps.len() >= MAX_STEPS || now_ns.saturating_sub(self.sent_ns) >= SPACING_NS {
+        let (soon, late) = SPACING_NS;
+        let spacing_ns = if self.is_urgent { soon } else { late };
+        if self.steps.len() >= MAX_STEPS || now_ns.saturating_sub(self.sent_ns) >= spacing_ns {
             self.flush(host, sums, now_ns);
         }
     }
@@ -218,6 +227,7 @@ impl Outbox {
                 .saturating_sub(report.steps.iter().map(size).sum());
             if is_last {
                 self.touched.clear();
+                self.is_urgent = false;
             }
         }
         true
@@ -279,6 +289,22 @@ fn whole<'a>(live: impl Iterator<Item = &'a Booked>, budget: usize) -> Vec<Step>
     live.filter(|booked| is_known(booked.owner))
         .map(&mut book)
         .collect()
+}
+
+/// Whether a step adds to a load, or says that something is wrong.
+fn is_urgent(step: &Step) -> bool {
+    match step {
+        Step::Book(_)
+        | Step::Move { .. }
+        | Step::Failed { .. }
+        | Step::WrittenOff(_)
+        | Step::Leave => true,
+        Step::FirstToken { .. }
+        | Step::Free { .. }
+        | Step::Cached { .. }
+        | Step::Prefilled { .. }
+        | Step::Grown { .. } => false,
+    }
 }
 
 /// Encoded size of a step, about, in bytes.

@@ -151,8 +151,8 @@ impl HttpContext for Stream {
         Action::Continue
     }
 
-    fn on_http_response_body(&mut self, size: usize, _end: bool) -> Action {
-        vm((), |vm| vm.on_response_body(self.0, size));
+    fn on_http_response_body(&mut self, size: usize, end: bool) -> Action {
+        vm((), |vm| vm.on_response_body(self.0, size, end));
         Action::Continue
     }
 

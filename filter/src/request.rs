@@ -17,6 +17,7 @@ use kv_core::table::Pool;
 
 use crate::choose::{Answer, Ask, Published};
 use crate::fleet::Served;
+use crate::header_map::HeaderMap;
 use crate::hints::{self, Nvext, Pin};
 use crate::hold;
 use crate::host::{Headers, Host, Token};
@@ -26,6 +27,7 @@ use crate::reason::Reason;
 use crate::refusal::Refusal;
 use crate::routed::{NO_POOL, Routed};
 use crate::text::{Asked, Question};
+use crate::usage;
 use crate::vm::{Action, Router};
 
 /// Names the worker; read by Envoy's `override_host` policy.
@@ -108,14 +110,24 @@ impl Read {
     }
 
     /// What answer the body asks for.
-    fn answer(&self, nvext: &Nvext) -> Answer {
+    fn answer(&self, host: &impl Host, nvext: &Nvext) -> Answer {
         match self.scan.stream {
             Field::Value(true) => Answer::Streamed {
                 expected: nvext.expected_output(),
+                tells_usage: self.wants_usage(host),
             },
             _ if self.is_complete => Answer::Whole,
             _ => Answer::Unknown,
         }
+    }
+
+    /// Whether a streamed answer is to say what it used.
+    fn wants_usage(&self, host: &impl Host) -> bool {
+        let place = self.scan.members.get(usage::STREAM_OPTIONS);
+        place.is_some_and(|place| {
+            let is_short = place.len() <= usage::MAX_STREAM_OPTIONS;
+            !is_short || usage::is_asked_for(&host.body(place.start, place.len()))
+        })
     }
 
     /// Nothing.
@@ -151,21 +163,19 @@ impl Request {
     pub fn on_headers<H: Host>(&mut self, router: &mut Router<H>, end: bool) -> Action {
         #[cfg(feature = "chaos")]
         crate::chaos::order(&router.host);
-        for name in OURS {
-            router.host.remove_header(Headers::Request, name);
-        }
+        let headers = router.headers();
         match self.state {
             State::Fresh => {}
             State::Held(_) | State::Asked(_) => return Action::Pause,
             State::Routed(_) | State::Over => return Action::Continue,
         }
         let now_ns = router.host.now_ns();
-        match self.hold(router, end, now_ns) {
+        match self.hold(router, &headers, end, now_ns) {
             Ok(held) => {
                 self.state = State::Held(Box::new(held));
                 Action::Pause
             }
-            Err(_) if end && hold::asks_for_models(&router.host) => self.list(router, now_ns),
+            Err(_) if end && hold::asks_for_models(&headers) => self.list(router, now_ns),
             Err(reason) => self.route(router, Read::nothing(reason), now_ns, now_ns),
         }
     }
@@ -257,12 +267,10 @@ impl Request {
         }
     }
 
-    /// A part of the response body has come.
-    pub fn on_response_body<H: Host>(&mut self, router: &mut Router<H>, size: usize) {
-        if let State::Routed(routed) = &mut self.state
-            && size > 0
-        {
-            routed.on_response_body(router, size);
+    /// A part of the response body has come; `end` with the last one.
+    pub fn on_response_body<H: Host>(&mut self, router: &mut Router<H>, size: usize, end: bool) {
+        if let State::Routed(routed) = &mut self.state {
+            routed.on_response_body(router, size, end);
         }
     }
 
@@ -280,6 +288,7 @@ impl Request {
     fn hold<H: Host>(
         &self,
         router: &mut Router<H>,
+        headers: &HeaderMap,
         end: bool,
         now_ns: u64,
     ) -> Result<Held, Reason> {
@@ -293,7 +302,7 @@ impl Request {
         });
         let fleet = fleet.ok_or(Reason::NoTable)?;
         let settings = fleet.table.settings;
-        let surface = hold::judge(&router.host, settings.body_limit)?;
+        let surface = hold::judge(headers, settings.body_limit)?;
         if !router.watchdog.hold(&router.host, self.context, now_ns) {
             return Err(Reason::Unheld);
         }
@@ -415,7 +424,7 @@ impl Request {
                 } else {
                     Nvext::default()
                 };
-                let answer = read.answer(&nvext);
+                let answer = read.answer(&router.host, &nvext);
                 let pin = match router.pin(served, read.reason, &nvext) {
                     Ok(pin) => pin,
                     Err(refusal) => {
@@ -524,6 +533,21 @@ impl<H: Host> Router<H> {
             return Err(Refusal::WorkerUnknown(pin.worker));
         }
         Ok(Some(pin))
+    }
+
+    /// The request's headers. Those that only this filter may set are removed.
+    fn headers(&mut self) -> HeaderMap {
+        let headers = self.host.headers(Headers::Request);
+        if headers.is_none() {
+            self.metrics.fault(&self.host, Fault::Header);
+        }
+        for name in OURS {
+            // What can't be seen may be there.
+            if headers.as_ref().is_none_or(|h| h.get(name).is_some()) {
+                self.host.remove_header(Headers::Request, name);
+            }
+        }
+        headers.unwrap_or_default()
     }
 
     /// Tells Envoy where to send the request: to the first of the endpoints that takes it.

@@ -42,6 +42,8 @@ pub struct Routed {
     usage: Option<Usage>,
     /// Whether a worker has answered.
     answered: bool,
+    /// Whether the answer has come to its end.
+    is_complete: bool,
     /// The owner whose worker did.
     server: Option<OwnerKey>,
     /// Whether the answer is an error, which has no tokens.
@@ -64,6 +66,7 @@ impl Routed {
             evidence: None,
             usage: None,
             answered: false,
+            is_complete: false,
             server: None,
             is_error: false,
             growth: None,
@@ -124,7 +127,7 @@ impl Routed {
         let key = |owner: usize| Some(served.place(owner)?.owner);
         let is_tracked = served.pool.policy.tracking.output_blocks;
         let growth = match ask.answer {
-            Answer::Streamed { expected } if is_tracked => {
+            Answer::Streamed { expected, .. } if is_tracked => {
                 Some(Growth::new(ask.tokens, served.pool.block_size, expected))
             }
             _ => None,
@@ -139,6 +142,7 @@ impl Routed {
             evidence,
             usage,
             answered: false,
+            is_complete: false,
             server: None,
             is_error: false,
             growth,
@@ -165,8 +169,10 @@ impl Routed {
         self.is_error = status >= 300;
         let by_worker = status < 500 || is_via_upstream(&router.host);
         if !self.answered && by_worker {
-            self.attribute(router);
-            self.fail_unreached(router, attempts(&router.host).saturating_sub(1));
+            // The chosen one is tried first, and again only after all others.
+            if !self.attribute(router) {
+                self.fail_unreached(router, attempts(&router.host).saturating_sub(1));
+            }
             if status >= 500 {
                 self.fail(router, self.server, Failure::Status);
             }
@@ -181,9 +187,11 @@ impl Routed {
     }
 
     /// A part of the answer has come. With the first, prefill is done; of an answer that is not
-    /// streamed that is at its end.
-    pub fn on_response_body<H: Host>(&mut self, router: &mut Router<H>, size: usize) {
-        let Some(booking) = self.booking.filter(|_| !self.is_error) else {
+    /// streamed that is at its end; `end` with the last part.
+    pub fn on_response_body<H: Host>(&mut self, router: &mut Router<H>, size: usize, end: bool) {
+        self.is_complete |= end;
+        let booking = self.booking.filter(|_| size > 0 && !self.is_error);
+        let Some(booking) = booking else {
             return;
         };
         let Router {
@@ -206,7 +214,9 @@ impl Routed {
 
     /// The request is over, whatever happened.
     pub fn on_over<H: Host>(self, router: &mut Router<H>) {
-        let is_broken = flags(&router.host) & BROKEN != 0;
+        // An answer that has come to its end is not broken off.
+        let may_be_broken = !(self.answered && self.is_complete);
+        let is_broken = may_be_broken && flags(&router.host) & BROKEN != 0;
         if !self.answered {
             router.metrics.missed(&router.host, Miss::Unanswered);
             if is_broken {
@@ -253,8 +263,8 @@ impl Routed {
     }
 
     /// Sets the worker that really serves the request against the chosen one, and books it there.
-    /// An answer of Envoy itself names none.
-    fn attribute<H: Host>(&mut self, router: &mut Router<H>) {
+    /// An answer of Envoy itself names none. Whether it is the chosen one.
+    fn attribute<H: Host>(&mut self, router: &mut Router<H>) -> bool {
         let Router {
             host,
             metrics,
@@ -263,7 +273,7 @@ impl Routed {
             ..
         } = router;
         let Some(address) = host.property(b"upstream\0address") else {
-            return;
+            return false;
         };
         self.answered = true;
         // A long answer shall not keep an old table in memory.
@@ -277,7 +287,7 @@ impl Routed {
             metrics.intended(host, pool.map_or(NO_POOL, |pool| &pool.name), self.reason);
             let [chosen, _] = self.named;
             self.server = chosen;
-            return;
+            return true;
         }
         self.usage = None;
         let miss = match chosen {
@@ -306,17 +316,26 @@ impl Routed {
             }
             (None, None) => {}
         }
+        false
     }
 }
 
 /// Prompt tokens that the chosen owner should find in its cache, where its overlap was looked up:
-/// an engine computes at least the last token, and with it the last block.
+/// an engine computes at least the last token, and with it the last block. `None` too where the
+/// answer will not say what it did find.
 fn predicted(served: &Served<'_>, ask: &Ask<'_>, reason: Reason, weighed: &Weighed) -> Option<u32> {
     let chosen = weighed.scored.get(weighed.chosen?)?;
     let [.., blocks] = chosen.candidate.overlap.depth;
     let block = served.pool.block_size;
     let usable = ask.tokens.checked_sub(1)?.checked_div(block)?;
-    let is_known = reason == Reason::Kv && !ask.hashes.is_empty();
+    let says = !matches!(
+        ask.answer,
+        Answer::Streamed {
+            tells_usage: false,
+            ..
+        }
+    );
+    let is_known = says && reason == Reason::Kv && !ask.hashes.is_empty();
     is_known.then(|| blocks.min(usable).saturating_mul(block))
 }
 

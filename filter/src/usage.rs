@@ -2,10 +2,29 @@
 //! `"prompt_tokens_details": {"cached_tokens": N}`, in the last event of a stream or at the end of
 //! a JSON document.
 
+use serde::Deserialize;
+
+/// The body's key with the options of a streamed answer.
+pub const STREAM_OPTIONS: &str = "stream_options";
+/// Longest value of [`STREAM_OPTIONS`] that is read, in bytes.
+pub const MAX_STREAM_OPTIONS: usize = 1 << 10;
+
 /// Bytes at the end of an answer that are looked at.
 const TAIL: usize = 2048;
 /// The key, as it stands in JSON.
 const KEY: &[u8] = b"\"cached_tokens\"";
+
+/// Whether options of a streamed answer ask for its usage, which ends it only then. Of options that
+/// can't be read that is not known.
+#[must_use]
+pub fn is_asked_for(options: &[u8]) -> bool {
+    #[derive(Deserialize)]
+    struct Options {
+        include_usage: Option<bool>,
+    }
+    let options = serde_json::from_slice::<Options>(options).ok();
+    options.is_none_or(|options| options.include_usage == Some(true))
+}
 
 /// The end of an answer, and what its worker was expected to find in its cache.
 #[derive(Debug)]
@@ -82,6 +101,21 @@ mod tests {
             assert!(usage.tail.len() <= TAIL);
         }
         usage.found()
+    }
+
+    #[test]
+    fn usage_is_looked_for_where_a_stream_may_have_it() {
+        let asked = [
+            &br#"{"include_usage": true, "continuous_usage_stats": false}"#[..],
+            br#"{"include_usage": 1}"#,
+        ];
+        assert!(asked.into_iter().all(is_asked_for));
+        let silent = [
+            &b"{}"[..],
+            br#"{"include_usage":false}"#,
+            br#"{"include_usage":null}"#,
+        ];
+        assert!(!silent.into_iter().any(is_asked_for));
     }
 
     #[test]

@@ -194,6 +194,8 @@ impl<H: Host> Vm<H> {
         if let Some(fleet) = router.world.fleet() {
             if bridge.leads() {
                 router.write_off(&fleet);
+                let place = |name| fleet.places().find(|place| place.lane.name() == name);
+                router.bookings.sweep(&router.host, place);
             }
             bridge.show_lanes(&router.host, &mut router.metrics, &fleet);
         }
@@ -268,9 +270,9 @@ impl<H: Host> Vm<H> {
     }
 
     /// See [`Request::on_response_body`].
-    pub fn on_response_body(&mut self, context: u32, size: usize) {
+    pub fn on_response_body(&mut self, context: u32, size: usize, end: bool) {
         self.with(context, (), |request, router| {
-            request.on_response_body(router, size);
+            request.on_response_body(router, size, end);
         });
     }
 

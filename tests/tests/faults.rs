@@ -1,14 +1,15 @@
 //! Parts that die, stall or are replaced while requests run.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
 use kv_core::event::{EventData, StorageTier, Stored, StoredBlock};
-use kv_core::hash::Seed;
+use kv_core::hash::{Seed, chain};
 use kv_core::rng::Rng;
 use kv_tests::client::{Client, json_request, uri};
 use kv_tests::events::{Encoding, Publisher};
@@ -22,6 +23,8 @@ use tokio::task::JoinHandle;
 
 /// Requests at a time.
 const CLIENTS: usize = 8;
+/// How long the index may differ from the engines: some times what it takes on a machine of its own.
+const RECOVERY: Duration = Duration::from_secs(20);
 
 /// Engines as processes of their own.
 struct Fleet {
@@ -83,32 +86,77 @@ impl Fleet {
         self.is_there(at).await;
     }
 
-    /// Waits until the index has exactly as many blocks of each engine as the engine itself, and
-    /// all of some prompts that an engine says it has.
+    /// Waits until the index has of each engine just the blocks that the engine itself has.
     async fn indexed(&self, stack: &Stack) {
-        let client = Client::default();
         let is_equal = async || {
             let mut held = BTreeMap::new();
             for (at, port) in self.ports.iter().enumerate() {
-                let blocks = client.get(*port, "/sim/blocks").await?;
-                let blocks = blocks["blocks"].as_array().map_or(0, Vec::len);
-                held.insert(at as u64 + 1, blocks as u64);
+                let answer = stack.client.get(*port, "/sim/blocks").await?;
+                held.insert(at as u64 + 1, sequences(&answer)?);
             }
-            let workers = stack.sidecar.workers().await?;
-            let owners = workers["pools"][0]["owners"].as_array().cloned();
-            let known: BTreeMap<u64, u64> = owners
-                .unwrap_or_default()
-                .iter()
-                .filter_map(|o| Some((o["worker"].as_u64()?, o["blocks"].as_u64()?)))
-                .collect();
-            if known == held && held.values().sum::<u64>() > 0 {
+            let known = dumped(stack).await?;
+            let is_equal = held.iter().all(|(worker, held)| {
+                let known = known.get(worker);
+                known.map_or(held.is_empty(), |known| known == held)
+            });
+            if is_equal && held.values().any(|held| !held.is_empty()) {
                 Ok(())
             } else {
+                let count = |of: &BTreeMap<u64, BTreeSet<u64>>| -> Vec<usize> {
+                    of.values().map(BTreeSet::len).collect()
+                };
+                let (held, known) = (count(&held), count(&known));
                 Err(format!("engines hold {held:?}, the index has {known:?}"))
             }
         };
-        wait::until("the engines' blocks in the index", is_equal).await;
+        let equal = wait::until("the engines' blocks in the index", is_equal);
+        let in_time = tokio::time::timeout(RECOVERY, equal).await;
+        assert!(in_time.is_ok(), "the index is not what engines hold");
     }
+}
+
+/// Sequence hashes of the blocks that an engine says it has.
+fn sequences(answer: &Value) -> Result<BTreeSet<u64>, String> {
+    let blocks = answer["blocks"].as_array().ok_or("no blocks")?;
+    let mut named = BTreeMap::new();
+    for block in blocks {
+        let name = block["engine_hash"].as_u64().ok_or("no name")?;
+        let tokens = block["tokens_hash"].as_u64().ok_or("no hash")?;
+        named.insert(name, (tokens, block["parent"].as_u64()));
+    }
+    let mut sequences = BTreeSet::new();
+    for (tokens, parent) in named.values() {
+        let (mut chained, mut above) = (vec![*tokens], *parent);
+        while let Some(name) = above {
+            let (tokens, parent) = named.get(&name).ok_or("a block without its parent")?;
+            chained.push(*tokens);
+            above = *parent;
+        }
+        let sequence = chained.into_iter().rev().reduce(chain);
+        sequences.extend(sequence);
+    }
+    Ok(sequences)
+}
+
+/// Sequence hashes of the blocks that the sidecar has of each worker.
+async fn dumped(stack: &Stack) -> Result<BTreeMap<u64, BTreeSet<u64>>, String> {
+    let request = http::Request::get(uri(stack.sidecar.admin, "/v1/index/dump"));
+    let request = request.body(http_body_util::Full::default());
+    let answer = stack.client.send(request.expect("a request")).await?;
+    let mut known: BTreeMap<u64, BTreeSet<u64>> = BTreeMap::new();
+    for line in answer.body().split(|byte| *byte == b'\n') {
+        let Ok(line) = serde_json::from_slice::<Value>(line) else {
+            continue;
+        };
+        let part = &line["blocks"];
+        let (Some(worker), Some(blocks)) = (part["worker"].as_u64(), part["blocks"].as_array())
+        else {
+            continue;
+        };
+        let sequences = blocks.iter().filter_map(|block| block[0].as_u64());
+        known.entry(worker).or_default().extend(sequences);
+    }
+    Ok(known)
 }
 
 /// Requests one after the other by each of some clients, until told to stop.

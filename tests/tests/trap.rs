@@ -59,17 +59,24 @@ async fn a_trapped_vm_is_replaced_and_its_load_forgotten() {
     .await;
     all_decided(&stack).await;
 
-    // Requests that are running on the VM when it traps leave their bookings in the lanes.
+    // Requests that are running on the VM when it traps leave their bookings in the lanes, and what
+    // they share on the boards.
+    let tokens: Vec<u32> = (0..320).collect();
+    let body = json!({"model": "sim", "prompt": tokens, "max_tokens": 1}).to_string();
+    let request = format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n\
+         connection: close\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
     upstreams.iter().for_each(|u| {
         u.gate.send_replace(false);
     });
     let running: Vec<_> = (0..8)
         .map(|_| {
-            let port = stack.envoy.port;
+            let (port, request) = (stack.envoy.port, request.clone());
             tokio::spawn(async move {
                 let mut stream = TcpStream::connect(("127.0.0.1", port)).await?;
-                let request = b"GET /v1/models HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
-                stream.write_all(request).await?;
+                stream.write_all(request.as_bytes()).await?;
                 let mut answer = String::new();
                 stream.read_to_string(&mut answer).await?;
                 Ok::<_, std::io::Error>(answer)

@@ -39,7 +39,7 @@ fn a_streamed_answer_fills_blocks_that_go_with_the_request() {
     for _ in 0..4 {
         site.host.enter(context);
         let size = site.host.answer(b"data: {\"x\":1}\n\n");
-        site.vm.on_response_body(context, size);
+        site.vm.on_response_body(context, size, false);
     }
     // Six tokens begin two blocks, the ninth the third.
     assert_eq!(site.load(10).blocks, 2);
@@ -58,7 +58,7 @@ fn answers_are_not_read_where_their_blocks_are_not_tracked() {
     let mut site = site(Tracking::default(), 0);
     let context = site.complete(br#"{"prompt":[1,2,3,4],"stream":true}"#);
     let size = site.host.answer(&b"data: {}\n\n".repeat(50));
-    site.vm.on_response_body(context, size);
+    site.vm.on_response_body(context, size, false);
     assert_eq!(site.load(10).blocks, 1);
     site.over(context);
 }
@@ -75,8 +75,8 @@ fn prefill_of_an_answer_that_comes_whole_ends_by_the_workers_rate() {
     assert_eq!((site.load(10).waiting, site.load(10).decoding), (1, 1));
     assert_eq!(site.load(10).prefill_tokens, 8);
     assert_eq!(site.host.named("kv_router_prefills_estimated_total"), 1);
-    site.vm.on_response_body(whole, 10);
-    site.vm.on_response_body(streamed, 10);
+    site.vm.on_response_body(whole, 10, false);
+    site.vm.on_response_body(streamed, 10, false);
     let steps = steps(&mut site);
     let count = |wanted: fn(&Step) -> bool| steps.iter().filter(|s| wanted(s)).count();
     assert_eq!(count(|s| matches!(s, Step::Prefilled { .. })), 1);

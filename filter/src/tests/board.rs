@@ -74,6 +74,19 @@ fn prompts_of_a_vm_that_is_no_more_are_forgotten() {
 }
 
 #[test]
+fn prompts_of_a_vm_that_is_no_more_are_forgotten_though_no_other_asks_for_them() {
+    let [mut one, mut two] = vms(1);
+    let tokens = prompt(1, 40);
+    two.complete(&body(&tokens));
+    two.complete(&body(&tokens));
+    assert_eq!(one.lanes(10).b, (20 << 32) + 10);
+    for _ in 0..12 * 20 {
+        one.tick();
+    }
+    assert_eq!(one.lanes(10).b, 20 << 32);
+}
+
+#[test]
 fn a_booking_that_finds_no_room_counts_in_full_and_leaves_nothing() {
     let [mut one, _] = vms(1);
     let tokens = prompt(1, 100);

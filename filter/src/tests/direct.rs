@@ -65,7 +65,7 @@ fn requests_that_name_no_worker_or_may_not_are_answered_with_an_error() {
         assert_eq!(site.destination(), None);
         // Envoy runs its own answer through the filter.
         site.vm.on_response_headers(context);
-        site.vm.on_response_body(context, 10);
+        site.vm.on_response_body(context, 10, false);
         site.over(context);
     }
     assert_eq!(site.routed("default", "refused"), 4);

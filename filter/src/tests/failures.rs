@@ -62,7 +62,7 @@ fn envoys_own_answer_tells_of_all_that_were_tried() {
     let details = b"upstream_reset_before_response_started{connection_failure}";
     site.host.say(b"response\0code_details", details);
     site.vm.on_response_headers(context);
-    site.vm.on_response_body(context, 90);
+    site.vm.on_response_body(context, 90, false);
     end(&mut site, context, REFUSED);
     let expected = [workers[0], workers[1]].map(|w| (key_of(w), Failure::Unreached));
     assert_eq!(failures(&site), expected);
@@ -77,7 +77,7 @@ fn an_answer_that_breaks_off_and_an_error_of_the_worker_are_told() {
     let (context, workers) = named(&mut site);
     site.host.reach(&endpoint_of(workers[0]), 1);
     site.vm.on_response_headers(context);
-    site.vm.on_response_body(context, 90);
+    site.vm.on_response_body(context, 90, false);
     end(&mut site, context, RESET);
     assert_eq!(failures(&site), [(key_of(workers[0]), Failure::Broken)]);
 
@@ -87,7 +87,7 @@ fn an_answer_that_breaks_off_and_an_error_of_the_worker_are_told() {
     site.host.say(b"response\0code_details", b"via_upstream");
     site.vm.on_response_headers(context);
     assert_eq!(site.load(workers[0]).waiting, 1);
-    site.vm.on_response_body(context, 90);
+    site.vm.on_response_body(context, 90, false);
     assert_eq!(
         site.load(workers[0]).waiting,
         1,

@@ -194,7 +194,7 @@ fn a_request_that_went_elsewhere_is_booked_there() {
         assert_eq!(site.load(11), Load::default());
         assert_eq!(site.lanes(13), booked);
         assert_eq!((outcome(&site, reason), intended(&site)), (1, 0));
-        site.vm.on_response_body(context, 5);
+        site.vm.on_response_body(context, 5, false);
         assert_eq!(site.load(13).decoding, 1);
         site.over(context);
         site.assert_idle();
@@ -209,7 +209,7 @@ fn a_request_that_went_to_a_stranger_loads_nobody() {
     site.host.reach("10.9.9.9:1", 1);
     site.vm.on_response_headers(context);
     site.assert_idle();
-    site.vm.on_response_body(context, 5);
+    site.vm.on_response_body(context, 5, false);
     site.over(context);
     site.assert_idle();
 }

@@ -180,7 +180,7 @@ proptest! {
             prop_assert!(site.destination().is_some());
             site.host.reach(&address, attempt);
             site.vm.on_response_headers(context);
-            site.vm.on_response_body(context, 3);
+            site.vm.on_response_body(context, 3, false);
             site.tick();
             sidecar.read(&[&site]);
             sidecar.assert_exact(&site);
@@ -212,7 +212,7 @@ proptest! {
                 2 => drop(site.vm.on_request_body(context, size, size % 2 == 0)),
                 3 => drop(site.vm.on_request_trailers(context)),
                 4 => site.vm.on_response_headers(context),
-                5 => site.vm.on_response_body(context, size),
+                5 => site.vm.on_response_body(context, size, false),
                 6 => site.vm.on_log(context),
                 7 => site.vm.on_done(context),
                 8 => site.host.reach(&endpoint(u16::try_from(size % 5).unwrap()), 1),

@@ -118,8 +118,8 @@ fn the_steps_of_a_request_are_told_in_order_with_their_evidence() {
     site.tick();
     let context = site.complete(&body(&tokens));
     site.vm.on_response_headers(context);
-    site.vm.on_response_body(context, 9);
-    site.vm.on_response_body(context, 9);
+    site.vm.on_response_body(context, 9, false);
+    site.vm.on_response_body(context, 9, false);
     site.over(context);
     site.tick();
     let mut sidecar = Sidecar::default();
@@ -175,7 +175,7 @@ fn reported_sums_are_the_lanes_whenever_a_request_ends() {
             site.vm.on_response_headers(context);
         }
         if stage > 3 {
-            site.vm.on_response_body(context, 10);
+            site.vm.on_response_body(context, 10, false);
         }
         for _ in 4..stage {
             site.tick();
@@ -206,7 +206,7 @@ fn what_a_worker_found_in_its_cache_is_told_beside_what_was_predicted() {
         site.host.reach(&reaches, 1);
         site.vm.on_response_headers(context);
         let size = site.host.answered(answer);
-        site.vm.on_response_body(context, size);
+        site.vm.on_response_body(context, size, false);
         site.over(context);
     }
     site.tick();
@@ -232,7 +232,7 @@ fn a_step_is_told_at_once_and_more_of_them_together() {
     let contexts = [(); 30].map(|()| site.complete(&body(&prompt(1, 8))));
     assert_eq!(site.host.queued(QUEUE), 1, "the first at once");
     for context in &contexts {
-        site.vm.on_response_body(*context, 1);
+        site.vm.on_response_body(*context, 1, false);
     }
     assert_eq!(site.host.queued(QUEUE), 1);
     for context in &contexts[..10] {
@@ -241,13 +241,19 @@ fn a_step_is_told_at_once_and_more_of_them_together() {
     assert_eq!(site.host.queued(QUEUE), 2, "a full report");
     site.host.advance_ms(1);
     site.vm.on_log(contexts[10]);
-    assert_eq!(site.host.queued(QUEUE), 3, "a millisecond later");
+    assert_eq!(site.host.queued(QUEUE), 2, "what lightens a load can wait");
+    site.complete(&body(&prompt(1, 8)));
+    assert_eq!(site.host.queued(QUEUE), 3, "a booking a millisecond later");
+    site.vm.on_log(contexts[11]);
+    site.host.advance_ms(5);
+    site.vm.on_log(contexts[12]);
+    assert_eq!(site.host.queued(QUEUE), 4, "five milliseconds later");
     let mut sidecar = Sidecar::default();
     site.told();
     assert_eq!(site.host.queued(QUEUE), 0);
     sidecar.read(&[&site]);
     let sizes: Vec<_> = sidecar.reports.iter().map(|r| r.steps.len()).collect();
-    assert_eq!(sizes, [0, 1, 64, 6]);
+    assert_eq!(sizes, [0, 1, 64, 7, 2]);
     sidecar.assert_exact(&site);
 }
 
@@ -284,7 +290,7 @@ fn a_complete_report_comes_with_a_stream_and_every_two_seconds() {
         site.complete(&body(&prompt(1, 40))),
         site.complete(&body(&prompt(2, 40))),
     );
-    site.vm.on_response_body(held, 3);
+    site.vm.on_response_body(held, 3, false);
     site.over(over);
     let mut sidecar = Sidecar::default();
     run(&mut site, 2_100);

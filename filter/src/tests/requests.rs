@@ -33,10 +33,10 @@ fn the_longest_overlap_wins_and_the_request_is_booked_there() {
     let record: serde_json::Value = serde_json::from_str(&record).unwrap();
     assert_eq!(record["worker"], 12);
     assert_eq!(record["candidates"][0]["overlap"][0], 10);
-    site.vm.on_response_body(context, 0);
+    site.vm.on_response_body(context, 0, false);
     assert_eq!(site.load(12), booked);
-    site.vm.on_response_body(context, 30);
-    site.vm.on_response_body(context, 30);
+    site.vm.on_response_body(context, 30, false);
+    site.vm.on_response_body(context, 30, false);
     let load = site.load(12);
     assert_eq!(
         (load.prefill_tokens, load.waiting, load.decoding),
@@ -216,11 +216,11 @@ fn every_end_of_a_request_releases_exactly_what_it_booked() {
             site.vm.on_response_headers(context);
         }
         if stage > 1 {
-            site.vm.on_response_body(context, 10);
+            site.vm.on_response_body(context, 10, false);
         }
         site.vm.on_log(context);
         site.assert_idle();
-        site.vm.on_response_body(context, 10);
+        site.vm.on_response_body(context, 10, false);
         site.vm.on_request_body(context, 10, true);
         site.vm.on_log(context);
         site.assert_idle();
