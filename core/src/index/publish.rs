@@ -45,25 +45,14 @@ fn encoded(tree: &mut Tree, id: u32, epoch: u32) -> Vec<u8> {
     let level = tree.units.directory.level_of(id);
     let mut ids = tree.units.directory.units(id).to_vec();
     let before = Image::new(tree.units.directory.image(id));
-    let members = |set| tree.eff.members(set);
-    let sources = ids.iter().map(|id| source(tree, *id, before));
-    let (mut bytes, mut left_out) = encode(
-        &sources.collect::<Vec<_>>(),
-        before,
-        level,
-        epoch,
-        members,
-    );
+    let image = |ids: &[UnitId]| {
+        let units: Vec<Source<'_>> = ids.iter().map(|id| source(tree, *id, before)).collect();
+        encode(&units, before, level, epoch, |set| tree.eff.members(set))
+    };
+    let (mut bytes, mut left_out) = image(&ids);
     if left_out > 0 {
         ids.sort_by_key(|id| std::cmp::Reverse(tree.units.at(*id).touched));
-        let sources = ids.iter().map(|id| source(tree, *id, before));
-        (bytes, left_out) = encode(
-            &sources.collect::<Vec<_>>(),
-            before,
-            level,
-            epoch,
-            members,
-        );
+        (bytes, left_out) = image(&ids);
     }
     for unit in ids {
         tree.units.at_mut(unit).encoded = true;

@@ -177,7 +177,7 @@ mod tests {
     use super::Page;
     use crate::id::{Slot, Tier};
     use crate::page::encode::{Run, Source, Unit, member, set_bytes};
-use crate::page::image::Image;
+    use crate::page::image::Image;
     use crate::page::{HEADER, MAX_BYTES, WHOLE};
 
     fn encode<'a>(
@@ -285,7 +285,9 @@ use crate::page::image::Image;
             .map(|i| (i..=2 * i).map(|s| member(Slot(s), Tier::Host)).collect())
             .collect();
         let members = |s: u32| sets[s as usize].as_slice();
-        let units: Vec<_> = (0..5).map(|i| unit(i, u64::from(i) * 100, 9, i % 4)).collect();
+        let units: Vec<_> = (0..5)
+            .map(|i| unit(i, u64::from(i) * 100, 9, i % 4))
+            .collect();
         let (before, _) = encode(&units, 4, 99, members);
         // One is gone, one has changed, one of another set is new, and the order is another one.
         let next = [
