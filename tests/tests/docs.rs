@@ -289,6 +289,7 @@ fn every_key_is_documented_with_its_default() {
     let headings = [
         "## Keys for the whole installation",
         "## Keys of `nats`",
+        "## Keys of `indexer`",
         "## Keys of a pool",
     ];
     let documented: BTreeMap<&str, &str> = headings

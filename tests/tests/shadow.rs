@@ -139,7 +139,8 @@ async fn thirty_two_at_a_time(threads: u32) {
         .buffer_unordered(32)
         .collect::<Vec<()>>()
         .await;
-    let verdicts = judged(&stack, REQUESTS as u64).await;
+    // A report under way to a bridge that is replaced is lost, and its decisions with it.
+    let verdicts = judged(&stack, REQUESTS as u64 * 98 / 100).await;
     let all: u64 = verdicts.values().sum();
     let of = |verdict: &str| verdicts.get(verdict).copied().unwrap_or(0);
     let agree = of("agree") + of("tie");

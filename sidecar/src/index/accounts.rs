@@ -126,7 +126,9 @@ impl Service {
     /// What a step says about the worker's cache.
     fn learn(&mut self, vm: u64, step: &Step, outcome: Outcome) {
         match step {
-            Step::FirstToken { request } if outcome == Outcome::FirstToken => {
+            Step::FirstToken { request } | Step::Prefilled { request }
+                if matches!(outcome, Outcome::FirstToken | Outcome::Prefilled) =>
+            {
                 let prompt = self.accounts.prompt(vm, *request);
                 if let Some((owner, Some(last))) = prompt.map(|(o, p)| (o, p.last().copied())) {
                     self.prompt_computed(owner, last);
