@@ -28,6 +28,7 @@
 
 pub mod decode;
 pub mod encode;
+pub mod image;
 
 use crate::id::Family;
 

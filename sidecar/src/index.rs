@@ -79,6 +79,9 @@ const LEVEL: u8 = 6;
 const MAX_ORPHANS: usize = 1 << 18;
 /// Least time between two writes of pages; changes are collected meanwhile.
 const COALESCE: Duration = Duration::from_millis(1);
+/// Most of it: changes are collected for twice as long as writing the last ones took, so that under
+/// load up to two thirds of the time are left to events.
+const COALESCE_MOST: Duration = Duration::from_millis(4);
 /// Ticks look after deadlines, beats and saving.
 const TICK: Duration = Duration::from_millis(100);
 /// Ticks between two signs of life.
@@ -139,6 +142,8 @@ pub struct Service {
     counts: report::Counts,
     requests: mpsc::Sender<WorkerId>,
     flushed: Instant,
+    /// How long changes are collected after that.
+    coalesce: Duration,
     flush_at: Option<Instant>,
     received_ns: Vec<u64>,
     saving: saving::Saving,
@@ -220,6 +225,7 @@ impl Service {
             counts: report::Counts::default(),
             requests,
             flushed: Instant::now(),
+            coalesce: COALESCE,
             flush_at: None,
             received_ns: Vec::new(),
             saving: saving::Saving::new(config.state_dir.as_deref().map(state::file)),
@@ -288,7 +294,7 @@ impl Service {
                 place = room(dump_out) => self.dump_step(place),
             }
             if self.flush_at.is_none() && self.index.is_dirty() {
-                self.flush_at = Some(self.flushed + COALESCE);
+                self.flush_at = Some(self.flushed + self.coalesce);
             }
         }
         self.save_all().await;
@@ -447,8 +453,11 @@ impl Service {
     }
 
     fn flush(&mut self) {
+        let since = Instant::now();
         self.flush_once();
         self.flushed = Instant::now();
+        let took = self.flushed - since;
+        self.coalesce = (2 * took).clamp(COALESCE, COALESCE_MOST);
         self.flush_at = self.index.is_dirty().then_some(self.flushed);
     }
 

@@ -4,7 +4,8 @@ use super::sets::EMPTY;
 use super::tree::{RunId, Tree};
 use super::unit::UnitId;
 use crate::index::PageWrite;
-use crate::page::encode::{Run, SPLIT_BYTES, Unit, encode, set_bytes};
+use crate::page::encode::{Run, SPLIT_BYTES, Source, Unit, encode, set_bytes};
+use crate::page::image::Image;
 use crate::page::{WHOLE, fingerprint};
 
 /// Pages of one flush, which bounds the time it takes.
@@ -43,17 +44,32 @@ pub(super) fn page(tree: &mut Tree, id: u32, epoch: u32) -> Vec<u8> {
 fn encoded(tree: &mut Tree, id: u32, epoch: u32) -> Vec<u8> {
     let level = tree.units.directory.level_of(id);
     let mut ids = tree.units.directory.units(id).to_vec();
+    let before = Image::new(tree.units.directory.image(id));
     let image = |ids: &[UnitId]| {
-        let units: Vec<Unit> = ids.iter().map(|id| unit_image(tree, *id)).collect();
-        encode(&units, level, epoch, |set| tree.eff.members(set))
+        let units: Vec<Source<'_>> = ids.iter().map(|id| source(tree, *id, before)).collect();
+        encode(&units, before, level, epoch, |set| tree.eff.members(set))
     };
     let (mut bytes, mut left_out) = image(&ids);
     if left_out > 0 {
         ids.sort_by_key(|id| std::cmp::Reverse(tree.units.at(*id).touched));
         (bytes, left_out) = image(&ids);
     }
+    for unit in ids {
+        tree.units.at_mut(unit).encoded = true;
+    }
     tree.units.directory.keep(id, &bytes, left_out);
     bytes
+}
+
+/// A unit that has not changed since its page was encoded comes from there: it is much cheaper
+/// than the walk through its runs.
+fn source<'a>(tree: &Tree, id: UnitId, before: Image<'a>) -> Source<'a> {
+    let unit = tree.units.at(id);
+    let kept = unit.encoded.then(|| before.unit(fingerprint(unit.key)));
+    match kept.flatten() {
+        Some(kept) => Source::Before(kept),
+        None => Source::Index(unit_image(tree, id)),
+    }
 }
 
 /// Brings one changed unit's listing, split and page up to date.
@@ -65,10 +81,36 @@ fn refresh(tree: &mut Tree, id: UnitId, is_loss: bool) {
     }
     tree.units.list(id);
     tree.units.directory.soil(unit.key, unit.depth, is_loss);
+    if most_bytes(tree, id) <= SPLIT_BYTES {
+        return;
+    }
     let image = unit_image(tree, id);
     if let Some(position) = split_position(tree, unit.depth, &image) {
         split(tree, id, position);
     }
+}
+
+/// Bytes that a unit takes at most, counted without putting it together.
+fn most_bytes(tree: &Tree, id: UnitId) -> usize {
+    let mut bytes = 10;
+    let mut others = Vec::new();
+    let mut at = Some(tree.units.at(id).root);
+    while let Some(start) = at {
+        let run = tree.run(start);
+        bytes += 8 + 2 * run.blocks.len() + set_bytes(tree.eff.members(run.eff));
+        others.extend(visible(tree, id, start));
+        at = others.pop();
+    }
+    bytes
+}
+
+/// Runs of a unit that begin after one of its runs, as far as somebody is published with them.
+fn visible(tree: &Tree, unit: UnitId, run: RunId) -> impl Iterator<Item = RunId> + '_ {
+    let is_visible = move |child: &RunId| {
+        let child = tree.run(*child);
+        child.unit == unit && child.eff != EMPTY
+    };
+    tree.children(run).filter(is_visible)
 }
 
 fn unit_image(tree: &Tree, id: UnitId) -> Unit {
@@ -85,8 +127,7 @@ fn unit_image(tree: &Tree, id: UnitId) -> Unit {
         let mut at = start;
         loop {
             let first = starts.len();
-            let is_visible = |c: &RunId| tree.run(*c).unit == id && tree.run(*c).eff != EMPTY;
-            starts.extend(tree.children(at).filter(is_visible));
+            starts.extend(visible(tree, id, at));
             match starts.get(first..) {
                 // Runs that differ in what is hidden only are one to readers.
                 Some(&[only]) if tree.run(only).eff == run.set => {

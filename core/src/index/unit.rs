@@ -25,6 +25,8 @@ pub(super) struct Unit {
     pub(super) split: u8,
     /// Whether its page lists it.
     pub(super) listed: bool,
+    /// Whether it has not changed since its page was encoded.
+    pub(super) encoded: bool,
     dirty: bool,
     lost: bool,
 }
@@ -39,6 +41,7 @@ impl Default for Unit {
             touched: 0,
             split: WHOLE,
             listed: false,
+            encoded: false,
             dirty: false,
             lost: false,
         }
@@ -153,6 +156,7 @@ impl Units {
             // has been reused or is free.
             if unit.dirty && unit.root != NIL {
                 unit.dirty = false;
+                unit.encoded = false;
                 unit.touched = clock;
                 return Some((id, std::mem::take(&mut unit.lost)));
             }

@@ -176,8 +176,19 @@ impl Run<'_> {
 mod tests {
     use super::Page;
     use crate::id::{Slot, Tier};
-    use crate::page::encode::{Run, Unit, encode, member, set_bytes};
+    use crate::page::encode::{Run, Source, Unit, member, set_bytes};
+    use crate::page::image::Image;
     use crate::page::{HEADER, MAX_BYTES, WHOLE};
+
+    fn encode<'a>(
+        units: &[Unit],
+        level: u8,
+        epoch: u32,
+        members: impl Fn(u32) -> &'a [u16],
+    ) -> (Vec<u8>, usize) {
+        let units: Vec<_> = units.iter().cloned().map(Source::Index).collect();
+        crate::page::encode::encode(&units, Image::default(), level, epoch, members)
+    }
 
     fn unit(fingerprint: u32, first: u64, length: u64, set: u32) -> Unit {
         let blocks = (first..first + length).map(|b| b.wrapping_mul(0x9E37_79B9_7F4A_7C15));
@@ -266,6 +277,36 @@ mod tests {
             let run = page.unit(unit.fingerprint).unwrap().next().unwrap();
             assert_eq!(run.matched(&unit.runs[0].blocks), 30);
         }
+    }
+
+    #[test]
+    fn units_of_a_page_go_into_the_next_as_they_are() {
+        let sets: Vec<Vec<u16>> = (0..4_u16)
+            .map(|i| (i..=2 * i).map(|s| member(Slot(s), Tier::Host)).collect())
+            .collect();
+        let members = |s: u32| sets[s as usize].as_slice();
+        let units: Vec<_> = (0..5)
+            .map(|i| unit(i, u64::from(i) * 100, 9, i % 4))
+            .collect();
+        let (before, _) = encode(&units, 4, 99, members);
+        // One is gone, one has changed, one of another set is new, and the order is another one.
+        let next = [
+            unit(9, 900, 3, 2),
+            units[4].clone(),
+            unit(1, 100, 12, 1),
+            units[2].clone(),
+            units[3].clone(),
+        ];
+        let image = Image::new(&before);
+        let sources = next.iter().enumerate().map(|(i, unit)| match i {
+            0 | 2 => Source::Index(unit.clone()),
+            _ => Source::Before(image.unit(unit.fingerprint).unwrap()),
+        });
+        let sources: Vec<_> = sources.collect();
+        let (ours, left_out) = crate::page::encode::encode(&sources, image, 4, 99, members);
+        assert_eq!((&ours, left_out), (&encode(&next, 4, 99, members).0, 0));
+        assert!(image.unit(9).is_none());
+        assert!(Image::new(&[]).unit(1).is_none());
     }
 
     #[test]

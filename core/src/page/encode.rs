@@ -1,6 +1,7 @@
 //! Writing pages.
 
 use crate::id::{Slot, Tier};
+use crate::page::image::{Image, Kept};
 use crate::page::{HEADER, MAX_BYTES, VERSION, body_of, head_of};
 
 /// A unit of more bytes than this splits.
@@ -51,58 +52,68 @@ impl Unit {
     }
 }
 
-/// Encodes units into a page. `members` gives a set's members, ascending. Units that no longer fit
-/// into [`MAX_BYTES`] are left out; the caller orders them by worth. Returns the page and the
-/// number of units left out.
+/// Where a unit of a page comes from.
+#[derive(Clone, Debug)]
+pub enum Source<'a> {
+    /// From the index.
+    Index(Unit),
+    /// From the page as it was encoded before.
+    Before(Kept<'a>),
+}
+
+/// Encodes units into a page. `before` is the page that kept units are from; `members` gives a
+/// set's members, ascending. Units that no longer fit into [`MAX_BYTES`] are left out; the caller
+/// orders them by worth. Returns the page and the number of units left out.
 #[must_use]
 pub fn encode<'a>(
-    units: &[Unit],
+    units: &[Source<'_>],
+    before: Image<'_>,
     level: u8,
     epoch: u32,
     members: impl Fn(u32) -> &'a [u16],
 ) -> (Vec<u8>, usize) {
-    let mut sets: Vec<u32> = Vec::new();
-    let mut set_bytes = Vec::new();
-    let mut set_offsets: Vec<u16> = Vec::new();
+    let mut sets = SetTable::default();
     let mut bodies: Vec<u8> = Vec::new();
-    let mut taken: Vec<(u32, u16)> = Vec::new();
+    let mut taken: Vec<(u32, u16)> = Vec::with_capacity(units.len());
     let mut left_out = 0;
     for unit in units {
-        let mark = (sets.len(), set_bytes.len(), bodies.len());
+        let mark = (sets.offsets.len(), bodies.len());
         let offset = narrow(bodies.len());
-        bodies.extend_from_slice(&narrow(unit.runs.len()).to_le_bytes());
-        bodies.extend_from_slice(&[unit.split, 0]);
-        for run in &unit.runs {
-            let set = sets.iter().position(|s| *s == run.set).unwrap_or_else(|| {
-                sets.push(run.set);
-                set_offsets.push(narrow(set_bytes.len()));
-                encode_set(members(run.set), &mut set_bytes);
-                sets.len() - 1
-            });
-            encode_run(run, narrow(set), &mut bodies);
-        }
-        taken.push((unit.fingerprint, offset));
-        let total = HEADER + 6 * taken.len() + bodies.len() + 2 * sets.len() + set_bytes.len();
+        let fingerprint = match unit {
+            Source::Index(unit) => {
+                bodies.extend_from_slice(&narrow(unit.runs.len()).to_le_bytes());
+                bodies.extend_from_slice(&[unit.split, 0]);
+                for run in &unit.runs {
+                    let set = sets.of_index(run.set, &members);
+                    encode_run(run, set, &mut bodies);
+                }
+                unit.fingerprint
+            }
+            Source::Before(unit) => {
+                unit.copy(&mut bodies, |set| sets.of_page(set, before.set(set)));
+                unit.fingerprint
+            }
+        };
+        taken.push((fingerprint, offset));
+        let total = HEADER + 6 * taken.len() + bodies.len() + sets.len();
         if total > MAX_BYTES {
             left_out += 1;
             taken.pop();
             sets.truncate(mark.0);
-            set_offsets.truncate(mark.0);
-            set_bytes.truncate(mark.1);
-            bodies.truncate(mark.2);
+            bodies.truncate(mark.1);
         }
     }
 
     let bodies_at = HEADER + 6 * taken.len();
     let offsets_at = bodies_at + bodies.len();
-    let sets_at = offsets_at + 2 * sets.len();
-    let mut page = Vec::with_capacity(sets_at + set_bytes.len());
+    let sets_at = offsets_at + 2 * sets.offsets.len();
+    let mut page = Vec::with_capacity(sets_at + sets.bytes.len());
     page.extend_from_slice(&[level, VERSION]);
     page.extend_from_slice(&narrow(taken.len()).to_le_bytes());
     page.extend_from_slice(&epoch.to_le_bytes());
     page.extend_from_slice(&[0; 4]);
     page.extend_from_slice(&narrow(offsets_at).to_le_bytes());
-    page.extend_from_slice(&narrow(sets.len()).to_le_bytes());
+    page.extend_from_slice(&narrow(sets.offsets.len()).to_le_bytes());
     for (fingerprint, _) in &taken {
         page.extend_from_slice(&fingerprint.to_le_bytes());
     }
@@ -110,11 +121,77 @@ pub fn encode<'a>(
         page.extend_from_slice(&(narrow(bodies_at) + offset).to_le_bytes());
     }
     page.extend_from_slice(&bodies);
-    for offset in &set_offsets {
+    for offset in &sets.offsets {
         page.extend_from_slice(&(narrow(sets_at) + offset).to_le_bytes());
     }
-    page.extend_from_slice(&set_bytes);
+    page.extend_from_slice(&sets.bytes);
     (page, left_out)
+}
+
+/// The sets of a page that is being put together, each once.
+#[derive(Debug, Default)]
+struct SetTable {
+    offsets: Vec<u16>,
+    bytes: Vec<u8>,
+    /// Numbers by the index's ids.
+    by_id: Vec<(u32, u16)>,
+    /// Numbers by those in the page as it was.
+    by_old: Vec<(u16, u16)>,
+}
+
+impl SetTable {
+    /// Bytes in the page.
+    fn len(&self) -> usize {
+        2 * self.offsets.len() + self.bytes.len()
+    }
+
+    fn of_index<'a>(&mut self, id: u32, members: impl Fn(u32) -> &'a [u16]) -> u16 {
+        if let Some((_, set)) = self.by_id.iter().find(|(other, _)| *other == id) {
+            return *set;
+        }
+        let at = self.bytes.len();
+        encode_set(members(id), &mut self.bytes);
+        let set = self.one_of(at);
+        self.by_id.push((id, set));
+        set
+    }
+
+    fn of_page(&mut self, old: u16, set: &[u8]) -> u16 {
+        if let Some((_, set)) = self.by_old.iter().find(|(other, _)| *other == old) {
+            return *set;
+        }
+        let at = self.bytes.len();
+        self.bytes.extend_from_slice(set);
+        let set = self.one_of(at);
+        self.by_old.push((old, set));
+        set
+    }
+
+    /// The number of the set that has been appended at a place, which goes again if it is there
+    /// already: a set has one encoding.
+    fn one_of(&mut self, at: usize) -> u16 {
+        let (before, new) = self.bytes.split_at_checked(at).unwrap_or_default();
+        let is_it = |offset: &u16| {
+            let same = before.get(usize::from(*offset)..);
+            same.is_some_and(|set| set.starts_with(new))
+        };
+        if let Some(set) = self.offsets.iter().position(is_it) {
+            self.bytes.truncate(at);
+            return narrow(set);
+        }
+        self.offsets.push(narrow(at));
+        narrow(self.offsets.len() - 1)
+    }
+
+    /// Takes back all but the first sets.
+    fn truncate(&mut self, sets: usize) {
+        if let Some(at) = self.offsets.get(sets) {
+            self.bytes.truncate(usize::from(*at));
+        }
+        self.offsets.truncate(sets);
+        self.by_id.retain(|(_, set)| usize::from(*set) < sets);
+        self.by_old.retain(|(_, set)| usize::from(*set) < sets);
+    }
 }
 
 /// Lengths and offsets inside a page: `MAX_BYTES` bounds them, and a unit that would pass it is
