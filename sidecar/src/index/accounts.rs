@@ -126,13 +126,8 @@ impl Service {
     /// What a step says about the worker's cache.
     fn learn(&mut self, vm: u64, step: &Step, outcome: Outcome) {
         match step {
-            Step::FirstToken { request } | Step::Prefilled { request }
-                if matches!(outcome, Outcome::FirstToken | Outcome::Prefilled) =>
-            {
-                let prompt = self.accounts.prompt(vm, *request);
-                if let Some((owner, Some(last))) = prompt.map(|(o, p)| (o, p.last().copied())) {
-                    self.prompt_computed(owner, last);
-                }
+            Step::FirstToken { request } if outcome == Outcome::FirstToken => {
+                self.prompt_was_computed(vm, *request);
             }
             Step::Cached {
                 request,
@@ -145,6 +140,13 @@ impl Service {
                 }
             }
             _ => {}
+        }
+    }
+
+    fn prompt_was_computed(&mut self, vm: u64, request: u64) {
+        let prompt = self.accounts.prompt(vm, request);
+        if let Some((owner, Some(last))) = prompt.map(|(o, p)| (o, p.last().copied())) {
+            self.prompt_computed(owner, last);
         }
     }
 
@@ -163,6 +165,8 @@ impl Service {
                     && let Some(owner) = owner
                 {
                     self.worker_answered(owner.id.worker);
+                    // The end of a prefill whose first token is not seen is an estimate.
+                    self.prompt_was_computed(vm, *request);
                 }
             }
             Step::Move { request, .. } => self.take_prediction_back(vm, *request),
