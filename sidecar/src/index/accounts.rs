@@ -110,7 +110,7 @@ impl Service {
             _ => self.accounts.step(vm, step, now_ms),
         };
         self.remember(at_ns);
-        self.learn(vm, step, outcome);
+        self.learn(vm, step);
         if let Step::Move { request, to } = step
             && outcome == Outcome::Moved
             && self.is_predicted(*to)
@@ -124,22 +124,17 @@ impl Service {
     }
 
     /// What a step says about the worker's cache.
-    fn learn(&mut self, vm: u64, step: &Step, outcome: Outcome) {
-        match step {
-            Step::FirstToken { request } if outcome == Outcome::FirstToken => {
-                self.prompt_was_computed(vm, *request);
+    fn learn(&mut self, vm: u64, step: &Step) {
+        if let Step::Cached {
+            request,
+            predicted,
+            found,
+        } = step
+        {
+            let prompt = self.accounts.prompt(vm, *request);
+            if let Some((owner, prompt)) = prompt.map(|(o, p)| (o, p.to_vec())) {
+                self.cache_found(owner, &prompt, *predicted, *found);
             }
-            Step::Cached {
-                request,
-                predicted,
-                found,
-            } => {
-                let prompt = self.accounts.prompt(vm, *request);
-                if let Some((owner, prompt)) = prompt.map(|(o, p)| (o, p.to_vec())) {
-                    self.cache_found(owner, &prompt, *predicted, *found);
-                }
-            }
-            _ => {}
         }
     }
 
@@ -165,7 +160,7 @@ impl Service {
                     && let Some(owner) = owner
                 {
                     self.worker_answered(owner.id.worker);
-                    // The end of a prefill whose first token is not seen is an estimate.
+                    // Not before: the end of a prefill whose first token is not seen is an estimate.
                     self.prompt_was_computed(vm, *request);
                 }
             }

@@ -44,7 +44,7 @@ impl Service {
         }
     }
 
-    /// A request's first token has come: its prompt is in the worker's cache, and an event should
+    /// A request was answered to its end: its prompt is in the worker's cache, and an event should
     /// have said so.
     pub(super) fn prompt_computed(&mut self, owner: OwnerKey, last: u64) {
         let number = usize::from(owner.pool);
