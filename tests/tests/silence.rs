@@ -42,10 +42,11 @@ async fn worker(stack: &Stack, id: u64) -> Result<Value, String> {
 /// Blocks of a prompt that a worker is taken to hold, once Envoy has everything.
 async fn overlap(stack: &Stack, id: u64, tokens: &[u32]) -> Result<u64, String> {
     let (client, admin) = (&stack.client, stack.sidecar.admin);
-    let index = stack.sidecar.index().await?;
     let explained = client
         .post(admin, "/v1/explain", &json!({"tokens": tokens}))
         .await?;
+    // Asked after it, so that what was explained is what Envoy holds.
+    let index = stack.sidecar.index().await?;
     let owners = explained["owners"].as_array().cloned().unwrap_or_default();
     let owner = owners.iter().find(|o| o["worker"] == id);
     let overlap = owner.and_then(|o| o["overlap"][0].as_u64());

@@ -208,9 +208,29 @@ async fn each_rank_is_heard_at_a_port_of_its_own_and_routed_to() {
     let mut ranks = worker(&first, &events(&sockets(port, replay)));
     ranks["data_parallel_size"] = 2.into();
     serve(&mut stack, vec![ranks]).await;
-    let tokens = prompt(1, 12);
-    assert!(first.store(&prompt(2, 5)) && second.store(&tokens));
+    assert!(first.store(&prompt(1, 5)) && second.store(&prompt(2, 12)));
+    let heard = async |rank: u64, engine: &Engine| {
+        let compare = async || {
+            let owner = owner(&stack, 1, rank).await?;
+            let held = engine.blocks().len();
+            let index = stack.sidecar.index().await?;
+            if owner["blocks"] == held && index["settled"] == true {
+                Ok(())
+            } else {
+                Err(format!("{held} blocks held, {owner} {index}"))
+            }
+        };
+        wait::until("the rank's blocks to be indexed", compare).await;
+    };
+    heard(0, &first).await;
+    heard(1, &second).await;
+    let mut number = 2;
+    // Whoever gets a request holds its prompt from then on, so a next attempt takes another.
     let routed = async || {
+        number += 1;
+        let tokens = prompt(number, 12);
+        assert!(second.store(&tokens), "room for a prompt");
+        heard(1, &second).await;
         let (_, decision) = stack.complete(&tokens).await?;
         let candidates = decision["candidates"].as_array().cloned();
         let overlap = |rank: u64| {
