@@ -37,6 +37,7 @@ pub mod overlap;
 pub mod page;
 pub mod pick;
 pub mod policy;
+pub mod queue;
 pub mod reader;
 pub mod replica;
 pub mod report;
