@@ -20,6 +20,9 @@ pub const WRITTEN_OFF: [u8; 2] = [FORMAT, b'w'];
 pub const LEASE: [u8; 2] = [FORMAT, b'l'];
 /// Time stamp of VMs that carry no traffic, the preferred bridges.
 pub const IDLE: [u8; 2] = [FORMAT, b'i'];
+/// Since when the sidecar has not been heard of on the bridge's stream, nanoseconds of the process's
+/// clock as u64 LE; 0 while it is.
+pub const SILENT: [u8; 2] = [FORMAT, b'd'];
 /// Nonce of the Envoy process, written by the first VM.
 pub const PROCESS: [u8; 2] = [FORMAT, b'n'];
 
@@ -36,6 +39,27 @@ pub(crate) fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Option<T> {
         return None;
     };
     postcard::from_bytes(rest).ok()
+}
+
+/// Whose a mailbox is ([`crate::queue::Mailbox`]).
+#[must_use]
+pub fn mailbox(number: u8) -> [u8; 3] {
+    [FORMAT, b'm', number]
+}
+
+/// Mail for a mailbox ([`crate::queue::Mail`]): the bridge puts it into the mailbox's queue.
+#[must_use]
+pub fn mail(mailbox: u8) -> [u8; 3] {
+    [FORMAT, b'g', mailbox]
+}
+
+/// The mailbox of a key of [`mail`].
+#[must_use]
+pub fn mailed(key: &[u8]) -> Option<u8> {
+    match key {
+        [FORMAT, b'g', mailbox] => Some(*mailbox),
+        _ => None,
+    }
 }
 
 /// Key of a page.

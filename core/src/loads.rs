@@ -26,6 +26,10 @@ pub struct Loads {
     pub pools: Vec<PoolLoads>,
     /// What the lanes still hold of VMs that are gone.
     pub write_off: WriteOff,
+    /// By position of the pool: the classes of its queue in which requests wait, as bits. Stands
+    /// behind what earlier filters read.
+    #[serde(skip)]
+    pub backlogs: Vec<u64>,
 }
 
 /// What one VM, the bridge's, is to take out of the lanes, once.
@@ -75,13 +79,24 @@ impl Loads {
     /// Version byte and the loads.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
-        key::encode(self)
+        key::encode(&(self, &self.backlogs))
     }
 
-    /// The inverse of [`Loads::encode`]; `None` for another version or broken bytes.
+    /// The inverse of [`Loads::encode`]; `None` for another version or broken bytes. What an earlier
+    /// release wrote knows of no queue.
     #[must_use]
     pub fn decode(bytes: &[u8]) -> Option<Self> {
-        key::decode(bytes)
+        let Some((mut loads, backlogs)) = key::decode::<(Self, Vec<u64>)>(bytes) else {
+            return key::decode(bytes);
+        };
+        loads.backlogs = backlogs;
+        Some(loads)
+    }
+
+    /// The classes of a pool in which requests wait, as bits.
+    #[must_use]
+    pub fn backlog(&self, pool: usize) -> u64 {
+        self.backlogs.get(pool).copied().unwrap_or(0)
     }
 
     /// Epoch and version of encoded loads, without decoding the rest.

@@ -22,4 +22,4 @@ pub use busy::{Capacity, Thresholds};
 pub use class::{Class, Full, Limit, Limits, Order, Usage};
 pub use mail::{MAILBOXES, Mail, Mailbox, Verdict, mailbox_name};
 pub use policy::{Entry, PolicyQueue, Request};
-pub use profile::{Bounds, Bucketed, MAX_CLASSES, Profile, ProfileError};
+pub use profile::{Bounds, Bucketed, MAX_CLASSES, Profile, ProfileError, Refusing};

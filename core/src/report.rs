@@ -212,6 +212,40 @@ pub enum Step {
         /// Prompt tokens that were.
         found: u32,
     },
+    /// It waits for a worker to have room.
+    Queued(Box<Queued>),
+    /// It waits no more: it is booked, or it is gone.
+    Unqueued {
+        /// Its ticket.
+        ticket: u64,
+    },
+}
+
+/// A request that waits. One that is repeated waits still.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Queued {
+    /// Its number among those of its VM that wait, ascending as they came.
+    pub ticket: u64,
+    /// Position of its pool in the worker table.
+    pub pool: u16,
+    /// Where its VM looks for verdicts.
+    pub mailbox: u8,
+    /// The class or family that its client named; empty for none.
+    pub class: String,
+    /// Prompt tokens.
+    pub tokens: u32,
+    /// Prompt tokens that the best owner has cached.
+    pub cached_tokens: u32,
+    /// When it came, Unix nanoseconds by Envoy's clock.
+    pub since_ns: u64,
+    /// Its priority, in seconds.
+    pub priority: f64,
+    /// Its tier.
+    pub strict: u32,
+    /// When it has to go at the latest, Unix nanoseconds; 0 for no deadline of its own.
+    pub due_ns: u64,
+    /// The owners that can take it; empty for any of its pool.
+    pub owners: Vec<OwnerId>,
 }
 
 /// How a worker failed a request.

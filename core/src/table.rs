@@ -4,6 +4,7 @@
 //! an earlier filter reads a later sidecar's table.
 
 mod extension;
+mod queueing;
 
 use serde::{Deserialize, Serialize};
 
@@ -11,8 +12,10 @@ use crate::family::Scheme;
 use crate::id::{Device, OwnerId, Role, Slot};
 use crate::key;
 use crate::policy::Policy;
+use crate::queue::{Capacity, Profile, Refusing, Thresholds};
 use crate::text::Budget;
 use extension::Extension;
+use queueing::Queueing;
 
 /// Everything a decision needs besides pages, load and the request.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -72,6 +75,15 @@ pub struct Pool {
     /// for this pool.
     #[serde(skip)]
     pub text: Option<Budget>,
+    /// How requests wait while all workers are busy; `None` where they don't.
+    #[serde(skip)]
+    pub queue: Option<Profile>,
+    /// Past which load a worker takes no requests at all.
+    #[serde(skip)]
+    pub overload: Thresholds,
+    /// How requests are refused because of load.
+    #[serde(skip)]
+    pub refusing: Refusing,
 }
 
 /// A (worker, dp rank) of a pool.
@@ -99,6 +111,9 @@ pub struct Traits {
     pub device: Device,
     /// Prompt tokens that it prefills in a second, queueing included; 0 where not known.
     pub prefill_rate: u32,
+    /// What it can do. The worker table carries it apart.
+    #[serde(skip)]
+    pub capacity: Capacity,
 }
 
 /// Which pool serves a model, and as what.
@@ -116,13 +131,18 @@ impl Table {
     /// Version byte and the table.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
-        key::encode(&(self, Extension::of(self)))
+        key::encode(&(self, Extension::of(self), Queueing::of(self)))
     }
 
     /// The inverse of [`Table::encode`]; `None` for another version or broken bytes. What an
     /// earlier release wrote lacks the extension.
     #[must_use]
     pub fn decode(bytes: &[u8]) -> Option<Self> {
+        if let Some((mut table, extension, queueing)) = key::decode::<(Self, _, _)>(bytes) {
+            Extension::extend(extension, &mut table);
+            Queueing::extend(queueing, &mut table);
+            return Some(table);
+        }
         let Some((mut table, extension)) = key::decode::<(Self, Extension)>(bytes) else {
             return key::decode(bytes);
         };
@@ -173,10 +193,11 @@ impl Pool {
 
 #[cfg(test)]
 mod tests {
-    use super::{Owner, Pool, Served, Table, Traits};
+    use super::{Extension, Owner, Pool, Served, Table, Traits};
     use crate::family::Scheme;
     use crate::id::{Device, Family, OwnerId, Role, Slot};
     use crate::key;
+    use crate::queue::{Capacity, Class, Profile, Thresholds};
     use crate::tracker::Tracking;
 
     fn table() -> Table {
@@ -205,6 +226,7 @@ mod tests {
                         traits: Traits {
                             device: Device::Cpu,
                             prefill_rate: 9_000,
+                            capacity: Capacity::default(),
                         },
                     }],
                     trusts_hints: true,
@@ -232,6 +254,9 @@ mod tests {
         table.pools[1].policy.tracking.prefill_tokens = false;
         table.pools[1].policy.shared_cache_multiplier = 0.3;
         table.pools[1].stores = vec![Slot(7)];
+        table.pools[0].overload.prefill_tokens = Some(9);
+        table.pools[1].queue = Some(Profile::single(Class::new("default")));
+        table.pools[1].owners[0].traits.capacity.batched_tokens = 8_192;
         table.pools[1].families = vec![Scheme {
             family: Family::LmCache,
             block_size: 256,
@@ -239,7 +264,17 @@ mod tests {
         }];
         let bytes = table.encode();
         assert_eq!(Table::decode(&bytes).as_ref(), Some(&table));
-        // An earlier release reads as much as it knows and wrote no more.
+        // Earlier releases read as much as they know and wrote no more.
+        let without = key::decode::<(Table, Extension)>(&bytes).unwrap();
+        let mut expected = Table {
+            pools: table.pools.clone(),
+            ..table.clone()
+        };
+        expected.pools[0].overload = Thresholds::default();
+        expected.pools[1].queue = None;
+        expected.pools[1].owners[0].traits.capacity = Capacity::default();
+        let written = key::encode(&without);
+        assert_eq!(Table::decode(&written), Some(expected));
         let earlier = key::decode::<Table>(&bytes).unwrap();
         assert_eq!(earlier.pools[1].owners[0].endpoint, "[::1]:8000");
         assert_eq!(earlier.pools[1].policy.tracking, Tracking::default());

@@ -23,7 +23,7 @@ use std::time::Duration;
 use proxy_wasm::hostcalls;
 use proxy_wasm::types::{BufferType, StreamType};
 
-use crate::header_map::HeaderMap;
+use crate::header_map::{self, HeaderMap};
 use crate::host::{
     Expect, Headers, Host, Level, Method, MetricId, MetricKind, Queue, Shared, Token,
 };
@@ -31,9 +31,8 @@ use crate::host::{
 const OK: u32 = 0;
 const MONOTONIC: u32 = 1;
 
-/// The header `content-type: application/json` as the ABI has header maps: their number, the sizes
-/// of name and value, each with a NUL after it.
-const JSON_HEADERS: &[u8] = b"\x01\0\0\0\x0c\0\0\0\x10\0\0\0content-type\0application/json\0";
+/// Header of every answer.
+const JSON: (&str, &str) = ("content-type", "application/json");
 
 /// A version that no value has. Envoy compares versions only of keys that exist, so a write that
 /// expects it succeeds exactly where the key is absent.
@@ -286,8 +285,9 @@ impl Host for Envoy {
         bytes(call).unwrap_or_default()
     }
 
-    fn reply(&self, status: u32, json: &[u8]) -> bool {
+    fn reply(&self, status: u32, headers: &[(&str, &str)], json: &[u8]) -> bool {
         const NO_GRPC_STATUS: i32 = -1;
+        let headers = header_map::encode([JSON].into_iter().chain(headers.iter().copied()));
         let details = b"refused_by_kv_router";
         unsafe {
             proxy_send_local_response(
@@ -296,8 +296,8 @@ impl Host for Envoy {
                 details.len(),
                 json.as_ptr(),
                 json.len(),
-                JSON_HEADERS.as_ptr(),
-                JSON_HEADERS.len(),
+                headers.as_ptr(),
+                headers.len(),
                 NO_GRPC_STATUS,
             ) == OK
         }

@@ -4,12 +4,12 @@
 //! Whatever is added to a lane is added to its owner's sum in the same function, [`Bookings::add`],
 //! so the reported sums are exactly what this VM added.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use hashbrown::{HashMap, HashSet};
 use kv_core::board::EntryId;
 use kv_core::load::{Delta, Leg};
-use kv_core::report::{Booked, Evidence, Failure, OwnerKey, Step, Sum};
+use kv_core::report::{Booked, Evidence, Failure, OwnerKey, Queued, Step, Sum};
 use kv_core::table::Table;
 use kv_core::tracker::Tracking;
 
@@ -97,6 +97,8 @@ pub struct Bookings {
     sums: Sums,
     /// The part of the sums that was taken out for VMs that are gone.
     written_off: Sums,
+    /// Requests that wait, by ticket.
+    queued: BTreeMap<u64, Queued>,
     outbox: Outbox,
     /// Whether the VM ends with the requests it has.
     leaving: bool,
@@ -369,6 +371,26 @@ impl Bookings {
         });
     }
 
+    /// A request waits.
+    pub fn queue(&mut self, host: &impl Host, metrics: &mut Metrics, queued: Queued) {
+        let step = Step::Queued(Box::new(queued.clone()));
+        self.queued.insert(queued.ticket, queued);
+        self.outbox.push(host, metrics, step, host.unix_ns());
+    }
+
+    /// A request waits no more.
+    pub fn unqueue(&mut self, host: &impl Host, metrics: &mut Metrics, ticket: u64) {
+        if self.queued.remove(&ticket).is_some() {
+            let step = Step::Unqueued { ticket };
+            self.outbox.push(host, metrics, step, host.unix_ns());
+        }
+    }
+
+    /// Whether requests wait somewhere, so that others want to know at once of what lightens a load.
+    pub fn set_awaited(&mut self, is_awaited: bool) {
+        self.outbox.set_awaited(is_awaited);
+    }
+
     /// Reports what has happened, if it is time to.
     pub fn settle(&mut self, host: &impl Host) {
         if !self.outbox.is_pending() {
@@ -386,6 +408,8 @@ impl Bookings {
         self.estimate(host, metrics);
         let live = self.live.values().map(|live| &live.booked);
         let state = self.written_off.values().copied().map(Step::WrittenOff);
+        let queued = self.queued.values().filter(|q| q.pool != NO_POOL);
+        let state = state.chain(queued.map(|q| Step::Queued(Box::new(q.clone()))));
         if self.outbox.tick(host, &self.sums, live, state) {
             metrics.count(host, Event::Complete, 1);
             self.stamp(host);
@@ -484,6 +508,10 @@ impl Bookings {
         }
         for live in self.live.values_mut() {
             live.booked.owner = follow(live.booked.owner);
+        }
+        for queued in self.queued.values_mut() {
+            let at = usize::from(queued.pool);
+            queued.pool = moved.get(at).copied().unwrap_or(NO_POOL);
         }
         self.outbox.forget();
     }

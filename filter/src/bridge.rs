@@ -6,6 +6,7 @@
 
 use kv_core::head::Head;
 use kv_core::key::{self, FORMAT};
+use kv_core::queue::mailbox_name;
 use kv_core::lease::{Election, Holder, Move, MoveKind, Sight};
 use kv_core::wire::{self, Ack, Batch, METHOD, SERVICE, Subscribe, Up, WireError};
 
@@ -66,6 +67,14 @@ enum Link {
     Given(Token),
 }
 
+/// Whether the sidecar is heard, as far as this root context has made known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Voice {
+    Unknown,
+    Heard,
+    Silent,
+}
+
 /// One root context's part in the bridge.
 #[derive(Debug)]
 pub struct Bridge {
@@ -77,6 +86,7 @@ pub struct Bridge {
     backoff_ns: u64,
     /// When the stream was opened or last brought a message.
     heard_ns: u64,
+    voice: Voice,
     relay: Relay,
 }
 
@@ -97,6 +107,7 @@ impl Bridge {
             link: Link::Down { retry_ns: 0 },
             backoff_ns: BACKOFF_NS.0,
             heard_ns: 0,
+            voice: Voice::Unknown,
             relay: Relay::default(),
         }
     }
@@ -193,7 +204,9 @@ impl Bridge {
         if matches!(self.link, Link::Up(t) | Link::Given(t) if t == token) {
             host.close_stream(token);
             metrics.fault(host, Fault::Closed);
-            self.retry(host.now_ns());
+            let now_ns = host.now_ns();
+            self.fall_silent(host, now_ns);
+            self.retry(now_ns);
         }
     }
 
@@ -241,6 +254,7 @@ impl Bridge {
     fn open(&mut self, host: &impl Host, metrics: &mut Metrics, term: u64, now_ns: u64) {
         let Some(token) = host.open_stream(&self.cluster, SERVICE, METHOD) else {
             metrics.fault(host, Fault::Connect);
+            self.fall_silent(host, now_ns);
             self.retry(now_ns);
             return;
         };
@@ -287,14 +301,23 @@ impl Bridge {
     ) {
         let (mut written, mut refused) = (0_u32, 0_u32);
         for write in &batch.writes {
-            let done = key::is_published(write.key)
-                && host.set_shared(write.key, write.value, Expect::Anything);
+            let done = match key::mailed(write.key) {
+                Some(mailbox) => post(host, mailbox, write.value),
+                None => {
+                    key::is_published(write.key)
+                        && host.set_shared(write.key, write.value, Expect::Anything)
+                }
+            };
             *(if done { &mut written } else { &mut refused }) += 1;
         }
         metrics.count(host, Event::Batch, 1);
         metrics.count(host, Event::Write, written);
         metrics.count(host, Event::Refused, refused);
         self.backoff_ns = BACKOFF_NS.0;
+        if self.voice != Voice::Heard {
+            self.voice = Voice::Heard;
+            host.set_shared(&key::SILENT, &0_u64.to_le_bytes(), Expect::Anything);
+        }
         let ack = Up::Ack(Ack {
             seq: batch.seq,
             written_at_ns: host.unix_ns(),
@@ -315,6 +338,16 @@ impl Bridge {
         }
     }
 
+    /// There is no stream that the sidecar could be heard on. The first time counts.
+    fn fall_silent(&mut self, host: &impl Host, now_ns: u64) {
+        let since = host.shared(&key::SILENT);
+        let is_told = since.is_some_and(|since| since.bytes.iter().any(|byte| *byte > 0));
+        if self.voice != Voice::Silent && !is_told {
+            host.set_shared(&key::SILENT, &now_ns.to_le_bytes(), Expect::Anything);
+        }
+        self.voice = Voice::Silent;
+    }
+
     /// Plans the next attempt.
     fn retry(&mut self, now_ns: u64) {
         self.link = Link::Down {
@@ -322,6 +355,12 @@ impl Bridge {
         };
         self.backoff_ns = self.backoff_ns.saturating_mul(2).min(BACKOFF_NS.1);
     }
+}
+
+/// Puts mail where its VM looks for it.
+fn post(host: &impl Host, mailbox: u8, mail: &[u8]) -> bool {
+    let queue = host.resolve_queue(&mailbox_name(mailbox));
+    queue.is_some_and(|queue| host.enqueue(queue, mail))
 }
 
 /// Time since some VM without traffic showed itself. The clock is the process's.

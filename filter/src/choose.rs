@@ -6,12 +6,13 @@ use kv_core::cost::Demand;
 use kv_core::decide::{self, Candidate, Request, Scored};
 use kv_core::device;
 use kv_core::holdings::{Holdings, Named, Pages};
-use kv_core::id::{Family, Slot};
+use kv_core::id::{Family, OwnerId, Slot, WorkerId};
 use kv_core::key;
 use kv_core::load::{Delta, Load};
 use kv_core::loads::PoolLoads;
 use kv_core::overlap::Overlap;
 use kv_core::policy::{Mode, Policy};
+use kv_core::queue::Profile;
 use kv_core::reader::{Reader, View};
 use kv_core::rng::Rng;
 
@@ -48,6 +49,39 @@ pub struct Ask<'a> {
     pub pin: Option<Pin>,
     /// What answer it asks for.
     pub answer: Answer,
+    /// Where it may have to wait; `None` for one that goes on whatever the load.
+    pub gate: Option<Gate<'a>>,
+}
+
+/// When a request has to wait.
+#[derive(Clone, Copy, Debug)]
+pub struct Gate<'a> {
+    /// The classes of its pool.
+    pub profile: &'a Profile,
+    /// The class or family that it names; empty for none.
+    pub named: &'a str,
+    /// Classes in which requests wait already, as bits: nobody overtakes them.
+    pub backlog: u64,
+}
+
+/// Why a request is not sent to any worker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Barred {
+    /// All that could take it are busy, or others of its class wait.
+    Busy(Busy),
+    /// All that could take it have more load than they are to have.
+    Overloaded,
+}
+
+/// A request that is to wait.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Busy {
+    /// Position of its class.
+    pub class: usize,
+    /// Prompt tokens that the best owner has cached.
+    pub cached_tokens: u32,
+    /// The only owners that can take it; empty for any of the pool.
+    pub owners: Vec<OwnerId>,
 }
 
 /// How an answer comes.
@@ -139,6 +173,9 @@ impl Chooser {
     }
 
     /// Chooses a worker of a pool and books the request on it.
+    ///
+    /// # Errors
+    /// When there is too much load.
     pub fn choose(
         &mut self,
         host: &impl Host,
@@ -147,7 +184,7 @@ impl Chooser {
         served: &Served<'_>,
         published: &Published<'_>,
         ask: &Ask<'_>,
-    ) -> Choice {
+    ) -> Result<Choice, Barred> {
         let pool = served.pool;
         let mode = pool.policy.mode;
         let mut reason = ask.reason.under(mode);
@@ -207,10 +244,12 @@ impl Chooser {
             prompt,
             candidates,
         };
+        self.read_loads(host, &mut round, None);
+        self.bar(host, &mut round, ask)?;
         let (weighed, booking) = self.book(host, metrics, bookings, &mut round);
         let picked = weighed.picked().map(|s| s.candidate.owner);
         let second = self.second(served, &weighed);
-        Choice {
+        Ok(Choice {
             endpoints: picked.and_then(|picked| served.endpoints(picked, second)),
             owner: picked,
             second,
@@ -220,10 +259,80 @@ impl Chooser {
             trust,
             read_ns: self.read_ns,
             weighed,
-        }
+        })
     }
 
-    /// Decides and books. Another VM may have read the same loads at the same time: where the lane
+    /// Leaves out workers that have too much load, and finds out whether the request has to wait
+    /// for the others. Loads have been read.
+    fn bar(&mut self, host: &impl Host, round: &mut Round<'_>, ask: &Ask<'_>) -> Result<(), Barred> {
+        // What is no generation is no load.
+        if round.candidates.is_empty() || ask.reason == Reason::Passed {
+            return Ok(());
+        }
+        let served = round.served;
+        let pool = served.pool;
+        if !pool.overload.is_unset() {
+            self.leave_out_overloaded(round);
+            if round.candidates.is_empty() {
+                return Err(Barred::Overloaded);
+            }
+        }
+        let Some(gate) = ask.gate else {
+            return Ok(());
+        };
+        let demand = round.request.demand;
+        let trusted = pool.policy.trusted(round.request.trust);
+        let uncached = |c: &Candidate| demand.uncached_tokens(&c.overlap, &trusted);
+        let uncached = round.candidates.iter().map(uncached).min();
+        let uncached = uncached.unwrap_or(demand.tokens);
+        let at = gate.profile.class_of(gate.named, uncached);
+        let Some(class) = gate.profile.classes().get(at).filter(|c| c.queues()) else {
+            return Ok(());
+        };
+        let has_room = |owner: usize, load: &Load| {
+            !class.is_busy(load.prefill_tokens.into(), served.capacity(owner))
+        };
+        let is_sample = ask.pin.is_none() && round.candidates.len() < served.accepting().len();
+        let mut candidates = round.candidates.iter();
+        let is_free = candidates.any(|c| has_room(c.owner, &c.load))
+            || is_sample && {
+                let mut all = served.accepting().iter();
+                all.any(|owner| has_room(*owner, &round.load(host, *owner)))
+            };
+        let waits = u32::try_from(at).is_ok_and(|at| gate.backlog >> at & 1 == 1);
+        if is_free && !waits {
+            return Ok(());
+        }
+        let pinned = round.candidates.iter().filter(|_| ask.pin.is_some());
+        Err(Barred::Busy(Busy {
+            class: at,
+            cached_tokens: demand.tokens.saturating_sub(uncached),
+            owners: pinned
+                .filter_map(|c| Some(served.owner(c.owner)?.id))
+                .collect(),
+        }))
+    }
+
+    /// Takes those out of a round all of whose ranks are past a threshold.
+    fn leave_out_overloaded(&mut self, round: &mut Round<'_>) {
+        let served = round.served;
+        let worker = |c: &Candidate| served.owner(c.owner).map(|owner| owner.id.worker);
+        let is_fine = |c: &&Candidate| {
+            let overload = &served.pool.overload;
+            !overload.is_over(&c.load, served.capacity(c.owner))
+        };
+        let fine: Vec<Option<WorkerId>> =
+            round.candidates.iter().filter(is_fine).map(worker).collect();
+        if fine.len() == round.candidates.len() {
+            return;
+        }
+        let read = std::mem::take(&mut self.read);
+        let candidates = std::mem::take(&mut round.candidates).into_iter().zip(read);
+        let kept = candidates.filter(|(c, _)| fine.contains(&worker(c)));
+        (round.candidates, self.read) = kept.unzip();
+    }
+
+    /// Decides and books, loads having been read. Another VM may have read the same loads at the same time: where the lane
     /// shows that one was quicker, the choice has to stand against the load as it is then.
     fn book(
         &mut self,
@@ -235,7 +344,6 @@ impl Chooser {
         let pool = round.served.pool;
         let policy = &pool.policy;
         let demand = round.request.demand;
-        self.read_loads(host, round, None);
         let mut undone = 0;
         loop {
             let (scored, chosen) =
@@ -441,6 +549,16 @@ struct Round<'a> {
 }
 
 impl Round<'_> {
+    /// The load of any owner of the pool.
+    fn load(&self, host: &impl Host, owner: usize) -> Load {
+        let place = self.served.place(owner);
+        let lanes = place.map_or_else(Load::default, |place| place.lane.read(host).load());
+        match self.loads.zip(self.served.owner(owner)) {
+            Some((loads, owner)) => loads.correction(owner.slot).apply(&lanes),
+            None => lanes,
+        }
+    }
+
     /// The candidates that are compared with each other.
     fn group(&self) -> Cow<'_, [Candidate]> {
         device::group(&self.candidates, self.served.pool)

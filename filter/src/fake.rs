@@ -62,6 +62,7 @@ struct Context {
     upstream: Option<(String, u64)>,
     properties: HashMap<Vec<u8>, Vec<u8>>,
     reply: Option<(u32, Vec<u8>)>,
+    reply_headers: HashMap<String, String>,
 }
 
 /// A stream that a VM opened.
@@ -170,6 +171,11 @@ impl Fake {
     /// What the current request was answered with, instead of being sent on.
     pub(crate) fn replied(&self) -> Option<(u32, Vec<u8>)> {
         self.context(|context| context.reply.clone())
+    }
+
+    /// A header of that answer.
+    pub(crate) fn reply_header(&self, name: &str) -> Option<String> {
+        self.context(|context| context.reply_headers.get(name).cloned())
     }
 
     /// Items in the queue of a name.
@@ -442,8 +448,12 @@ impl Host for Fake {
         })
     }
 
-    fn reply(&self, status: u32, json: &[u8]) -> bool {
-        self.context(|context| context.reply = Some((status, json.to_vec())));
+    fn reply(&self, status: u32, headers: &[(&str, &str)], json: &[u8]) -> bool {
+        let headers = headers.iter().map(|(n, v)| (n.to_string(), v.to_string()));
+        self.context(|context| {
+            context.reply = Some((status, json.to_vec()));
+            context.reply_headers = headers.collect();
+        });
         true
     }
 

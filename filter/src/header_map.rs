@@ -35,6 +35,21 @@ impl HeaderMap {
     }
 }
 
+/// Headers as the ABI has them.
+#[must_use]
+pub fn encode<'a>(headers: impl Iterator<Item = (&'a str, &'a str)>) -> Vec<u8> {
+    let number = |n: usize| u32::try_from(n).unwrap_or(u32::MAX).to_le_bytes();
+    let (mut count, mut sizes, mut texts) = (0, Vec::new(), Vec::new());
+    for (name, value) in headers {
+        count += 1;
+        for text in [name, value] {
+            sizes.extend(number(text.len()));
+            texts.extend(text.bytes().chain([0]));
+        }
+    }
+    [&number(count)[..], &sizes, &texts].concat()
+}
+
 fn number(bytes: &[u8]) -> Option<(usize, &[u8])> {
     let (number, rest) = bytes.split_first_chunk()?;
     Some((usize::try_from(u32::from_le_bytes(*number)).ok()?, rest))
@@ -49,7 +64,7 @@ fn text<'a>(rest: &mut &'a [u8], size: usize) -> Option<&'a [u8]> {
 
 #[cfg(test)]
 mod tests {
-    use super::HeaderMap;
+    use super::{HeaderMap, encode};
 
     const BYTES: &[u8] = b"\x03\0\0\0\x05\0\0\0\x01\0\0\0\x01\0\0\0\0\0\0\0\x01\0\0\0\x02\0\0\0\
         :path\0/\0a\0\0a\0\xff2\0";
@@ -61,6 +76,15 @@ mod tests {
         assert_eq!(map.get("a"), Some(&b""[..]));
         assert_eq!(map.get("b"), None);
         assert_eq!(map.iter().last(), Some((&b"a"[..], &b"\xff2"[..])));
+    }
+
+    #[test]
+    fn what_is_encoded_is_read() {
+        let headers = [("content-type", "application/json"), ("retry-after", "1")];
+        let map = HeaderMap::new(encode(headers.into_iter()));
+        let read: Vec<_> = map.iter().collect();
+        let expected = headers.map(|(n, v)| (n.as_bytes(), v.as_bytes()));
+        assert_eq!(read, expected);
     }
 
     #[test]

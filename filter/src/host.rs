@@ -132,8 +132,9 @@ pub trait Host {
     fn answer(&self, start: usize, size: usize) -> Vec<u8>;
     /// Lets a held request go on.
     fn resume_request(&self) -> bool;
-    /// Answers a request with JSON instead of sending it on. Its callback must pause it.
-    fn reply(&self, status: u32, json: &[u8]) -> bool;
+    /// Answers a request with JSON and these headers besides, instead of sending it on. Its callback
+    /// must pause it.
+    fn reply(&self, status: u32, headers: &[(&str, &str)], json: &[u8]) -> bool;
 
     /// Defines a metric.
     fn define(&self, kind: MetricKind, name: &str) -> Option<MetricId>;

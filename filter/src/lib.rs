@@ -15,6 +15,7 @@
 //!   answered here.
 //! - [`world`], [`fleet`], [`lanes`], [`correction`]: pages, worker table and load as this VM sees
 //!   them.
+//! - [`waiting`], [`mailbox`], [`urgency`]: requests that wait for a worker to have room.
 //! - [`board`]: the live prompts of all VMs.
 //! - [`bookings`], [`outbox`]: what this VM has added to the load, and its reports of it.
 //! - [`bridge`], [`relay`]: the one VM of a process that copies the sidecar's writes into shared
@@ -49,6 +50,7 @@ pub mod hints;
 pub mod hold;
 pub mod host;
 pub mod lanes;
+pub mod mailbox;
 pub mod metrics;
 pub mod models;
 pub mod outbox;
@@ -61,8 +63,10 @@ pub mod relay;
 pub mod request;
 pub mod routed;
 pub mod text;
+pub mod urgency;
 pub mod usage;
 pub mod vm;
+pub mod waiting;
 pub mod watchdog;
 pub mod world;
 

@@ -89,10 +89,20 @@ pub enum Event {
     /// room. Their blocks count in full until the sidecar has corrected that. *Action*: some
     /// hundred requests at a time share their first block; nothing is wrong but for the delay.
     Unlisted,
+    /// `kv_router_held_total`: requests that were held because all workers were busy.
+    Held,
+    /// `kv_router_held_released_total`: requests that were let go although the sidecar had not said
+    /// so, because it was not heard of or the VM ended. *Action*: look after the sidecar.
+    HeldReleased,
+    /// `kv_router_held_left_total`: requests whose client left while they were held.
+    HeldLeft,
+    /// `kv_router_held_bypassed_total`: requests that should have been held and went on at once,
+    /// because no sidecar was heard of or their body was not at hand as a whole.
+    HeldBypassed,
 }
 
 impl Event {
-    const COUNT: usize = 16;
+    const COUNT: usize = 20;
 
     fn name(self) -> &'static str {
         match self {
@@ -112,6 +122,10 @@ impl Event {
             Self::WrittenOff => "kv_router_written_off_total",
             Self::Estimated => "kv_router_prefills_estimated_total",
             Self::Unlisted => "kv_router_bookings_unlisted_total",
+            Self::Held => "kv_router_held_total",
+            Self::HeldReleased => "kv_router_held_released_total",
+            Self::HeldLeft => "kv_router_held_left_total",
+            Self::HeldBypassed => "kv_router_held_bypassed_total",
         }
     }
 }
@@ -159,10 +173,12 @@ pub enum Timing {
     Text,
     /// `kv_router_lookup_us`: finding the overlaps in the pages.
     Lookup,
+    /// `kv_router_held_us`: from holding a request to letting it go on or refusing it.
+    Held,
 }
 
 impl Timing {
-    const COUNT: usize = 4;
+    const COUNT: usize = 5;
 
     fn name(self) -> &'static str {
         match self {
@@ -170,6 +186,7 @@ impl Timing {
             Self::AfterBody => "kv_router_decision_after_body_us",
             Self::Text => "kv_router_text_us",
             Self::Lookup => "kv_router_lookup_us",
+            Self::Held => "kv_router_held_us",
         }
     }
 }

@@ -55,6 +55,8 @@ pub struct Outbox {
     touched: Vec<OwnerKey>,
     /// Whether others have to know soon of a step that waits.
     is_urgent: bool,
+    /// Whether requests wait for what lightens a load.
+    is_awaited: bool,
     /// Whether a complete report was made that nothing has called into question since.
     whole: bool,
     completed_ns: u64,
@@ -76,6 +78,11 @@ impl Outbox {
     #[must_use]
     pub fn is_pending(&self) -> bool {
         !(self.steps.is_empty() && self.touched.is_empty())
+    }
+
+    /// Whether requests wait for what lightens a load: then it is reported at once.
+    pub fn set_awaited(&mut self, is_awaited: bool) {
+        self.is_awaited = is_awaited;
     }
 
     /// An owner's sum has changed.
@@ -111,7 +118,11 @@ impl Outbox {
     pub fn settle(&mut self, host: &impl Host, sums: &Sums) {
         let now_ns = host.now_ns();
         let (soon, late) = SPACING_NS;
-        let spacing_ns = if self.is_urgent { soon } else { late };
+        let spacing_ns = match (self.is_awaited, self.is_urgent) {
+            (true, _) => 0,
+            (false, true) => soon,
+            (false, false) => late,
+        };
         if self.steps.len() >= MAX_STEPS || now_ns.saturating_sub(self.sent_ns) >= spacing_ns {
             self.flush(host, sums, now_ns);
         }
@@ -298,11 +309,13 @@ fn is_urgent(step: &Step) -> bool {
         | Step::Move { .. }
         | Step::Failed { .. }
         | Step::WrittenOff(_)
+        | Step::Queued(_)
         | Step::Leave => true,
         Step::FirstToken { .. }
         | Step::Free { .. }
         | Step::Cached { .. }
         | Step::Prefilled { .. }
+        | Step::Unqueued { .. }
         | Step::Grown { .. } => false,
     }
 }
@@ -316,7 +329,12 @@ fn size(step: &Step) -> usize {
             let candidates = booked.evidence.as_ref().map_or(0, |e| e.candidates.len());
             2 * FIXED + booked.hashes.len() * HASH_BYTES + candidates * CANDIDATE
         }
+        Step::Queued(queued) => {
+            const OWNER: usize = 12;
+            2 * FIXED + queued.class.len() + queued.owners.len() * OWNER
+        }
         Step::Move { .. }
+        | Step::Unqueued { .. }
         | Step::FirstToken { .. }
         | Step::Free { .. }
         | Step::Cached { .. }

@@ -1,8 +1,14 @@
-//! Requests that are answered here with an error: no pool serves their model, or the pool's mode asks
-//! for what they do not say.
+//! Requests that are answered here with an error: no pool serves their model, the pool's mode asks
+//! for what they do not say, or there is too much load.
 
 use kv_core::id::WorkerId;
-use serde_json::json;
+use kv_core::queue::{Full, Refusing};
+use serde_json::{Value, json};
+
+/// Header that says why: [`Refusal::name`].
+pub const REASON: &str = "x-kv-router-reason";
+/// Header that says when to try again, in seconds.
+pub const RETRY_AFTER: &str = "retry-after";
 
 /// Why a request goes to no worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,11 +21,21 @@ pub enum Refusal {
     HintUntrusted,
     /// No pool serves its model.
     ModelUnknown,
+    /// All workers that could take it have more load than they are to have.
+    Overloaded,
+    /// Its class lets no more requests wait.
+    QueueFull(Full),
+    /// This Envoy thread lets no more requests wait.
+    HeldFull,
+    /// It has waited too long.
+    QueueLate,
+    /// Its pool has no worker that takes requests.
+    NoWorkers,
 }
 
 impl Refusal {
     /// Number of kinds.
-    pub const COUNT: usize = 4;
+    pub const COUNT: usize = 9;
 
     /// The kind as an index below [`Refusal::COUNT`].
     #[must_use]
@@ -29,6 +45,11 @@ impl Refusal {
             Self::WorkerUnknown(_) => 1,
             Self::HintUntrusted => 2,
             Self::ModelUnknown => 3,
+            Self::Overloaded => 4,
+            Self::QueueFull(_) => 5,
+            Self::HeldFull => 6,
+            Self::QueueLate => 7,
+            Self::NoWorkers => 8,
         }
     }
 
@@ -41,16 +62,40 @@ impl Refusal {
             Self::HintUntrusted => "hint_untrusted",
             // As OpenAI's API has it.
             Self::ModelUnknown => "model_not_found",
+            Self::Overloaded => "overloaded",
+            Self::QueueFull(_) => "queue_full",
+            Self::HeldFull => "held_full",
+            Self::QueueLate => "queue_late",
+            Self::NoWorkers => "no_workers",
         }
     }
 
-    /// HTTP status.
+    /// HTTP status, in a pool that refuses so.
     #[must_use]
-    pub fn status(self) -> u32 {
+    pub fn status(self, refusing: &Refusing) -> u32 {
         match self {
             Self::WorkerMissing | Self::WorkerUnknown(_) => 400,
             Self::HintUntrusted => 403,
             Self::ModelUnknown => 404,
+            Self::Overloaded | Self::QueueFull(_) | Self::HeldFull => refusing.status.into(),
+            Self::QueueLate => 429,
+            Self::NoWorkers => 503,
+        }
+    }
+
+    /// Whether the same request may be taken later.
+    #[must_use]
+    pub fn may_pass(self) -> bool {
+        match self {
+            Self::WorkerMissing
+            | Self::WorkerUnknown(_)
+            | Self::HintUntrusted
+            | Self::ModelUnknown => false,
+            Self::Overloaded
+            | Self::QueueFull(_)
+            | Self::HeldFull
+            | Self::QueueLate
+            | Self::NoWorkers => true,
         }
     }
 
@@ -82,16 +127,37 @@ impl Refusal {
                 "invalid_request_error",
                 "model",
             ),
+            Self::Overloaded => overloaded("all workers are overloaded, try again later"),
+            Self::QueueFull(_) | Self::HeldFull => {
+                overloaded("too many requests wait for a worker, try again later")
+            }
+            Self::QueueLate => overloaded("no worker had room for the request in time"),
+            Self::NoWorkers => overloaded("no worker takes requests, try again later"),
         };
+        let param = if param.is_empty() { Value::Null } else { param.into() };
         let code = self.name();
-        let error = json!({"message": message, "type": kind, "param": param, "code": code});
+        let mut error = json!({"message": message, "type": kind, "param": param, "code": code});
+        if let Self::QueueFull(Full {
+            kind,
+            current,
+            limit,
+        }) = self
+        {
+            let kind = kind.name();
+            error["details"] = json!({"limit_kind": kind, "current": current, "limit": limit});
+        }
         json!({"error": error}).to_string()
     }
 }
 
+fn overloaded(message: &str) -> (String, &'static str, &'static str) {
+    (message.to_owned(), "overloaded_error", "")
+}
+
 #[cfg(test)]
 mod tests {
-    use super::Refusal;
+    use super::*;
+    use kv_core::queue::Limit;
 
     #[test]
     fn answers_are_json_as_openai_has_it() {
@@ -100,6 +166,15 @@ mod tests {
             Refusal::WorkerUnknown(u64::MAX),
             Refusal::HintUntrusted,
             Refusal::ModelUnknown,
+            Refusal::Overloaded,
+            Refusal::QueueFull(Full {
+                kind: Limit::Tokens,
+                current: 9,
+                limit: 8,
+            }),
+            Refusal::HeldFull,
+            Refusal::QueueLate,
+            Refusal::NoWorkers,
         ];
         for (i, refusal) in all.into_iter().enumerate() {
             assert_eq!(refusal.index(), i);
@@ -111,5 +186,10 @@ mod tests {
         let body: serde_json::Value = serde_json::from_str(&all[3].body("a\"b")).unwrap();
         assert_eq!(body["error"]["message"], "The model `a\"b` does not exist");
         assert_eq!(all.len(), Refusal::COUNT);
+        let body: serde_json::Value = serde_json::from_str(&all[5].body("m")).unwrap();
+        assert_eq!(body["error"]["details"]["limit_kind"], "raw_isl_tokens");
+        assert_eq!(body["error"]["param"], Value::Null);
+        let statuses = all.map(|refusal| refusal.status(&Refusing::default()));
+        assert_eq!(statuses, [400, 400, 403, 404, 529, 529, 529, 429, 503]);
     }
 }

@@ -6,16 +6,21 @@
 //!       \------------------ decided at headers -------------------------->/
 //! ```
 //!
+//! Where all workers are busy, a request whose body is complete stands `InLine` before it is `Routed`,
+//! until the sidecar lets it go or it is refused.
+//!
 //! Whatever happens, what a request booked is released when it is over, once.
 
 use std::rc::Rc;
 
 use kv_core::policy::Mode;
+use kv_core::queue::Verdict;
+use kv_core::report::Queued;
 use kv_core::scan::{Field, Prompt, Scan, Scanner};
 use kv_core::surface::Surface;
 use kv_core::table::Pool;
 
-use crate::choose::{Answer, Ask, Published};
+use crate::choose::{Answer, Ask, Barred, Busy, Gate, Published};
 use crate::fleet::Served;
 use crate::header_map::HeaderMap;
 use crate::hints::{self, Nvext, Pin};
@@ -24,11 +29,13 @@ use crate::host::{Headers, Host, Token};
 use crate::metrics::{Event, Fault, Miss, Timing};
 use crate::models;
 use crate::reason::Reason;
-use crate::refusal::Refusal;
+use crate::refusal::{self, Refusal};
 use crate::routed::{NO_POOL, Routed};
 use crate::text::{Asked, Question};
+use crate::urgency::{self, Urgency};
 use crate::usage;
 use crate::vm::{Action, Router};
+use crate::waiting;
 
 /// Names the worker; read by Envoy's `override_host` policy.
 pub const DESTINATION: &str = "x-gateway-destination-endpoint";
@@ -56,6 +63,8 @@ enum State {
     Held(Box<Held>),
     /// The sidecar reads its prompt.
     Asked(Box<Waiting>),
+    /// It waits for a worker to have room.
+    InLine(Box<InLine>),
     /// On its way to a worker.
     Routed(Box<Routed>),
     /// Done with; further callbacks do nothing.
@@ -87,6 +96,25 @@ struct Waiting {
     read: Read,
 }
 
+/// A request that waits for a worker to have room.
+#[derive(Debug)]
+struct InLine {
+    ticket: u64,
+    since_ns: u64,
+    /// When it began to wait.
+    held_ns: u64,
+    read: Read,
+}
+
+/// Whether a request may be told to wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Pass {
+    /// It may.
+    Asks,
+    /// It goes on whatever the load, having waited with a ticket or not.
+    Goes(Option<u64>),
+}
+
 /// What a body said about where to go.
 #[derive(Debug)]
 struct Read {
@@ -97,16 +125,21 @@ struct Read {
     hashes: Vec<u64>,
     /// Whether the body was read to its end.
     is_complete: bool,
+    /// Bytes of the body that Envoy keeps.
+    bytes: usize,
 }
 
 impl Read {
     /// The body's extensions, where they are short enough and Envoy has them still.
     fn nvext(&self, host: &impl Host) -> Nvext {
+        let json = self.nvext_json(host);
+        json.map_or_else(Nvext::default, |json| Nvext::parse(&json))
+    }
+
+    fn nvext_json(&self, host: &impl Host) -> Option<Vec<u8>> {
         let place = self.scan.members.get(hints::NVEXT);
-        let place = place.filter(|place| place.len() <= hints::MAX_NVEXT);
-        place.map_or_else(Nvext::default, |place| {
-            Nvext::parse(&host.body(place.start, place.len()))
-        })
+        let place = place.filter(|place| place.len() <= hints::MAX_NVEXT)?;
+        Some(host.body(place.start, place.len()))
     }
 
     /// What answer the body asks for.
@@ -138,6 +171,7 @@ impl Read {
             scan: Scan::default(),
             hashes: Vec::new(),
             is_complete: false,
+            bytes: 0,
         }
     }
 }
@@ -166,7 +200,7 @@ impl Request {
         let headers = router.headers();
         match self.state {
             State::Fresh => {}
-            State::Held(_) | State::Asked(_) => return Action::Pause,
+            State::Held(_) | State::Asked(_) | State::InLine(_) => return Action::Pause,
             State::Routed(_) | State::Over => return Action::Continue,
         }
         let now_ns = router.host.now_ns();
@@ -176,7 +210,10 @@ impl Request {
                 Action::Pause
             }
             Err(_) if end && hold::asks_for_models(&headers) => self.list(router, now_ns),
-            Err(reason) => self.route(router, Read::nothing(reason), now_ns, now_ns),
+            Err(reason) => {
+                let read = Read::nothing(reason);
+                self.route(router, read, now_ns, now_ns, Pass::Asks)
+            }
         }
     }
 
@@ -184,7 +221,7 @@ impl Request {
     pub fn on_body<H: Host>(&mut self, router: &mut Router<H>, size: usize, end: bool) -> Action {
         let held = match &mut self.state {
             State::Held(held) => held,
-            State::Asked(_) => return Action::Pause,
+            State::Asked(_) | State::InLine(_) => return Action::Pause,
             State::Fresh | State::Routed(_) | State::Over => return Action::Continue,
         };
         router.watchdog.body_seen();
@@ -230,11 +267,53 @@ impl Request {
         read.reason = told.reason;
         read.tokens = told.tokens;
         read.hashes = told.hashes;
-        if self.route(router, read, since_ns, part_ns) == Action::Continue
-            && !router.host.resume_request()
-        {
-            router.metrics.fault(&router.host, Fault::Resume);
+        if self.route(router, read, since_ns, part_ns, Pass::Asks) == Action::Continue {
+            router.resume();
         }
+    }
+
+    /// What becomes of a request that waits.
+    pub fn on_verdict<H: Host>(&mut self, router: &mut Router<H>, verdict: Verdict) {
+        if !matches!(self.state, State::InLine(_)) {
+            return;
+        }
+        let State::InLine(line) = std::mem::replace(&mut self.state, State::Over) else {
+            return;
+        };
+        let InLine {
+            ticket,
+            since_ns,
+            held_ns,
+            read,
+        } = *line;
+        let now_ns = router.host.now_ns();
+        let held = router.waiting.leave(ticket);
+        router
+            .metrics
+            .time(&router.host, Timing::Held, held_ns, now_ns);
+        let refusal = match verdict {
+            Verdict::Go => None,
+            Verdict::Full(full) => Some(Refusal::QueueFull(full)),
+            Verdict::Late => Some(Refusal::QueueLate),
+        };
+        match refusal {
+            None => {
+                let pass = Pass::Goes(Some(ticket));
+                if self.route(router, read, since_ns, now_ns, pass) == Action::Continue {
+                    router.resume();
+                }
+            }
+            Some(refusal) => {
+                let fleet = router.world.fleet();
+                let pools = fleet.as_ref().map(|fleet| fleet.table.pools.iter());
+                let pool = pools.and_then(|mut pools| {
+                    pools.find(|pool| held.is_some_and(|held| held.pool == pool.key))
+                });
+                let gone = Pool::default();
+                self.refuse(router, pool.unwrap_or(&gone), refusal, "");
+            }
+        }
+        router.unqueue(ticket);
     }
 
     /// The body is complete and trailers have come.
@@ -245,7 +324,7 @@ impl Request {
             return self.finish(router, None);
         }
         match self.state {
-            State::Asked(_) => Action::Pause,
+            State::Asked(_) | State::InLine(_) => Action::Pause,
             _ => Action::Continue,
         }
     }
@@ -279,6 +358,13 @@ impl Request {
         match std::mem::replace(&mut self.state, State::Over) {
             State::Routed(routed) => routed.on_over(router),
             State::Held(_) => router.watchdog.over(self.context),
+            State::InLine(line) => {
+                let Router { host, metrics, .. } = router;
+                metrics.count(host, Event::HeldLeft, 1);
+                metrics.time(host, Timing::Held, line.held_ns, host.now_ns());
+                router.waiting.leave(line.ticket);
+                router.unqueue(line.ticket);
+            }
             // An answer that comes later finds nothing left to do.
             State::Fresh | State::Asked(_) | State::Over => {}
         }
@@ -339,7 +425,7 @@ impl Request {
         if read.reason == Reason::Text {
             return self.ask(router, read, (surface, taken), since_ns, part_ns);
         }
-        self.route(router, read, since_ns, part_ns)
+        self.route(router, read, since_ns, part_ns, Pass::Asks)
     }
 
     /// Has the sidecar read a prompt that is text.
@@ -371,7 +457,7 @@ impl Request {
             }
             Err(reason) => {
                 read.reason = reason;
-                self.route(router, read, since_ns, part_ns)
+                self.route(router, read, since_ns, part_ns, Pass::Asks)
             }
         }
     }
@@ -380,12 +466,13 @@ impl Request {
     fn list<H: Host>(&mut self, router: &mut Router<H>, now_ns: u64) -> Action {
         let fleet = router.world.fleet();
         let Some(list) = fleet.and_then(|fleet| models::list(&fleet.table)) else {
-            return self.route(router, Read::nothing(Reason::Passed), now_ns, now_ns);
+            let read = Read::nothing(Reason::Passed);
+            return self.route(router, read, now_ns, now_ns, Pass::Asks);
         };
         let Router { host, metrics, .. } = router;
         metrics.request(host, NO_POOL, Reason::Answered);
         self.state = State::Over;
-        if !host.reply(200, list.as_bytes()) {
+        if !host.reply(200, &[], list.as_bytes()) {
             metrics.fault(host, Fault::Reply);
         }
         Action::Pause
@@ -398,6 +485,7 @@ impl Request {
         mut read: Read,
         since_ns: u64,
         part_ns: u64,
+        pass: Pass,
     ) -> Action {
         router.refresh(part_ns);
         let model = read.scan.model.value().map(String::as_str);
@@ -441,6 +529,18 @@ impl Request {
                     }
                     _ => (&read.hashes[..], Vec::new()),
                 };
+                let loads = router.world.loads();
+                let named = match pass {
+                    Pass::Asks => router.class_named(served),
+                    Pass::Goes(_) => None,
+                };
+                let published = loads.as_ref().map_or(0, |l| l.backlog(served.position));
+                let gate = served.pool.queue.as_ref().map(|profile| Gate {
+                    profile,
+                    named: named.as_deref().unwrap_or_default(),
+                    backlog: published | router.waiting.backlog(served.pool.key),
+                });
+                let is_asked = pass == Pass::Asks && policy.mode == Mode::Kv;
                 let ask = Ask {
                     reason: read.reason,
                     tokens: read.tokens,
@@ -448,8 +548,8 @@ impl Request {
                     families: &families,
                     pin,
                     answer,
+                    gate: gate.filter(|_| is_asked),
                 };
-                let loads = router.world.loads();
                 let published = Published {
                     index: router.world.index(part_ns),
                     loads: loads.as_ref().and_then(|l| l.pools.get(served.position)),
@@ -462,10 +562,23 @@ impl Request {
                     &published,
                     &ask,
                 );
+                let choice = match choice {
+                    Ok(choice) => choice,
+                    Err(Barred::Overloaded) => {
+                        return self.refuse(router, served.pool, Refusal::Overloaded, "");
+                    }
+                    Err(Barred::Busy(busy)) => {
+                        let named = named.unwrap_or_default();
+                        return self.line_up(router, served, read, (busy, named), since_ns);
+                    }
+                };
                 router.send_to(&served.pool.name, choice.endpoints.as_deref());
                 Routed::new(router, Rc::clone(fleet), served, &ask, choice)
             }
         };
+        if let Pass::Goes(Some(ticket)) = pass {
+            router.unqueue(ticket);
+        }
         let metrics = &mut router.metrics;
         metrics.request(&router.host, routed.pool(), routed.reason());
         self.state = State::Routed(Box::new(routed));
@@ -475,6 +588,77 @@ impl Request {
         metrics.time(&router.host, Timing::Decision, since_ns, now_ns);
         metrics.time(&router.host, Timing::AfterBody, part_ns, now_ns);
         Action::Continue
+    }
+
+    /// Has the request wait for a worker to have room, where it can.
+    fn line_up<H: Host>(
+        &mut self,
+        router: &mut Router<H>,
+        served: &Served<'_>,
+        read: Read,
+        (busy, named): (Busy, String),
+        since_ns: u64,
+    ) -> Action {
+        let now_ns = router.host.now_ns();
+        let pool = served.pool;
+        let class = pool.queue.as_ref();
+        let class = class.and_then(|profile| Some((profile, profile.classes().get(busy.class)?)));
+        let mailbox = router.waiting.mailbox.number();
+        let is_heard = !router.world.is_stale() && waiting::is_heard(&router.host);
+        // What is not at hand as a whole would flow past.
+        let (Some((profile, class)), Some(mailbox), true, true) =
+            (class, mailbox, is_heard, read.is_complete)
+        else {
+            router.metrics.count(&router.host, Event::HeldBypassed, 1);
+            return self.route(router, read, since_ns, now_ns, Pass::Goes(None));
+        };
+        if let Some(full) = class.limits.forbids() {
+            return self.refuse(router, pool, Refusal::QueueFull(full), "");
+        }
+        if !router.waiting.has_room(&profile.bounds) {
+            return self.refuse(router, pool, Refusal::HeldFull, "");
+        }
+        let urgency = router.urgency(served, &read);
+        let wait_ms = profile.bounds.wait_ms;
+        let wait_ms = urgency.due_ms.map_or(wait_ms, |due| due.min(wait_ms));
+        let ticket = router.waiting.enter(waiting::Held {
+            context: self.context,
+            until_ns: now_ns.saturating_add(wait_ms.saturating_mul(1_000_000)),
+            pool: pool.key,
+            class: busy.class,
+            tokens: read.tokens,
+            body_bytes: read.bytes,
+        });
+        let Router {
+            host,
+            metrics,
+            bookings,
+            ..
+        } = router;
+        metrics.count(host, Event::Held, 1);
+        let unix_ns = host.unix_ns();
+        let due_ns = |ms: u64| unix_ns.saturating_add(ms.saturating_mul(1_000_000));
+        let queued = Queued {
+            ticket,
+            pool: u16::try_from(served.position).unwrap_or(u16::MAX),
+            mailbox,
+            class: named,
+            tokens: read.tokens,
+            cached_tokens: busy.cached_tokens,
+            since_ns: unix_ns,
+            priority: urgency.priority,
+            strict: urgency.strict,
+            due_ns: urgency.due_ms.map_or(0, due_ns),
+            owners: busy.owners,
+        };
+        bookings.queue(host, metrics, queued);
+        self.state = State::InLine(Box::new(InLine {
+            ticket,
+            since_ns,
+            held_ns: now_ns,
+            read,
+        }));
+        Action::Pause
     }
 
     /// Answers the request with an error.
@@ -494,7 +678,18 @@ impl Request {
         }
         // Callbacks on the answer find nothing left to do.
         self.state = State::Over;
-        if !host.reply(refusal.status(), refusal.body(model).as_bytes()) {
+        let retry_after = pool.refusing.retry_after_s.to_string();
+        let headers = [
+            (refusal::REASON, refusal.name()),
+            (refusal::RETRY_AFTER, &retry_after),
+        ];
+        let headers = if refusal.may_pass() {
+            &headers[..]
+        } else {
+            &headers[..1]
+        };
+        let status = refusal.status(&pool.refusing);
+        if !host.reply(status, headers, refusal.body(model).as_bytes()) {
             metrics.fault(host, Fault::Reply);
         }
         Action::Pause
@@ -533,6 +728,53 @@ impl<H: Host> Router<H> {
             return Err(Refusal::WorkerUnknown(pin.worker));
         }
         Ok(Some(pin))
+    }
+
+    /// Lets the current request go on.
+    fn resume(&mut self) {
+        if !self.host.resume_request() {
+            self.metrics.fault(&self.host, Fault::Resume);
+        }
+    }
+
+    /// The class that the current request names and may name.
+    fn class_named(&mut self, served: &Served<'_>) -> Option<String> {
+        let profile = served.pool.queue.as_ref()?;
+        if profile.classes().len() < 2 {
+            return None;
+        }
+        let named = urgency::class(&self.host)?;
+        if self.trusts(served.pool) {
+            return Some(named);
+        }
+        self.metrics.count(&self.host, Event::HintIgnored, 1);
+        None
+    }
+
+    /// When the current request should go, as far as its client may say.
+    fn urgency(&mut self, served: &Served<'_>, read: &Read) -> Urgency {
+        let nvext = read.nvext_json(&self.host).unwrap_or_default();
+        let urgency = Urgency::of(&self.host, &nvext, || self.trusts(served.pool));
+        if urgency.is_cut {
+            self.metrics.count(&self.host, Event::HintIgnored, 1);
+        }
+        urgency
+    }
+
+    /// Whether the current request's client may have privileges.
+    fn trusts(&self, pool: &Pool) -> bool {
+        pool.trusts_hints || hints::route_trusts(&self.host)
+    }
+
+    /// A request waits no more.
+    pub fn unqueue(&mut self, ticket: u64) {
+        let Self {
+            host,
+            metrics,
+            bookings,
+            ..
+        } = self;
+        bookings.unqueue(host, metrics, ticket);
     }
 
     /// The request's headers. Those that only this filter may set are removed.
@@ -594,7 +836,7 @@ impl Held {
 
     /// What the complete body said.
     fn read(self, host: &impl Host) -> Read {
-        let limit = self.scanner.limit();
+        let (limit, bytes) = (self.scanner.limit(), self.taken);
         let scan = self.scanner.finish();
         let (true, Ok(mut scan)) = (self.whole, scan) else {
             return Read::nothing(Reason::BadJson);
@@ -631,6 +873,7 @@ impl Held {
             scan,
             hashes: Vec::new(),
             is_complete: true,
+            bytes,
         }
     }
 }

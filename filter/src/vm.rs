@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use hashbrown::HashMap;
 use kv_core::key;
+use kv_core::queue::Verdict;
 
 use crate::bookings::Bookings;
 use crate::bridge::{Bridge, Identity, stamp_idle};
@@ -12,8 +13,9 @@ use crate::config::Config;
 use crate::fleet::Fleet;
 use crate::host::{Expect, Host, Level, Queue, Token};
 use crate::lanes::Lanes;
-use crate::metrics::{Fault, Metrics};
+use crate::metrics::{Event, Fault, Metrics};
 use crate::request::Request;
+use crate::waiting::{self, Waiting};
 use crate::watchdog::Watchdog;
 use crate::world::World;
 
@@ -42,6 +44,8 @@ pub struct Router<H> {
     pub chooser: Chooser,
     /// Whether requests may be held.
     pub watchdog: Watchdog,
+    /// Requests that wait for a worker to have room.
+    pub waiting: Waiting,
     /// Envoy cluster of the sidecar.
     pub cluster: String,
 }
@@ -56,6 +60,10 @@ impl<H: Host> Router<H> {
         {
             self.bookings.follow(&before.table, &fleet.table);
         }
+        let loads = self.world.loads();
+        let waits_elsewhere = loads.is_some_and(|loads| loads.backlogs.iter().any(|c| *c != 0));
+        self.bookings
+            .set_awaited(waits_elsewhere || !self.waiting.is_empty());
     }
 }
 
@@ -116,6 +124,7 @@ impl<H: Host> Vm<H> {
                 bookings: Bookings::default(),
                 chooser: Chooser::new(seed),
                 watchdog: Watchdog::default(),
+                waiting: Waiting::default(),
                 cluster: String::new(),
             },
             identity: None,
@@ -140,6 +149,7 @@ impl<H: Host> Vm<H> {
         let host = &self.router.host;
         let identity = self.identity.get_or_insert_with(|| Identity::seed(host));
         self.router.bookings.set_vm(identity.vm);
+        self.router.waiting.mailbox.set_vm(identity.vm);
         true
     }
 
@@ -201,10 +211,70 @@ impl<H: Host> Vm<H> {
         }
         router.bookings.on_tick(&router.host, &mut router.metrics);
         self.check_held(root, now_ns);
+        self.check_waiting(root, now_ns);
+    }
+
+    /// Looks after the requests that wait for a worker.
+    fn check_waiting(&mut self, root: u32, now_ns: u64) {
+        let router = &mut self.router;
+        let queues = |fleet: &Fleet| fleet.table.pools.iter().any(|pool| pool.queue.is_some());
+        if router.world.fleet().is_some_and(|fleet| queues(&fleet)) {
+            router.waiting.mailbox.keep(&router.host, root, now_ns);
+        }
+        if router.waiting.is_empty() {
+            return;
+        }
+        self.read_mail(root);
+        let router = &mut self.router;
+        let late = router.waiting.late(now_ns);
+        let is_lost = router.world.is_stale() || waiting::is_lost(&router.host, now_ns);
+        for ticket in late {
+            self.deliver(ticket, Verdict::Late);
+        }
+        if is_lost {
+            self.release_all();
+        }
+        self.router.host.enter(root);
+    }
+
+    /// Lets those who wait go on in the order of their arrival, though nobody said so.
+    fn release_all(&mut self) {
+        for ticket in self.router.waiting.all() {
+            let Router { host, metrics, .. } = &mut self.router;
+            metrics.count(host, Event::HeldReleased, 1);
+            self.deliver(ticket, Verdict::Go);
+        }
+    }
+
+    /// Does what the sidecar says of the requests that wait.
+    fn read_mail(&mut self, root: u32) {
+        for (ticket, verdict) in self.router.waiting.mailbox.take(&self.router.host) {
+            self.deliver(ticket, verdict);
+        }
+        self.router.host.enter(root);
+    }
+
+    /// Does what is to become of a request that waits, if it does still.
+    fn deliver(&mut self, ticket: u64, verdict: Verdict) {
+        let Some(context) = self.router.waiting.context(ticket) else {
+            return;
+        };
+        if self.router.host.enter(context) {
+            self.with(context, (), |request, router| {
+                request.on_verdict(router, verdict);
+            });
+        } else {
+            self.router.waiting.leave(ticket);
+            self.router.unqueue(ticket);
+        }
     }
 
     /// Something has come in a queue that a root context has registered.
-    pub fn on_queue_ready(&mut self, root: u32, _queue: Queue) {
+    pub fn on_queue_ready(&mut self, root: u32, queue: Queue) {
+        if self.router.waiting.mailbox.is(queue) {
+            self.read_mail(root);
+            return;
+        }
         let Router { host, metrics, .. } = &mut self.router;
         if let Some(Some(bridge)) = self.roots.get_mut(&root) {
             bridge.relay(host, metrics);
@@ -285,6 +355,10 @@ impl<H: Host> Vm<H> {
             if self.roots.values().any(Option::is_some) {
                 self.router.bookings.flush(&self.router.host);
             } else {
+                // Without ticks and mail nobody would let them go.
+                self.release_all();
+                self.router.host.enter(context);
+                self.router.waiting.mailbox.leave(&self.router.host);
                 self.router.bookings.leave(&self.router.host);
             }
         }

@@ -87,6 +87,12 @@ impl World {
         self.corrections.of(epoch).filter(|_| !self.stale)
     }
 
+    /// Whether the sidecar has not been heard of for too long.
+    #[must_use]
+    pub fn is_stale(&self) -> bool {
+        self.stale
+    }
+
     fn take_head(&mut self, head: Head, now_ns: u64) {
         let beat = |head: Head| (head.epoch, head.beat);
         if self.head.map(beat) != Some(beat(head)) {

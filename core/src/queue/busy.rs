@@ -8,7 +8,7 @@ use crate::load::Load;
 const UNKNOWN_BATCH: u32 = 10_000_000;
 
 /// What an owner can do.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Capacity {
     /// Prompt tokens of one batch; 0 where not known, which counts as ten million.
     pub batched_tokens: u32,

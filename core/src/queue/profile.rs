@@ -35,10 +35,24 @@ pub struct Bounds {
     pub tokens: u64,
     /// Their bodies, bytes.
     pub body_bytes: u64,
-    /// Status of refusals because of load.
-    pub overload_status: u16,
-    /// What refusals say in `retry-after`, seconds.
+}
+
+/// How requests are refused because of load.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refusing {
+    /// Their status, but for those that waited too long or have no worker.
+    pub status: u16,
+    /// What `retry-after` says, seconds.
     pub retry_after_s: u32,
+}
+
+impl Default for Refusing {
+    fn default() -> Self {
+        Self {
+            status: 529,
+            retry_after_s: 1,
+        }
+    }
 }
 
 impl Default for Bounds {
@@ -48,8 +62,6 @@ impl Default for Bounds {
             requests: 4_096,
             tokens: 64_000_000,
             body_bytes: 256 << 20,
-            overload_status: 529,
-            retry_after_s: 1,
         }
     }
 }
