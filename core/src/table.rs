@@ -4,6 +4,7 @@
 //! an earlier filter reads a later sidecar's table.
 
 mod extension;
+mod metadata;
 mod queueing;
 
 use serde::{Deserialize, Serialize};
@@ -12,10 +13,12 @@ use crate::family::Scheme;
 use crate::id::{Device, OwnerId, Role, Slot};
 use crate::key;
 use crate::policy::Policy;
-use crate::queue::{Capacity, Profile, Refusing, Thresholds};
+use crate::queue::{Capacity, Class, Profile, Refusing, Thresholds};
 use crate::text::Budget;
 use extension::Extension;
 use queueing::Queueing;
+
+pub use metadata::Metadata;
 
 /// Everything a decision needs besides pages, load and the request.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -102,6 +105,9 @@ pub struct Owner {
     /// What else is known of it.
     #[serde(skip)]
     pub traits: Traits,
+    /// What it is said to be.
+    #[serde(skip)]
+    pub metadata: Metadata,
 }
 
 /// What a worker is, and what has been learned of it.
@@ -111,9 +117,6 @@ pub struct Traits {
     pub device: Device,
     /// Prompt tokens that it prefills in a second, queueing included; 0 where not known.
     pub prefill_rate: u32,
-    /// What it can do. The worker table carries it apart.
-    #[serde(skip)]
-    pub capacity: Capacity,
 }
 
 /// Which pool serves a model, and as what.
@@ -174,6 +177,24 @@ impl Table {
     }
 }
 
+impl Owner {
+    /// What it can do.
+    #[must_use]
+    pub fn capacity(&self) -> Capacity {
+        Capacity {
+            batched_tokens: self.metadata.max_num_batched_tokens,
+            blocks: self.metadata.total_kv_blocks,
+        }
+    }
+
+    /// Whether it has room for one more request of a class.
+    #[must_use]
+    pub fn has_room(&self, class: &Class, prefill_tokens: u64, requests: u32) -> bool {
+        let is_busy = class.is_busy(prefill_tokens, self.capacity());
+        !is_busy && !self.metadata.is_full(requests)
+    }
+}
+
 impl Pool {
     /// The owner in a slot.
     #[must_use]
@@ -193,11 +214,11 @@ impl Pool {
 
 #[cfg(test)]
 mod tests {
-    use super::{Extension, Owner, Pool, Served, Table, Traits};
+    use super::{Extension, Metadata, Owner, Pool, Served, Table, Traits};
     use crate::family::Scheme;
     use crate::id::{Device, Family, OwnerId, Role, Slot};
     use crate::key;
-    use crate::queue::{Capacity, Class, Profile, Thresholds};
+    use crate::queue::{Class, Profile, Thresholds};
     use crate::tracker::Tracking;
 
     fn table() -> Table {
@@ -226,7 +247,12 @@ mod tests {
                         traits: Traits {
                             device: Device::Cpu,
                             prefill_rate: 9_000,
-                            capacity: Capacity::default(),
+                        },
+                        metadata: Metadata {
+                            taints: vec!["spot".into()],
+                            labels: [("zone".into(), "a".into())].into(),
+                            max_requests: 7,
+                            ..Metadata::default()
                         },
                     }],
                     trusts_hints: true,
@@ -256,7 +282,6 @@ mod tests {
         table.pools[1].stores = vec![Slot(7)];
         table.pools[0].overload.prefill_tokens = Some(9);
         table.pools[1].queue = Some(Profile::single(Class::new("default")));
-        table.pools[1].owners[0].traits.capacity.batched_tokens = 8_192;
         table.pools[1].families = vec![Scheme {
             family: Family::LmCache,
             block_size: 256,
@@ -272,7 +297,6 @@ mod tests {
         };
         expected.pools[0].overload = Thresholds::default();
         expected.pools[1].queue = None;
-        expected.pools[1].owners[0].traits.capacity = Capacity::default();
         let written = key::encode(&without);
         assert_eq!(Table::decode(&written), Some(expected));
         let earlier = key::decode::<Table>(&bytes).unwrap();

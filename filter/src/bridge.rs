@@ -6,8 +6,8 @@
 
 use kv_core::head::Head;
 use kv_core::key::{self, FORMAT};
-use kv_core::queue::mailbox_name;
 use kv_core::lease::{Election, Holder, Move, MoveKind, Sight};
+use kv_core::queue::mailbox_name;
 use kv_core::wire::{self, Ack, Batch, METHOD, SERVICE, Subscribe, Up, WireError};
 
 use crate::config::Config;

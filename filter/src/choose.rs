@@ -264,7 +264,12 @@ impl Chooser {
 
     /// Leaves out workers that have too much load, and finds out whether the request has to wait
     /// for the others. Loads have been read.
-    fn bar(&mut self, host: &impl Host, round: &mut Round<'_>, ask: &Ask<'_>) -> Result<(), Barred> {
+    fn bar(
+        &mut self,
+        host: &impl Host,
+        round: &mut Round<'_>,
+        ask: &Ask<'_>,
+    ) -> Result<(), Barred> {
         // What is no generation is no load.
         if round.candidates.is_empty() || ask.reason == Reason::Passed {
             return Ok(());
@@ -286,11 +291,13 @@ impl Chooser {
         let uncached = round.candidates.iter().map(uncached).min();
         let uncached = uncached.unwrap_or(demand.tokens);
         let at = gate.profile.class_of(gate.named, uncached);
-        let Some(class) = gate.profile.classes().get(at).filter(|c| c.queues()) else {
+        let Some(class) = gate.profile.classes().get(at) else {
             return Ok(());
         };
         let has_room = |owner: usize, load: &Load| {
-            !class.is_busy(load.prefill_tokens.into(), served.capacity(owner))
+            let owner = served.owner(owner);
+            let prefill = u64::from(load.prefill_tokens);
+            owner.is_some_and(|owner| owner.has_room(class, prefill, load.requests()))
         };
         let is_sample = ask.pin.is_none() && round.candidates.len() < served.accepting().len();
         let mut candidates = round.candidates.iter();
@@ -319,10 +326,15 @@ impl Chooser {
         let worker = |c: &Candidate| served.owner(c.owner).map(|owner| owner.id.worker);
         let is_fine = |c: &&Candidate| {
             let overload = &served.pool.overload;
-            !overload.is_over(&c.load, served.capacity(c.owner))
+            let owner = served.owner(c.owner);
+            !owner.is_some_and(|owner| overload.is_over(&c.load, owner.capacity()))
         };
-        let fine: Vec<Option<WorkerId>> =
-            round.candidates.iter().filter(is_fine).map(worker).collect();
+        let fine: Vec<Option<WorkerId>> = round
+            .candidates
+            .iter()
+            .filter(is_fine)
+            .map(worker)
+            .collect();
         if fine.len() == round.candidates.len() {
             return;
         }

@@ -6,7 +6,6 @@ use kv_core::hash::{Hashing, Seed};
 use kv_core::holdings::{self, Named};
 use kv_core::id::{Role, Slot};
 use kv_core::policy::Mode;
-use kv_core::queue::Capacity;
 use kv_core::report::OwnerKey;
 use kv_core::scan::Scan;
 use kv_core::table::{Owner, Pool, Table};
@@ -182,13 +181,6 @@ impl<'a> Served<'a> {
     #[must_use]
     pub fn owner(&self, position: usize) -> Option<&'a Owner> {
         self.pool.owners.get(position)
-    }
-
-    /// What the owner at a position can do.
-    #[must_use]
-    pub fn capacity(&self, position: usize) -> Capacity {
-        let owner = self.owner(position);
-        owner.map_or_else(Capacity::default, |owner| owner.traits.capacity)
     }
 
     /// Where requests for it are booked.

@@ -134,7 +134,11 @@ impl Refusal {
             Self::QueueLate => overloaded("no worker had room for the request in time"),
             Self::NoWorkers => overloaded("no worker takes requests, try again later"),
         };
-        let param = if param.is_empty() { Value::Null } else { param.into() };
+        let param = if param.is_empty() {
+            Value::Null
+        } else {
+            param.into()
+        };
         let code = self.name();
         let mut error = json!({"message": message, "type": kind, "param": param, "code": code});
         if let Self::QueueFull(Full {

@@ -85,7 +85,9 @@ pub fn class(host: &impl Host) -> Option<String> {
     let named = host.header(Headers::Request, CLASS)?;
     let named = String::from_utf8(named).ok()?;
     let named = named.trim();
-    (1..=MAX_CLASS).contains(&named.len()).then(|| named.to_owned())
+    (1..=MAX_CLASS)
+        .contains(&named.len())
+        .then(|| named.to_owned())
 }
 
 fn number<N: std::str::FromStr>(host: &impl Host, name: &str) -> Option<N> {

@@ -23,6 +23,7 @@ use crate::index::{Control, IndexReport, WorkersReport};
 use crate::ingest::post::Desk;
 use crate::load::RawReport;
 use crate::metrics::{CONTENT_TYPE, Metrics};
+use crate::queue::QueueReport;
 use error::AdminError;
 
 /// Longest body of `/v1/explain`, in bytes.
@@ -75,6 +76,7 @@ impl Admin {
 pub fn router(admin: Admin) -> Router {
     let content = Router::new()
         .route("/v1/workers", get(workers))
+        .route("/v1/queue", get(queue))
         .route("/v1/index", get(index))
         .route("/v1/index/dump", get(dump::dump))
         .route("/v1/explain", post(explain::explain))
@@ -136,6 +138,10 @@ async fn metrics(State(admin): State<Admin>) -> impl IntoResponse {
 
 async fn index(State(admin): State<Admin>) -> Result<Json<IndexReport>, AdminError> {
     admin.ask(Control::Index).await.map(Json)
+}
+
+async fn queue(State(admin): State<Admin>) -> Result<Json<Vec<QueueReport>>, AdminError> {
+    admin.ask(Control::Queue).await.map(Json)
 }
 
 async fn decisions(

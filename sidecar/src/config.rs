@@ -9,6 +9,7 @@ mod error;
 mod events;
 mod file;
 mod layer;
+mod queue;
 mod schema;
 mod setting;
 
@@ -17,7 +18,8 @@ use std::path::{Path, PathBuf};
 
 use kv_core::id::{Device, OwnerId, Role, WorkerId};
 use kv_core::policy::Policy;
-use kv_core::table::Settings;
+use kv_core::queue::{Profile, Refusing, Thresholds};
+use kv_core::table::{Metadata, Settings};
 use kv_core::text::Budget;
 
 use crate::ingest::engine::{self, media::Media};
@@ -158,6 +160,12 @@ pub struct Pool {
     pub trusts_hints: bool,
     /// Requests on a worker with an accelerator for each on one without.
     pub device_ratio: u32,
+    /// How requests wait while all workers are busy.
+    pub queue: Option<Profile>,
+    /// Past which load a worker takes no requests.
+    pub overload: Thresholds,
+    /// How requests are refused because of load.
+    pub refusing: Refusing,
     /// How prompts that are text are read.
     pub tokenizer: Option<Tokenizer>,
     /// The workers.
@@ -191,6 +199,8 @@ pub struct Worker {
     pub device: Device,
     /// Its data-parallel ranks.
     pub ranks: u32,
+    /// What it is said to be.
+    pub metadata: Metadata,
     /// The stream of events that it publishes itself.
     pub events: Option<Events>,
 }

@@ -19,6 +19,7 @@ mod partition;
 mod peering;
 mod prediction;
 mod publisher;
+mod queueing;
 mod repair;
 mod report;
 mod roster;
@@ -57,6 +58,7 @@ use crate::ejection::Ejection;
 use crate::ingest::{Arrival, Plane};
 use crate::load::{Accounts, ProxyId};
 use crate::metrics::{Kind, Metrics};
+use crate::queue::Queues;
 use crate::state::{self, Restored};
 
 pub use control::Control;
@@ -124,6 +126,7 @@ pub struct Service {
     /// Looks at workers under way, at most one to each.
     probes: JoinSet<(WorkerId, bool)>,
     peering: Option<peering::Peering>,
+    queues: Queues,
     loads_version: u64,
     /// When proxies are to be told about load; `None` while nothing has changed.
     loads_at: Option<Instant>,
@@ -210,6 +213,7 @@ impl Service {
             ejects: config.eject_workers,
             probes: JoinSet::new(),
             peering: None,
+            queues: Queues::new(Arc::clone(&metrics)),
             loads_version: 0,
             loads_at: None,
             loads_from: Instant::now(),
@@ -329,6 +333,9 @@ impl Service {
             }
             Control::Decisions(wanted, reply) => {
                 let _ = reply.send(self.decisions.report(&wanted));
+            }
+            Control::Queue(reply) => {
+                let _ = reply.send(self.queues.report(unix_ns()));
             }
             Control::Index(reply) => {
                 let _ = reply.send(self.report_index());
@@ -474,6 +481,7 @@ impl Service {
     fn tick(&mut self, tick: u32) {
         self.look_after_repairs();
         self.sweep_loads();
+        self.sweep_queues();
         self.tick_health();
         self.tick_peers(tick);
         self.expire_predictions();

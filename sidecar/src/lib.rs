@@ -18,6 +18,7 @@ pub mod ingest;
 pub mod load;
 pub mod metrics;
 pub mod peers;
+pub mod queue;
 pub mod serve;
 pub mod state;
 pub mod text;

@@ -59,6 +59,8 @@ pub struct Accounts {
     counts_distinct: bool,
     /// Whether corrections were found that may pass.
     is_unsettled: bool,
+    /// By pool, the classes in which requests wait, as bits.
+    backlogs: Vec<u64>,
 }
 
 /// The prompt of a booking, as far as it is known.
@@ -95,6 +97,10 @@ pub enum Outcome {
     Freed,
     /// Its worker said what it found in its cache.
     Cached,
+    /// It waits for a worker to have room.
+    Queued,
+    /// It waits no more.
+    Unqueued,
     /// It was not booked.
     Unknown,
     /// It could not be booked.
@@ -116,6 +122,8 @@ impl Outcome {
             Self::OfVm => "vm",
             Self::Freed => "freed",
             Self::Cached => "cached",
+            Self::Queued => "queued",
+            Self::Unqueued => "unqueued",
             Self::Unknown => "unknown",
             Self::Refused(error) => error.kind(),
         }
@@ -146,6 +154,8 @@ pub struct News {
     pub pools: Vec<PoolLoads>,
     /// What one of its VMs is to take out of the lanes.
     pub write_off: WriteOff,
+    /// By pool, the classes in which requests wait, as bits.
+    pub backlogs: Vec<u64>,
 }
 
 impl Accounts {
@@ -160,6 +170,7 @@ impl Accounts {
             write_offs: 0,
             counts_distinct: settings.tracking.active_blocks && settings.tracking.kv_reuse,
             is_unsettled: false,
+            backlogs: Vec::new(),
         }
     }
 
@@ -209,6 +220,17 @@ impl Accounts {
         let mut proxies = self.proxies.iter();
         let found = proxies.find(|(_, proxy)| proxy.stream == Some(stream));
         found.map(|(id, _)| id)
+    }
+
+    /// The stream of a proxy.
+    #[must_use]
+    pub fn stream_of(&self, proxy: &ProxyId) -> Option<u64> {
+        self.proxies.get(proxy)?.stream
+    }
+
+    /// VMs of all proxies.
+    pub fn vms(&self) -> impl Iterator<Item = u64> + '_ {
+        self.proxies.values().flat_map(|proxy| proxy.ledger.vms())
     }
 
     fn proxy(&mut self, stream: u64) -> Option<(&ProxyId, &mut Proxy)> {
@@ -303,6 +325,8 @@ impl Accounts {
             Step::Failed { .. } => (true, Outcome::Failed),
             // The ledger has taken them already.
             Step::WrittenOff(_) | Step::Leave => (true, Outcome::OfVm),
+            Step::Queued(_) => (true, Outcome::Queued),
+            Step::Unqueued { .. } => (true, Outcome::Unqueued),
         };
         if is_booked { outcome } else { Outcome::Unknown }
     }
@@ -352,6 +376,13 @@ impl Accounts {
         swept
     }
 
+    /// By pool, the classes in which requests wait, as bits. Whether they are others than before.
+    pub fn set_backlogs(&mut self, backlogs: Vec<u64>) -> bool {
+        let is_changed = self.backlogs != backlogs;
+        self.backlogs = backlogs;
+        is_changed
+    }
+
     /// What is to be told to proxies whose corrections or live prefixes have changed.
     pub fn news(&mut self, now_ms: u64) -> Vec<News> {
         let mut news = Vec::new();
@@ -393,14 +424,20 @@ impl Accounts {
             let told = Told {
                 pools,
                 write_off: proxy.write_off.clone(),
+                backlogs: self.backlogs.clone(),
             };
             if proxy.told.as_ref() != Some(&told) {
                 proxy.told = Some(told.clone());
-                let Told { pools, write_off } = told;
+                let Told {
+                    pools,
+                    write_off,
+                    backlogs,
+                } = told;
                 news.push(News {
                     stream,
                     pools,
                     write_off,
+                    backlogs,
                 });
             }
         }

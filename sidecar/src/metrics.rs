@@ -64,6 +64,26 @@ pub struct OfOwner {
     pub rank: u32,
 }
 
+/// A class of a pool's queue.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct OfClass {
+    /// The pool's name.
+    pub pool: String,
+    /// The class.
+    pub class: String,
+}
+
+/// What became of a request that waited.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct QueueOutcome {
+    /// The pool's name.
+    pub pool: String,
+    /// Its class.
+    pub class: String,
+    /// What became of it.
+    pub outcome: &'static str,
+}
+
 macro_rules! metrics {
     ($($(#[doc = $doc:literal])+ $field:ident: $type:ty = $make:expr, $name:literal, $unit:expr, $help:literal;)+) => {
         /// The metrics and their registry.
@@ -219,6 +239,14 @@ metrics! {
     shadow: Family<Outcome, Counter> = Family::default(), "shadow", None, "Decisions against the exact state";
     /// `kv_router_regret_blocks`: exact cost of the choice less the least exact cost.
     regret: Histogram = Histogram::new(regret_buckets()), "regret_blocks", None, "Exact cost of the choice above the least";
+    /// `kv_router_queue_depth{pool,class}`: requests that wait because all workers are busy.
+    queue_depth: Family<OfClass, Gauge> = Family::default(), "queue_depth", None, "Requests that wait";
+    /// `kv_router_queue_requests_total{pool,class,outcome}`: requests that were to wait, outcome
+    /// `queued`, and what became of them: `granted`, `late`, `left`, or the limit that their class
+    /// had reached, `requests`, `raw_isl_tokens`, `cached_tokens`.
+    queue: Family<QueueOutcome, Counter> = Family::default(), "queue_requests", None, "Requests that were to wait";
+    /// `kv_router_queue_wait_seconds{pool,class}`: how long requests waited until they were let go.
+    queue_wait: Family<OfClass, Histogram> = Family::new_with_constructor(wait_histogram), "queue_wait", Some(Unit::Seconds), "How long requests waited";
     /// `kv_router_predicted_blocks`: blocks predicted for owners of pools without KV events.
     predicted: Gauge = Gauge::default(), "predicted_blocks", None, "Blocks predicted from requests";
     /// `kv_router_peers`: other routers that announce requests or give signs of life.
@@ -262,6 +290,10 @@ metrics! {
     /// `kv_router_config_reloads_total{kind}`: changes of the file, kind `applied`, `refused`,
     /// `restart_needed`.
     reloads: Family<Kind, Counter> = Family::default(), "config_reloads", None, "Configuration changes";
+}
+
+fn wait_histogram() -> Histogram {
+    Histogram::new(exponential_buckets(0.001, 2.0, 17))
 }
 
 /// Nothing at all, then doubling from half a block.

@@ -54,9 +54,8 @@ impl Thresholds {
         let share = self.prefill_share;
         let share = share.is_some_and(|share| f64::from(prefill) > share * capacity.batch());
         let blocks = self.decode_blocks.filter(|_| capacity.blocks > 0);
-        let blocks = blocks.is_some_and(|share| {
-            f64::from(load.blocks) > share * f64::from(capacity.blocks)
-        });
+        let blocks =
+            blocks.is_some_and(|share| f64::from(load.blocks) > share * f64::from(capacity.blocks));
         tokens || share || blocks
     }
 }

@@ -41,7 +41,8 @@ impl Request {
     }
 
     fn ends_ns(&self) -> u64 {
-        self.due_ns.map_or(self.until_ns, |due| due.min(self.until_ns))
+        self.due_ns
+            .map_or(self.until_ns, |due| due.min(self.until_ns))
     }
 }
 
@@ -137,7 +138,9 @@ impl<Id: Copy + Eq + Hash + Ord> PolicyQueue<Id> {
     /// What of a class waits.
     #[must_use]
     pub fn usage(&self, class: usize) -> Usage {
-        self.classes.get(class).map_or_else(Usage::default, |c| c.usage)
+        self.classes
+            .get(class)
+            .map_or_else(Usage::default, |c| c.usage)
     }
 
     /// All requests that wait, class by class.
@@ -282,7 +285,9 @@ impl<Id: Copy + Eq + Hash + Ord> PolicyQueue<Id> {
     }
 
     fn affords(&self, class: usize, head: &Head<Id>) -> bool {
-        self.classes.get(class).is_some_and(|c| head.cost <= c.deficit)
+        self.classes
+            .get(class)
+            .is_some_and(|c| head.cost <= c.deficit)
     }
 
     fn quantum(&self, class: usize) -> u64 {
@@ -300,7 +305,9 @@ impl<Id: Copy + Eq + Hash + Ord> PolicyQueue<Id> {
     /// Rounds until a class can pay for its head.
     fn missing(&self, class: usize, head: &Head<Id>) -> u64 {
         let deficit = self.classes.get(class).map_or(0, |class| class.deficit);
-        head.cost.saturating_sub(deficit).div_ceil(self.quantum(class))
+        head.cost
+            .saturating_sub(deficit)
+            .div_ceil(self.quantum(class))
     }
 
     fn take(&mut self, class: usize, head: Head<Id>) -> Option<Entry<Id>> {

@@ -43,24 +43,35 @@ enum Op {
 }
 
 fn request() -> impl Strategy<Value = Request> {
-    let order = (0_u32..3, prop::option::weighted(0.3, 0_u64..50), 50_u64..100);
+    let order = (
+        0_u32..3,
+        prop::option::weighted(0.3, 0_u64..50),
+        50_u64..100,
+    );
     let size = (0_u32..3_000, 0_u32..3_000);
     let score = (-2_i32..4, 0_u32..6);
-    (0_usize..3, prop::option::weighted(0.3, 0_u64..3), order, size, score).prop_map(
-        |(class, worker, (strict, due_ns, until_ns), (tokens, cached), (priority, arrival))| {
-            Request {
-                class,
-                owner: worker.map(owner),
-                tokens,
-                cached_tokens: cached.min(tokens),
-                arrival_s: f64::from(arrival) / 2.0,
-                priority: f64::from(priority) / 2.0,
-                strict,
-                due_ns,
-                until_ns,
-            }
-        },
+    (
+        0_usize..3,
+        prop::option::weighted(0.3, 0_u64..3),
+        order,
+        size,
+        score,
     )
+        .prop_map(
+            |(class, worker, (strict, due_ns, until_ns), (tokens, cached), (priority, arrival))| {
+                Request {
+                    class,
+                    owner: worker.map(owner),
+                    tokens,
+                    cached_tokens: cached.min(tokens),
+                    arrival_s: f64::from(arrival) / 2.0,
+                    priority: f64::from(priority) / 2.0,
+                    strict,
+                    due_ns,
+                    until_ns,
+                }
+            },
+        )
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -192,7 +203,10 @@ fn requests_are_classed_by_name_then_family_and_bucket() {
     assert_eq!(refused(&classes[..4], "chat", &buckets), missing);
     let none = ProfileError::NoFamily("x".into());
     assert_eq!(refused(&classes, "x", &buckets), none);
-    assert_eq!(refused(&classes, "chat", &buckets[1..]), ProfileError::Buckets);
+    assert_eq!(
+        refused(&classes, "chat", &buckets[1..]),
+        ProfileError::Buckets
+    );
     let twice = [&classes[..], &classes[..1]].concat();
     let error = ProfileError::Twice("batch-long".into());
     assert_eq!(refused(&twice, "chat", &buckets), error);

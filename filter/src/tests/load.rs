@@ -17,6 +17,7 @@ fn correct(site: &Site, epoch: u32, version: u64, pool: PoolLoads) {
         version,
         pools: vec![pool],
         write_off: WriteOff::default(),
+        backlogs: Vec::new(),
     };
     site.put(&key::LOADS, &loads.encode());
     let mut head = Head::decode(&site.host.shared(&key::HEAD).unwrap().bytes).unwrap();

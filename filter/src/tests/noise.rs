@@ -47,6 +47,7 @@ fn loads() -> Loads {
             prefixes: vec![prefix],
         }],
         write_off: WriteOff::default(),
+        backlogs: vec![2],
     }
 }
 

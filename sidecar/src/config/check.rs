@@ -14,6 +14,7 @@ use super::error::{ConfigErrors, Problem};
 use super::file;
 use super::file::File;
 use super::layer::Layer;
+use super::queue;
 use super::{Config, DEFAULT_POOL, DynamoPlane, Indexer, Nats, Pool, Tokenizer, Worker};
 use crate::ingest::subject::{Template, TemplateError};
 use crate::load;
@@ -296,6 +297,7 @@ impl Check {
                 role: worker.role,
                 device: worker.device,
                 ranks: worker.data_parallel_size,
+                metadata: worker.metadata(),
                 events: worker.events.as_ref().and_then(|events| {
                     self.events(events, worker.data_parallel_size, &path("events"))
                 }),
@@ -305,7 +307,12 @@ impl Check {
         let tokenizer = pool.tokenizer.as_ref();
         let tokenizer = tokenizer.map(|t| self.tokenizer(t, &path("tokenizer.path")));
         let media = self.media(pool, prefix);
+        let queue = pool.queue.as_ref();
+        let queue = queue.and_then(|queue| self.queue(queue, &path("queue")));
         Pool {
+            queue,
+            overload: queue::overload(pool),
+            refusing: queue::refusing(pool),
             tokenizer,
             workers,
             families: self.families(pool, &media, prefix),

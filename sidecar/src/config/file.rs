@@ -6,8 +6,11 @@ use std::path::PathBuf;
 
 use kv_core::id::{Device, Family, Role, Tier};
 use kv_core::policy::Mode;
+use kv_core::table::Metadata;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use super::queue::Queue;
 
 /// Configuration of the sidecar, and of the Envoy it prints a bootstrap for.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -210,6 +213,32 @@ pub struct Pool {
     /// worker without. Mirrors Dynamo's `DYN_ENCODER_CUDA_TO_CPU_RATIO`.
     #[schemars(range(min = 1, max = 1_000_000))]
     pub encoder_cuda_to_cpu_ratio: u32,
+    /// How requests wait while all workers are busy; without it none waits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Queue")]
+    pub queue: Option<Queue>,
+    /// A worker takes no requests while more than this share of its `total_kv_blocks` is in use.
+    /// Mirrors Dynamo's `--active-decode-blocks-threshold`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "f64", range(min = 0.0, max = 1.0))]
+    pub active_decode_blocks_threshold: Option<f64>,
+    /// A worker takes no requests while it has more prompt tokens to prefill. Mirrors Dynamo's
+    /// `--active-prefill-tokens-threshold`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "u64")]
+    pub active_prefill_tokens_threshold: Option<u64>,
+    /// The same as a share of `max_num_batched_tokens`. Mirrors Dynamo's
+    /// `--active-prefill-tokens-threshold-frac`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "f64", range(min = 0.0, max = 1_000_000.0))]
+    pub active_prefill_tokens_threshold_frac: Option<f64>,
+    /// Status of requests that are refused because of load. Mirrors Dynamo's
+    /// `DYN_HTTP_OVERLOAD_STATUS_CODE`.
+    #[schemars(range(min = 400, max = 599))]
+    pub overload_status: u16,
+    /// Seconds after which they may be sent again, in `retry-after`.
+    #[schemars(range(min = 0, max = 86_400))]
+    pub retry_after_secs: u32,
     /// How prompts that are text are read; without it they are routed by load. Needs a restart, as
     /// everything under `tokenizer` does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -278,6 +307,12 @@ impl Default for Pool {
             image_token_id: None,
             trust_hints: false,
             encoder_cuda_to_cpu_ratio: 8,
+            queue: None,
+            active_decode_blocks_threshold: None,
+            active_prefill_tokens_threshold: None,
+            active_prefill_tokens_threshold_frac: None,
+            overload_status: 529,
+            retry_after_secs: 1,
             tokenizer: None,
             workers: Vec::new(),
         }
@@ -307,11 +342,49 @@ pub struct Worker {
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 1024))]
     pub data_parallel_size: u32,
+    /// LoRA adapters that it has loaded, of the pool's; all of them unless given.
+    #[serde(default)]
+    #[schemars(length(max = 1024), inner(length(min = 1, max = 256)))]
+    pub lora: Vec<String>,
+    /// Taints, which requests can require or prefer.
+    #[serde(default)]
+    #[schemars(length(max = 64), inner(length(min = 1, max = 256)))]
+    pub taints: Vec<String>,
+    /// Labels, its place in the topology among them.
+    #[serde(default)]
+    #[schemars(extend("maxProperties" = 64))]
+    pub labels: BTreeMap<String, String>,
+    /// KV blocks that each rank can hold; 0 where not known.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub total_kv_blocks: u32,
+    /// Requests that each rank takes at a time; 0 for any number.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 32_768))]
+    pub max_requests: u32,
+    /// Prompt tokens that it computes in one batch; 0 where not known. Mirrors the engines'
+    /// `--max-num-batched-tokens`.
+    #[serde(default)]
+    pub max_num_batched_tokens: u32,
     /// The stream of events that it publishes itself. Without it the worker's events are what NATS
     /// brings for its id.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Events")]
     pub events: Option<Events>,
+}
+
+impl Worker {
+    /// What it is said to be.
+    pub(super) fn metadata(&self) -> Metadata {
+        Metadata {
+            lora: self.lora.clone(),
+            taints: self.taints.clone(),
+            labels: self.labels.clone(),
+            total_kv_blocks: self.total_kv_blocks,
+            max_requests: self.max_requests,
+            max_num_batched_tokens: self.max_num_batched_tokens,
+        }
+    }
 }
 
 fn one() -> u32 {

@@ -59,6 +59,7 @@ impl Service {
             self.remember(time(report.at_ns));
             if report.complete {
                 self.report_for_peers(report.vm);
+                self.keep_listed(&report);
             }
             let origin = Origin {
                 proxy: proxy.clone(),
@@ -74,6 +75,7 @@ impl Service {
         self.judge_due();
         self.announce();
         self.loads_due();
+        self.settle_queues();
     }
 
     /// What has changed happened at this time.
@@ -86,6 +88,9 @@ impl Service {
 
     fn step(&mut self, origin: &Origin, step: &Step, mut at_ns: u64, now_ms: u64) -> Outcome {
         let vm = origin.vm;
+        if let Some(outcome) = self.queue_step(&origin.proxy, vm, step) {
+            return outcome;
+        }
         self.before_step(vm, step, now_ms);
         let outcome = match step {
             Step::Book(booked) => {
@@ -184,6 +189,8 @@ impl Service {
             | Step::Cached { .. }
             | Step::Grown { .. }
             | Step::WrittenOff(_)
+            | Step::Queued(_)
+            | Step::Unqueued { .. }
             | Step::Leave => {}
         }
     }
@@ -306,6 +313,8 @@ impl Service {
         };
         self.accounts
             .serve(self.tables.iter().map(owners).collect());
+        self.queues.serve(&self.tables, unix_ns());
+        self.settle_queues();
         self.loads_due();
     }
 
@@ -325,6 +334,7 @@ impl Service {
                 version: self.loads_version,
                 pools: news.pools,
                 write_off: news.write_off,
+                backlogs: news.backlogs,
             };
             self.publisher
                 .loads(news.stream, loads.encode(), &mut self.index);

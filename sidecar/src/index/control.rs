@@ -18,6 +18,7 @@ use crate::decision::{DecisionsReport, Wanted};
 use crate::dump::Line;
 use crate::load::RawReport;
 use crate::peers;
+use crate::queue::QueueReport;
 
 /// Anything but events.
 #[derive(Debug)]
@@ -56,6 +57,8 @@ pub enum Control {
     Raw(oneshot::Sender<RawReport>),
     /// Decisions, and what the exact state says of them.
     Decisions(Wanted, oneshot::Sender<DecisionsReport>),
+    /// Requests that wait, by pool.
+    Queue(oneshot::Sender<Vec<QueueReport>>),
     /// The index and its publication.
     Index(oneshot::Sender<IndexReport>),
     /// The whole index, line by line.

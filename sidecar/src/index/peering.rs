@@ -77,6 +77,8 @@ impl Service {
             | Step::Grown { .. }
             | Step::Failed { .. }
             | Step::WrittenOff(_)
+            | Step::Queued(_)
+            | Step::Unqueued { .. }
             | Step::Leave => return,
         };
         peering.announcer.changed(BookingId {

@@ -244,6 +244,14 @@ impl Publisher {
         self.pump(index);
     }
 
+    /// Mail for a mailbox of one subscriber.
+    pub(super) fn mail(&mut self, id: u64, mailbox: u8, mail: Vec<u8>, index: &mut Index) {
+        if let Some(subscriber) = self.subscribers.iter_mut().find(|s| s.id == id) {
+            subscriber.mail.push((mailbox, mail));
+        }
+        self.pump(index);
+    }
+
     /// Sends the head again, as a sign of life.
     pub(super) fn beat(&mut self, ready: bool, index: &mut Index) {
         self.head.ready = ready;
@@ -285,10 +293,12 @@ impl Publisher {
         let is_clean = !index.is_dirty();
         for subscriber in &mut self.subscribers {
             if holds_back(&head, &subscriber.who) {
+                subscriber.send_mail(&self.metrics);
                 continue;
             }
             while subscriber.is_open() && subscriber.has_work() {
                 let mut batch = Pending::default();
+                subscriber.push_mail(&mut batch);
                 subscriber.fill(&mut batch, &self.table, head.table_version, index);
                 if subscriber.queue.is_empty() {
                     subscriber.end(&mut batch, head, is_clean);

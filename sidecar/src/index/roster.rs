@@ -221,6 +221,9 @@ impl Pool {
             device_ratio: self.config.device_ratio,
             stores: stores.collect(),
             text: self.config.tokenizer.as_ref().map(|t| t.budget),
+            queue: self.config.queue.clone(),
+            overload: self.config.overload,
+            refusing: self.config.refusing,
         }
     }
 }
@@ -287,6 +290,7 @@ impl Worker {
                     device: self.config.device,
                     prefill_rate: owner.prefill_rate,
                 },
+                metadata: self.config.metadata.clone(),
             })
         })
     }

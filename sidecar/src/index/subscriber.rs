@@ -50,6 +50,8 @@ pub(super) struct Subscriber {
     pub(super) head_due: bool,
     /// Loads that it has not been sent.
     pub(super) loads: Option<Vec<u8>>,
+    /// Mail for mailboxes, which goes before all else.
+    pub(super) mail: Vec<(u8, Vec<u8>)>,
     pub(super) received_ns: Vec<u64>,
     pub(super) table_sent: u64,
     pub(super) table_acked: u64,
@@ -71,6 +73,7 @@ impl Subscriber {
             head: None,
             head_due: true,
             loads: None,
+            mail: Vec::new(),
             received_ns: Vec::new(),
             table_sent: 0,
             table_acked: 0,
@@ -83,7 +86,22 @@ impl Subscriber {
     }
 
     pub(super) fn has_work(&self) -> bool {
-        self.head_due || !self.queue.is_empty()
+        self.head_due || !self.queue.is_empty() || !self.mail.is_empty()
+    }
+
+    /// Sends mail alone, where nothing else is to be sent.
+    pub(super) fn send_mail(&mut self, metrics: &Metrics) {
+        if self.is_open() && !self.mail.is_empty() {
+            let mut batch = Pending::default();
+            self.push_mail(&mut batch);
+            self.send(batch, metrics);
+        }
+    }
+
+    pub(super) fn push_mail(&mut self, batch: &mut Pending) {
+        for (mailbox, mail) in self.mail.drain(..) {
+            batch.push(&key::mail(mailbox), &mail);
+        }
     }
 
     pub(super) fn enqueue(&mut self, page: u32) {

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use kv_core::id::{Device, DpRank, Role, Slot, WorkerId};
 use kv_core::policy::Policy;
+use kv_core::queue::{Refusing, Thresholds};
+use kv_core::table::Metadata;
 use serde::Serialize;
 use tokio::sync::oneshot;
 
@@ -207,6 +209,9 @@ impl Registry {
                 ttl_ms: 0,
                 trusts_hints: false,
                 device_ratio: 1,
+                queue: None,
+                overload: Thresholds::default(),
+                refusing: Refusing::default(),
                 tokenizer: None,
                 media: Media::default(),
                 families: Vec::new(),
@@ -230,6 +235,7 @@ impl Registry {
                     role: Role::Aggregated,
                     device: Device::default(),
                     ranks: registered.ranks(),
+                    metadata: Metadata::default(),
                     events: Some(Events::Sockets(registered.sockets.clone())),
                 });
             }

@@ -52,6 +52,7 @@ pub(super) struct Proxy {
 pub(super) struct Told {
     pub(super) pools: Vec<PoolLoads>,
     pub(super) write_off: WriteOff,
+    pub(super) backlogs: Vec<u64>,
 }
 
 impl Proxy {
