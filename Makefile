@@ -126,7 +126,7 @@ fuzz: preflight ## every decoder of events against changed messages, 10 minutes 
 
 .PHONY: storm
 storm: tools filter filter-chaos ## a minute of ten times the load that engines can take
-	@KV_STORM_SECONDS=60 cargo test -p kv-tests --test storm -- an_overload
+	@KV_STORM_SECONDS=60 cargo test -p kv-tests --test storm --test queue -- an_overload ten_times
 
 .PHONY: test-memory
 test-memory: preflight ## 24 million random events into an index of 256 MiB (some minutes)

@@ -572,6 +572,10 @@ impl Request {
                         return self.line_up(router, served, read, (busy, named), since_ns);
                     }
                 };
+                let is_empty = served.pool.owners.is_empty() && served.pool.queue.is_some();
+                if is_empty && read.reason != Reason::Passed {
+                    return self.refuse(router, served.pool, Refusal::NoWorkers, "");
+                }
                 router.send_to(&served.pool.name, choice.endpoints.as_deref());
                 Routed::new(router, Rc::clone(fleet), served, &ask, choice)
             }

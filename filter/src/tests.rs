@@ -11,6 +11,7 @@ mod reports;
 mod requests;
 mod staleness;
 mod text;
+mod waiting;
 
 use kv_core::event::{EventData, Stored, StoredBlock};
 use kv_core::hash::{Hashing, Seed, sequence_hashes};

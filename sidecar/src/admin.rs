@@ -1,5 +1,6 @@
 //! The sidecar's HTTP API: health, metrics and `/v1`.
 
+mod busy;
 mod dump;
 mod error;
 mod events;
@@ -77,6 +78,7 @@ pub fn router(admin: Admin) -> Router {
     let content = Router::new()
         .route("/v1/workers", get(workers))
         .route("/v1/queue", get(queue))
+        .route("/busy_threshold", get(busy::list).post(busy::post))
         .route("/v1/index", get(index))
         .route("/v1/index/dump", get(dump::dump))
         .route("/v1/explain", post(explain::explain))

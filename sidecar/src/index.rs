@@ -127,6 +127,8 @@ pub struct Service {
     probes: JoinSet<(WorkerId, bool)>,
     peering: Option<peering::Peering>,
     queues: Queues,
+    /// Thresholds that were set at run time, by pool, and what the configuration said then.
+    thresholds: BTreeMap<usize, queueing::SetThresholds>,
     loads_version: u64,
     /// When proxies are to be told about load; `None` while nothing has changed.
     loads_at: Option<Instant>,
@@ -214,6 +216,7 @@ impl Service {
             probes: JoinSet::new(),
             peering: None,
             queues: Queues::new(Arc::clone(&metrics)),
+            thresholds: BTreeMap::new(),
             loads_version: 0,
             loads_at: None,
             loads_from: Instant::now(),
@@ -336,6 +339,16 @@ impl Service {
             }
             Control::Queue(reply) => {
                 let _ = reply.send(self.queues.report(unix_ns()));
+            }
+            Control::Thresholds(reply) => {
+                let _ = reply.send(self.thresholds());
+            }
+            Control::Threshold {
+                model,
+                change,
+                reply,
+            } => {
+                let _ = reply.send(self.set_threshold(&model, change));
             }
             Control::Index(reply) => {
                 let _ = reply.send(self.report_index());

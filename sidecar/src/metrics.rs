@@ -196,8 +196,8 @@ metrics! {
     /// `fenced`, `malformed`, `version`, `empty`. A `gap`: reports before it were lost.
     reports: Family<Kind, Counter> = Family::default(), "reports", None, "Reports of VMs";
     /// `kv_router_report_steps_total{kind}`: steps of requests, kind `booked`, `kept`, `moved`,
-    /// `first_token`, `prefilled`, `grown`, `cached`, `freed`, `failed`, `unknown`, `duplicate`, `full`, and
-    /// of VMs, kind `vm`. `unknown` after a gap is normal.
+    /// `first_token`, `prefilled`, `grown`, `cached`, `freed`, `failed`, `queued`, `unqueued`, `unknown`, `duplicate`, `full`,
+    /// and of VMs, kind `vm`. `unknown` after a gap is normal.
     steps: Family<Kind, Counter> = Family::default(), "report_steps", None, "Steps of requests";
     /// `kv_router_unknown_prefixes_total`: bookings that name a prefix which the index has no more;
     /// its blocks count as nobody else's.

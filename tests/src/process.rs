@@ -48,6 +48,20 @@ impl Process {
         self.child.id()
     }
 
+    /// Memory that it takes, in kB.
+    ///
+    /// # Panics
+    /// When the system does not say.
+    #[must_use]
+    pub fn memory(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.id()));
+        let status = status.expect("a running process");
+        let mut lines = status.lines();
+        let line = lines.find_map(|line| line.strip_prefix("VmRSS:"));
+        let number = line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse().ok());
+        number.expect("its memory")
+    }
+
     /// What it has printed so far.
     #[must_use]
     pub fn output(&self) -> String {

@@ -71,7 +71,7 @@ impl Drop for Upstream {
 }
 
 async fn answer(State(mut identity): State<Identity>, request: Request) -> Response {
-    identity.requests.fetch_add(1, Ordering::Relaxed);
+    let order = identity.requests.fetch_add(1, Ordering::Relaxed);
     let (head, body) = request.into_parts();
     let body = body
         .collect()
@@ -86,6 +86,7 @@ async fn answer(State(mut identity): State<Identity>, request: Request) -> Respo
     };
     let seen = json!({
         "worker": identity.id,
+        "order": order,
         "method": head.method.as_str(),
         "path": head.uri.path(),
         "headers": head.headers.iter().map(header).collect::<serde_json::Map<_, _>>(),

@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use kv_router::config::{Config, Flags, schema};
-use kv_router::metrics::{InPool, Kind, Metrics, OfOwner, OfWorker, Outcome, PlaneKind};
+use kv_router::metrics::{
+    InPool, Kind, Metrics, OfClass, OfOwner, OfWorker, Outcome, PlaneKind, QueueOutcome,
+};
 use serde_json::Value;
 
 const CONFIGURATION: &str = include_str!("../../docs/guide/configuration.md");
@@ -128,6 +130,17 @@ fn every_metric_of_the_sidecar_is_in_the_catalogue() {
     for family in [&metrics.predicted_tokens, &metrics.found_tokens] {
         family.get_or_create(&of_worker).inc();
     }
+    let (pool, class) = (String::new(), String::new());
+    let of_class = OfClass { pool, class };
+    metrics.queue_depth.get_or_create(&of_class).set(1);
+    metrics.queue_wait.get_or_create(&of_class).observe(1.0);
+    let OfClass { pool, class } = of_class;
+    let outcome = QueueOutcome {
+        pool,
+        class,
+        outcome: "",
+    };
+    metrics.queue.get_or_create(&outcome).inc();
     let outcome = "";
     metrics.shadow.get_or_create(&Outcome { outcome }).inc();
     for family in [
@@ -323,6 +336,8 @@ fn every_key_is_documented_with_its_default() {
         "nats.dynamo.component",
         "nats.dynamo.namespace",
         "nats.url",
+        "queue.policy_classes[].name",
+        "queue.uncached_isl_buckets[].bucket",
         "tokenizer.path",
         "workers[].endpoint",
         "workers[].events.trtllm.url",

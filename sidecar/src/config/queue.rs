@@ -65,16 +65,15 @@ impl Default for Queue {
 }
 
 /// A bucket of requests by size.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(deny_unknown_fields)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
 pub struct Bucket {
     /// Prompt tokens to compute, at least.
-    #[serde(default)]
     pub min_tokens: u64,
     /// Its name.
-    #[serde(default)]
-    #[schemars(required, length(min = 1, max = 64))]
-    pub bucket: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(required, with = "String", length(min = 1, max = 64))]
+    pub bucket: Option<String>,
 }
 
 /// A class of requests.
@@ -82,8 +81,9 @@ pub struct Bucket {
 #[serde(default, deny_unknown_fields)]
 pub struct PolicyClass {
     /// Its name, which clients with privileges may name in `x-dynamo-meta-policy-class`.
-    #[schemars(required, length(min = 1, max = 64))]
-    pub name: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(required, with = "String", length(min = 1, max = 64))]
+    pub name: Option<String>,
     /// Its family; with `cache_bucket`.
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schemars(with = "String", length(min = 1, max = 64))]
@@ -124,7 +124,7 @@ pub struct PolicyClass {
 impl Default for PolicyClass {
     fn default() -> Self {
         Self {
-            name: String::new(),
+            name: None,
             policy_family: None,
             cache_bucket: None,
             queue_policy: None,
@@ -141,7 +141,7 @@ impl Default for PolicyClass {
 impl PolicyClass {
     fn class(&self, queue: &Queue) -> Class {
         Class {
-            name: self.name.clone(),
+            name: self.name.clone().unwrap_or_default(),
             order: self.queue_policy.unwrap_or(queue.policy),
             quantum: self.quantum,
             busy_tokens: self.prefill_busy_threshold,
@@ -171,7 +171,7 @@ impl Check {
     fn profile(&mut self, queue: &Queue, path: &str) -> Option<Profile> {
         if queue.policy_classes.is_empty() {
             let class = PolicyClass {
-                name: DEFAULT_CLASS.into(),
+                name: Some(DEFAULT_CLASS.into()),
                 ..PolicyClass::default()
             };
             return Some(Profile::single(class.class(queue)));
@@ -184,7 +184,8 @@ impl Check {
                 (Some(_), None) | (None, Some(_)) => {
                     let path = format!("{path}.policy_classes[{i}]");
                     let why = "needs both policy_family and cache_bucket, or neither";
-                    self.refuse(path, &class.name, why);
+                    let name = class.name.as_deref().unwrap_or_default();
+                    self.refuse(path, name, why);
                     return None;
                 }
             };
@@ -194,8 +195,9 @@ impl Check {
             });
         }
         let buckets = queue.uncached_isl_buckets.iter();
-        let buckets: Vec<(u64, String)> =
-            buckets.map(|b| (b.min_tokens, b.bucket.clone())).collect();
+        let buckets: Vec<(u64, String)> = buckets
+            .map(|b| (b.min_tokens, b.bucket.clone().unwrap_or_default()))
+            .collect();
         let default = queue.default_policy_family.as_deref();
         match Profile::new(classes, default.unwrap_or(DEFAULT_CLASS), &buckets) {
             Ok(profile) => Some(profile),

@@ -305,8 +305,9 @@ impl Service {
     /// Takes the pools and owners of the roster over.
     pub(super) fn serve_owners(&mut self) {
         self.forget_gauges();
-        let pools = self.roster.table_pools(&self.ejection).into_iter();
-        self.tables = pools.map(Arc::new).collect();
+        let mut pools = self.roster.table_pools(&self.ejection);
+        self.put_thresholds(&mut pools);
+        self.tables = pools.into_iter().map(Arc::new).collect();
         let owners = |pool: &Arc<table::Pool>| {
             let owners = pool.owners.iter();
             owners.map(|o| (o.slot, o.id)).collect::<Vec<_>>()

@@ -7,6 +7,7 @@ use kv_core::event::RouterEvent;
 use kv_core::holdings::Named;
 use kv_core::id::OwnerId;
 use kv_core::overlap::Overlap;
+use kv_core::queue::Thresholds;
 use kv_core::report::{Report, Sum};
 use kv_core::table::Table;
 use kv_core::wire::{Ack, Subscribe};
@@ -59,6 +60,17 @@ pub enum Control {
     Decisions(Wanted, oneshot::Sender<DecisionsReport>),
     /// Requests that wait, by pool.
     Queue(oneshot::Sender<Vec<QueueReport>>),
+    /// Past which load workers take no requests, by model, where anything is set.
+    Thresholds(oneshot::Sender<Vec<(String, Thresholds)>>),
+    /// Sets and reads that of the pool that serves a model.
+    Threshold {
+        /// The model.
+        model: String,
+        /// What is to be set.
+        change: Thresholds,
+        /// What holds then; `None` where no pool serves the model.
+        reply: oneshot::Sender<Option<Thresholds>>,
+    },
     /// The index and its publication.
     Index(oneshot::Sender<IndexReport>),
     /// The whole index, line by line.

@@ -2,10 +2,19 @@
 
 use std::collections::HashSet;
 
+use kv_core::queue::Thresholds;
 use kv_core::report::{Report, Step};
+use kv_core::table::{Pool, Table};
 
 use super::{Service, unix_ns};
 use crate::load::{Outcome, ProxyId};
+
+/// Thresholds that were set at run time. They hold until the configuration says something else.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SetThresholds {
+    configured: Thresholds,
+    set: Thresholds,
+}
 
 impl Service {
     /// A complete report lists all that wait in its VM.
@@ -62,5 +71,54 @@ impl Service {
         let vms: HashSet<u64> = self.accounts.vms().collect();
         self.queues.keep_vms(|vm| vms.contains(&vm));
         self.settle_queues();
+    }
+
+    /// Puts what was set at run time in place of what is configured.
+    pub(super) fn put_thresholds(&mut self, pools: &mut [Pool]) {
+        for (at, pool) in pools.iter_mut().enumerate() {
+            let holds = |set: &SetThresholds| set.configured == pool.overload;
+            match self.thresholds.get(&at).copied() {
+                Some(set) if holds(&set) => pool.overload = set.set,
+                Some(_) => {
+                    tracing::info!(pool = pool.name, "busy thresholds are configured anew");
+                    self.thresholds.remove(&at);
+                }
+                None => {}
+            }
+        }
+    }
+
+    /// Thresholds by model, of pools that have any.
+    pub(super) fn thresholds(&self) -> Vec<(String, Thresholds)> {
+        let pools = self.tables.iter().filter(|pool| !pool.overload.is_unset());
+        let by_model = pools.flat_map(|pool| {
+            let any = pool.models.is_empty().then_some(&pool.name);
+            let models = pool.models.iter().chain(any);
+            models.map(|model| (model.clone(), pool.overload))
+        });
+        by_model.collect()
+    }
+
+    /// Sets thresholds of the pool that serves a model, and returns all of them.
+    pub(super) fn set_threshold(&mut self, model: &str, change: Thresholds) -> Option<Thresholds> {
+        let table: Table = self.table();
+        let served = table.serve(Some(model)).filter(|served| served.known)?;
+        let before = table.pools.get(served.pool)?.overload;
+        if change.is_unset() {
+            return Some(before);
+        }
+        let set = Thresholds {
+            decode_blocks: change.decode_blocks.or(before.decode_blocks),
+            prefill_tokens: change.prefill_tokens.or(before.prefill_tokens),
+            prefill_share: change.prefill_share.or(before.prefill_share),
+        };
+        let known = self.thresholds.get(&served.pool);
+        let configured = known.map_or(before, |known| known.configured);
+        let set_at_run_time = SetThresholds { configured, set };
+        self.thresholds.insert(served.pool, set_at_run_time);
+        tracing::info!(model, ?set, "busy thresholds set");
+        self.serve_owners();
+        self.publish_table(None);
+        Some(set)
     }
 }
