@@ -1,5 +1,6 @@
 //! What the worker table says besides what the first release's filter reads of it.
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::{Table, Traits};
@@ -23,6 +24,7 @@ struct OfPool {
     families: Vec<Scheme>,
     stores: Vec<Slot>,
     shared_cache_multiplier: f64,
+    trusted_sources: Vec<IpNet>,
 }
 
 impl Extension {
@@ -36,6 +38,7 @@ impl Extension {
             families: pool.families.clone(),
             stores: pool.stores.clone(),
             shared_cache_multiplier: pool.policy.shared_cache_multiplier,
+            trusted_sources: pool.trusted_sources.clone(),
         });
         Self(pools.collect())
     }
@@ -44,6 +47,7 @@ impl Extension {
         for (pool, more) in table.pools.iter_mut().zip(self.0) {
             pool.policy.tracking = more.tracking;
             pool.trusts_hints = more.trusts_hints;
+            pool.trusted_sources = more.trusted_sources;
             pool.device_ratio = more.device_ratio;
             pool.families = more.families;
             pool.stores = more.stores;
