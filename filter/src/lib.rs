@@ -15,7 +15,7 @@
 //!   answered here.
 //! - [`world`], [`fleet`], [`lanes`], [`correction`]: pages, worker table and load as this VM sees
 //!   them.
-//! - [`waiting`], [`mailbox`], [`urgency`]: requests that wait for a worker to have room.
+//! - [`waiting`], [`mailbox`]: requests that wait for a worker to have room.
 //! - [`board`]: the live prompts of all VMs.
 //! - [`bookings`], [`outbox`]: what this VM has added to the load, and its reports of it.
 //! - [`bridge`], [`relay`]: the one VM of a process that copies the sidecar's writes into shared
@@ -63,7 +63,6 @@ pub mod relay;
 pub mod request;
 pub mod routed;
 pub mod text;
-pub mod urgency;
 pub mod usage;
 pub mod vm;
 pub mod waiting;

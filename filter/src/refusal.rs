@@ -21,6 +21,10 @@ pub enum Refusal {
     HintUntrusted,
     /// No pool serves its model.
     ModelUnknown,
+    /// It names a rank and no worker.
+    RankAlone,
+    /// A hint of a trusted client can't be read: this one.
+    HintMalformed(&'static str),
     /// All workers that could take it have more load than they are to have.
     Overloaded,
     /// Its class lets no more requests wait.
@@ -35,7 +39,7 @@ pub enum Refusal {
 
 impl Refusal {
     /// Number of kinds.
-    pub const COUNT: usize = 9;
+    pub const COUNT: usize = 11;
 
     /// The kind as an index below [`Refusal::COUNT`].
     #[must_use]
@@ -45,11 +49,13 @@ impl Refusal {
             Self::WorkerUnknown(_) => 1,
             Self::HintUntrusted => 2,
             Self::ModelUnknown => 3,
-            Self::Overloaded => 4,
-            Self::QueueFull(_) => 5,
-            Self::HeldFull => 6,
-            Self::QueueLate => 7,
-            Self::NoWorkers => 8,
+            Self::RankAlone => 4,
+            Self::HintMalformed(_) => 5,
+            Self::Overloaded => 6,
+            Self::QueueFull(_) => 7,
+            Self::HeldFull => 8,
+            Self::QueueLate => 9,
+            Self::NoWorkers => 10,
         }
     }
 
@@ -62,6 +68,8 @@ impl Refusal {
             Self::HintUntrusted => "hint_untrusted",
             // As OpenAI's API has it.
             Self::ModelUnknown => "model_not_found",
+            Self::RankAlone => "rank_alone",
+            Self::HintMalformed(_) => "hint_malformed",
             Self::Overloaded => "overloaded",
             Self::QueueFull(_) => "queue_full",
             Self::HeldFull => "held_full",
@@ -74,7 +82,10 @@ impl Refusal {
     #[must_use]
     pub fn status(self, refusing: &Refusing) -> u32 {
         match self {
-            Self::WorkerMissing | Self::WorkerUnknown(_) => 400,
+            Self::WorkerMissing
+            | Self::WorkerUnknown(_)
+            | Self::RankAlone
+            | Self::HintMalformed(_) => 400,
             Self::HintUntrusted => 403,
             Self::ModelUnknown => 404,
             Self::Overloaded | Self::QueueFull(_) | Self::HeldFull => refusing.status.into(),
@@ -90,7 +101,9 @@ impl Refusal {
             Self::WorkerMissing
             | Self::WorkerUnknown(_)
             | Self::HintUntrusted
-            | Self::ModelUnknown => false,
+            | Self::ModelUnknown
+            | Self::RankAlone
+            | Self::HintMalformed(_) => false,
             Self::Overloaded
             | Self::QueueFull(_)
             | Self::HeldFull
@@ -126,6 +139,16 @@ impl Refusal {
                 format!("The model `{model}` does not exist"),
                 "invalid_request_error",
                 "model",
+            ),
+            Self::RankAlone => (
+                "nvext.dp_rank needs a worker that it is a rank of".to_owned(),
+                "invalid_request_error",
+                "nvext.dp_rank",
+            ),
+            Self::HintMalformed(hint) => (
+                format!("{hint} can't be read"),
+                "invalid_request_error",
+                hint,
             ),
             Self::Overloaded => overloaded("all workers are overloaded, try again later"),
             Self::QueueFull(_) | Self::HeldFull => {
@@ -170,6 +193,8 @@ mod tests {
             Refusal::WorkerUnknown(u64::MAX),
             Refusal::HintUntrusted,
             Refusal::ModelUnknown,
+            Refusal::RankAlone,
+            Refusal::HintMalformed("x-kv-required-taints"),
             Refusal::Overloaded,
             Refusal::QueueFull(Full {
                 kind: Limit::Tokens,
@@ -190,10 +215,13 @@ mod tests {
         let body: serde_json::Value = serde_json::from_str(&all[3].body("a\"b")).unwrap();
         assert_eq!(body["error"]["message"], "The model `a\"b` does not exist");
         assert_eq!(all.len(), Refusal::COUNT);
-        let body: serde_json::Value = serde_json::from_str(&all[5].body("m")).unwrap();
+        let body: serde_json::Value = serde_json::from_str(&all[7].body("m")).unwrap();
         assert_eq!(body["error"]["details"]["limit_kind"], "raw_isl_tokens");
         assert_eq!(body["error"]["param"], Value::Null);
         let statuses = all.map(|refusal| refusal.status(&Refusing::default()));
-        assert_eq!(statuses, [400, 400, 403, 404, 529, 529, 529, 429, 503]);
+        assert_eq!(
+            statuses,
+            [400, 400, 403, 404, 400, 400, 529, 529, 529, 429, 503]
+        );
     }
 }

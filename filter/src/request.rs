@@ -13,6 +13,7 @@
 
 use std::rc::Rc;
 
+use kv_core::constraint::Pin;
 use kv_core::policy::Mode;
 use kv_core::queue::Verdict;
 use kv_core::report::Queued;
@@ -23,7 +24,7 @@ use kv_core::table::Pool;
 use crate::choose::{Answer, Ask, Barred, Busy, Gate, Published};
 use crate::fleet::Served;
 use crate::header_map::HeaderMap;
-use crate::hints::{self, Nvext, Pin};
+use crate::hints::{self, Hints, Malformed, Nvext};
 use crate::hold;
 use crate::host::{Headers, Host, Token};
 use crate::metrics::{Event, Fault, Miss, Timing};
@@ -32,7 +33,6 @@ use crate::reason::Reason;
 use crate::refusal::{self, Refusal};
 use crate::routed::{NO_POOL, Routed};
 use crate::text::{Asked, Question};
-use crate::urgency::{self, Urgency};
 use crate::usage;
 use crate::vm::{Action, Router};
 use crate::waiting;
@@ -43,6 +43,9 @@ pub const DESTINATION: &str = "x-gateway-destination-endpoint";
 pub const POOL: &str = "x-kv-pool";
 /// The decision record, on responses.
 pub const DECISION: &str = "x-kv-router-decision";
+
+/// Milliseconds after which a request that has to wait is of no use any more.
+pub const DEADLINE: &str = "x-kv-router-deadline-ms";
 
 /// Headers that only this filter may set on a request.
 const OURS: [&str; 3] = [DESTINATION, POOL, DECISION];
@@ -84,6 +87,7 @@ struct Held {
     taken: usize,
     /// Whether Envoy handed out all bytes it announced.
     whole: bool,
+    headers: HeaderMap,
 }
 
 /// A request whose prompt the sidecar reads.
@@ -127,26 +131,38 @@ struct Read {
     is_complete: bool,
     /// Bytes of the body that Envoy keeps.
     bytes: usize,
+    headers: HeaderMap,
+    /// The body's extensions.
+    nvext: Nvext,
+    /// What counts of headers and extensions, once it is known.
+    hints: Option<Hints>,
 }
 
 impl Read {
-    /// The body's extensions, where they are short enough and Envoy has them still.
-    fn nvext(&self, host: &impl Host) -> Nvext {
-        let json = self.nvext_json(host);
-        json.map_or_else(Nvext::default, |json| Nvext::parse(&json))
+    /// What counts of what the request says about its routing. Settled once, with the table as it
+    /// is then.
+    fn hints<H: Host>(&mut self, router: &mut Router<H>) -> &Hints {
+        self.hints.get_or_insert_with(|| {
+            let fleet = router.world.fleet();
+            let model = self.scan.model.value().map(String::as_str);
+            let served = fleet.as_ref().and_then(|fleet| fleet.serve(model));
+            let pool = served.map(|served| served.pool);
+            let Router { host, metrics, .. } = router;
+            Hints::gather(host, metrics, pool, &self.headers, &self.nvext)
+        })
     }
 
-    fn nvext_json(&self, host: &impl Host) -> Option<Vec<u8>> {
-        let place = self.scan.members.get(hints::NVEXT);
-        let place = place.filter(|place| place.len() <= hints::MAX_NVEXT)?;
-        Some(host.body(place.start, place.len()))
+    /// Milliseconds after which the request is of no use any more, where it says so.
+    fn deadline_ms(&self) -> Option<u64> {
+        let value = self.headers.get(DEADLINE)?;
+        std::str::from_utf8(value).ok()?.trim().parse().ok()
     }
 
     /// What answer the body asks for.
-    fn answer(&self, host: &impl Host, nvext: &Nvext) -> Answer {
+    fn answer(&self, host: &impl Host, expected: u32) -> Answer {
         match self.scan.stream {
             Field::Value(true) => Answer::Streamed {
-                expected: nvext.expected_output(),
+                expected,
                 tells_usage: self.wants_usage(host),
             },
             _ if self.is_complete => Answer::Whole,
@@ -163,8 +179,8 @@ impl Read {
         })
     }
 
-    /// Nothing.
-    fn nothing(reason: Reason) -> Self {
+    /// Nothing but the headers.
+    fn nothing(reason: Reason, headers: HeaderMap) -> Self {
         Self {
             reason,
             tokens: 0,
@@ -172,8 +188,17 @@ impl Read {
             hashes: Vec::new(),
             is_complete: false,
             bytes: 0,
+            headers,
+            nvext: Nvext::default(),
+            hints: None,
         }
     }
+}
+
+/// What keeps a prompt's blocks apart from others': what the hints say, else the body.
+fn salt<'a>(hints: Option<&'a Hints>, body: &'a Field<String>) -> &'a str {
+    let said = hints.and_then(|hints| hints.salt.as_ref());
+    said.or(body.value()).map_or("", String::as_str)
 }
 
 impl Request {
@@ -206,12 +231,12 @@ impl Request {
         let now_ns = router.host.now_ns();
         match self.hold(router, &headers, end, now_ns) {
             Ok(held) => {
-                self.state = State::Held(Box::new(held));
+                self.state = State::Held(Box::new(Held { headers, ..held }));
                 Action::Pause
             }
-            Err(_) if end && hold::asks_for_models(&headers) => self.list(router, now_ns),
+            Err(_) if end && hold::asks_for_models(&headers) => self.list(router, headers, now_ns),
             Err(reason) => {
-                let read = Read::nothing(reason);
+                let read = Read::nothing(reason, headers);
                 self.route(router, read, now_ns, now_ns, Pass::Asks)
             }
         }
@@ -402,6 +427,7 @@ impl Request {
             scanner: Scanner::of(tokens, surface.ids_key()),
             taken: 0,
             whole: true,
+            headers: HeaderMap::default(),
         })
     }
 
@@ -438,12 +464,13 @@ impl Request {
         part_ns: u64,
     ) -> Action {
         router.refresh(part_ns);
+        read.hints(router);
         let asked = router.ask(&Question {
             contexts: (self.context, self.root),
             surface,
             bytes,
             model: read.scan.model.value().map(String::as_str),
-            salt: read.scan.cache_salt.value().map_or("", String::as_str),
+            salt: salt(read.hints.as_ref(), &read.scan.cache_salt),
         });
         match asked {
             Ok(asked) => {
@@ -463,10 +490,10 @@ impl Request {
     }
 
     /// Answers with the list of models, where it is known here.
-    fn list<H: Host>(&mut self, router: &mut Router<H>, now_ns: u64) -> Action {
+    fn list<H: Host>(&mut self, router: &mut Router<H>, headers: HeaderMap, now_ns: u64) -> Action {
         let fleet = router.world.fleet();
         let Some(list) = fleet.and_then(|fleet| models::list(&fleet.table)) else {
-            let read = Read::nothing(Reason::Passed);
+            let read = Read::nothing(Reason::Passed, headers);
             return self.route(router, read, now_ns, now_ns, Pass::Asks);
         };
         let Router { host, metrics, .. } = router;
@@ -488,6 +515,8 @@ impl Request {
         pass: Pass,
     ) -> Action {
         router.refresh(part_ns);
+        read.hints(router);
+        let hints = read.hints.take().unwrap_or_default();
         let model = read.scan.model.value().map(String::as_str);
         let fleet = router.world.fleet();
         let served = fleet.as_ref().and_then(|fleet| {
@@ -505,22 +534,15 @@ impl Request {
                         return self.refuse(router, served.pool, refusal, model);
                     }
                 }
-                let policy = &served.pool.policy;
-                let wants_nvext = policy.mode == Mode::Direct || policy.tracking.output_blocks;
-                let nvext = if wants_nvext {
-                    read.nvext(&router.host)
-                } else {
-                    Nvext::default()
-                };
-                let answer = read.answer(&router.host, &nvext);
-                let pin = match router.pin(served, read.reason, &nvext) {
+                let answer = read.answer(&router.host, hints.expected_output);
+                let pin = match hinted(served, read.reason, &hints) {
                     Ok(pin) => pin,
                     Err(refusal) => {
                         let model = model.unwrap_or_default();
                         return self.refuse(router, served.pool, refusal, model);
                     }
                 };
-                let salt = read.scan.cache_salt.value().map_or("", String::as_str);
+                let salt = salt(Some(&hints), &read.scan.cache_salt);
                 let hashing = served.hashing(salt);
                 let (hashes, families) = match &mut read.scan.prompt {
                     Prompt::Tokens(tokens) if read.reason == Reason::Kv => {
@@ -530,17 +552,13 @@ impl Request {
                     _ => (&read.hashes[..], Vec::new()),
                 };
                 let loads = router.world.loads();
-                let named = match pass {
-                    Pass::Asks => router.class_named(served),
-                    Pass::Goes(_) => None,
-                };
                 let published = loads.as_ref().map_or(0, |l| l.backlog(served.position));
                 let gate = served.pool.queue.as_ref().map(|profile| Gate {
                     profile,
-                    named: named.as_deref().unwrap_or_default(),
+                    named: hints.policy_class.as_deref().unwrap_or_default(),
                     backlog: published | router.waiting.backlog(served.pool.key),
                 });
-                let is_asked = pass == Pass::Asks && policy.mode == Mode::Kv;
+                let is_asked = pass == Pass::Asks && served.pool.policy.mode == Mode::Kv;
                 let ask = Ask {
                     reason: read.reason,
                     tokens: read.tokens,
@@ -568,8 +586,8 @@ impl Request {
                         return self.refuse(router, served.pool, Refusal::Overloaded, "");
                     }
                     Err(Barred::Busy(busy)) => {
-                        let named = named.unwrap_or_default();
-                        return self.line_up(router, served, read, (busy, named), since_ns);
+                        read.hints = Some(hints);
+                        return self.line_up(router, served, read, busy, since_ns);
                     }
                 };
                 let is_empty = served.pool.owners.is_empty() && served.pool.queue.is_some();
@@ -600,7 +618,7 @@ impl Request {
         router: &mut Router<H>,
         served: &Served<'_>,
         read: Read,
-        (busy, named): (Busy, String),
+        busy: Busy,
         since_ns: u64,
     ) -> Action {
         let now_ns = router.host.now_ns();
@@ -622,9 +640,11 @@ impl Request {
         if !router.waiting.has_room(&profile.bounds) {
             return self.refuse(router, pool, Refusal::HeldFull, "");
         }
-        let urgency = router.urgency(served, &read);
+        let due_ms = read.deadline_ms();
+        // Whoever says how soon would go before others who do not.
+        let is_trusted = due_ms.is_some() && hints::is_trusted(&router.host, Some(pool));
         let wait_ms = profile.bounds.wait_ms;
-        let wait_ms = urgency.due_ms.map_or(wait_ms, |due| due.min(wait_ms));
+        let wait_ms = due_ms.map_or(wait_ms, |due| due.min(wait_ms));
         let ticket = router.waiting.enter(waiting::Held {
             context: self.context,
             until_ns: now_ns.saturating_add(wait_ms.saturating_mul(1_000_000)),
@@ -642,17 +662,20 @@ impl Request {
         metrics.count(host, Event::Held, 1);
         let unix_ns = host.unix_ns();
         let due_ns = |ms: u64| unix_ns.saturating_add(ms.saturating_mul(1_000_000));
+        let hints = read.hints.as_ref();
         let queued = Queued {
             ticket,
             pool: u16::try_from(served.position).unwrap_or(u16::MAX),
             mailbox,
-            class: named,
+            class: hints
+                .and_then(|hints| hints.policy_class.clone())
+                .unwrap_or_default(),
             tokens: read.tokens,
             cached_tokens: busy.cached_tokens,
             since_ns: unix_ns,
-            priority: urgency.priority,
-            strict: urgency.strict,
-            due_ns: urgency.due_ms.map_or(0, due_ns),
+            priority: hints.map_or(0.0, |hints| hints.priority_jump),
+            strict: hints.map_or(0, |hints| hints.strict_priority),
+            due_ns: due_ms.filter(|_| is_trusted).map_or(0, due_ns),
             owners: busy.owners,
         };
         bookings.queue(host, metrics, queued);
@@ -700,74 +723,34 @@ impl Request {
     }
 }
 
-impl<H: Host> Router<H> {
-    /// The worker that a request is to go to, in a pool of the mode direct. A request that is not
-    /// for generation need not name one.
-    fn pin(
-        &mut self,
-        served: &Served<'_>,
-        reason: Reason,
-        nvext: &Nvext,
-    ) -> Result<Option<Pin>, Refusal> {
-        if served.pool.policy.mode != Mode::Direct {
-            return Ok(None);
-        }
-        let is_needed = reason != Reason::Passed;
-        let Some(pin) = hints::pin(&self.host, nvext) else {
-            return if is_needed {
-                Err(Refusal::WorkerMissing)
-            } else {
-                Ok(None)
-            };
-        };
-        if !served.pool.trusts_hints && !hints::route_trusts(&self.host) {
-            self.metrics.count(&self.host, Event::HintIgnored, 1);
-            return if is_needed {
-                Err(Refusal::HintUntrusted)
-            } else {
-                Ok(None)
-            };
-        }
-        if served.pinned(pin).next().is_none() {
-            return Err(Refusal::WorkerUnknown(pin.worker));
-        }
-        Ok(Some(pin))
+/// The worker that a request is to go to, in a pool of the mode direct. A request that is not
+/// for generation need not name one.
+fn hinted(served: &Served<'_>, reason: Reason, hints: &Hints) -> Result<Option<Pin>, Refusal> {
+    if let Some(Malformed(hint)) = hints.malformed {
+        return Err(Refusal::HintMalformed(hint));
     }
+    if hints.is_rank_alone {
+        return Err(Refusal::RankAlone);
+    }
+    if served.pool.policy.mode != Mode::Direct {
+        return Ok(None);
+    }
+    let is_needed = reason != Reason::Passed;
+    match hints.constraints.pin {
+        None if is_needed && hints.is_untrusted_pin => Err(Refusal::HintUntrusted),
+        None if is_needed => Err(Refusal::WorkerMissing),
+        None => Ok(None),
+        Some(pin) if served.pinned(pin).next().is_none() => Err(Refusal::WorkerUnknown(pin.worker)),
+        Some(pin) => Ok(Some(pin)),
+    }
+}
 
+impl<H: Host> Router<H> {
     /// Lets the current request go on.
     fn resume(&mut self) {
         if !self.host.resume_request() {
             self.metrics.fault(&self.host, Fault::Resume);
         }
-    }
-
-    /// The class that the current request names and may name.
-    fn class_named(&mut self, served: &Served<'_>) -> Option<String> {
-        let profile = served.pool.queue.as_ref()?;
-        if profile.classes().len() < 2 {
-            return None;
-        }
-        let named = urgency::class(&self.host)?;
-        if self.trusts(served.pool) {
-            return Some(named);
-        }
-        self.metrics.count(&self.host, Event::HintIgnored, 1);
-        None
-    }
-
-    /// When the current request should go, as far as its client may say.
-    fn urgency(&mut self, served: &Served<'_>, read: &Read) -> Urgency {
-        let nvext = read.nvext_json(&self.host).unwrap_or_default();
-        let urgency = Urgency::of(&self.host, &nvext, || self.trusts(served.pool));
-        if urgency.is_cut {
-            self.metrics.count(&self.host, Event::HintIgnored, 1);
-        }
-        urgency
-    }
-
-    /// Whether the current request's client may have privileges.
-    fn trusts(&self, pool: &Pool) -> bool {
-        pool.trusts_hints || hints::route_trusts(&self.host)
     }
 
     /// A request waits no more.
@@ -832,8 +815,8 @@ impl Held {
     }
 
     /// What a body that was not read to its end said: at most the pool.
-    fn cut(&self, reason: Reason) -> Read {
-        let mut read = Read::nothing(reason);
+    fn cut(self, reason: Reason) -> Read {
+        let mut read = Read::nothing(reason, self.headers);
         read.scan.model = self.scanner.so_far().model.clone();
         read
     }
@@ -843,13 +826,20 @@ impl Held {
         let (limit, bytes) = (self.scanner.limit(), self.taken);
         let scan = self.scanner.finish();
         let (true, Ok(mut scan)) = (self.whole, scan) else {
-            return Read::nothing(Reason::BadJson);
+            return Read::nothing(Reason::BadJson, self.headers);
         };
-        if self.surface.takes_token_data()
-            && let Some(place) = scan.members.get(hints::NVEXT)
-            && let Some(prompt) = token_data(&host.body(place.start, place.len()), limit)
-        {
-            scan.prompt = prompt;
+        let mut nvext = Nvext::default();
+        if let Some(place) = scan.members.get(hints::NVEXT) {
+            let json = host.body(place.start, place.len());
+            let mut scanner = Scanner::of(limit, Some("token_data"));
+            scanner.feed(&json);
+            // Where it makes no sense, that is for the worker to judge.
+            let within = scanner.finish().unwrap_or_default();
+            nvext = Nvext::read(&json, &within.members);
+            let is_prompt = matches!(within.prompt, Prompt::Tokens(_) | Prompt::TooManyTokens);
+            if is_prompt && self.surface.takes_token_data() {
+                scan.prompt = within.prompt;
+            }
         }
         let text_key = self.surface.text_key();
         let has_text = text_key.is_some_and(|key| scan.members.get(key).is_some());
@@ -878,14 +868,9 @@ impl Held {
             hashes: Vec::new(),
             is_complete: true,
             bytes,
+            headers: self.headers,
+            nvext,
+            hints: None,
         }
     }
-}
-
-/// The token ids that Dynamo's extensions hold, if any.
-fn token_data(nvext: &[u8], limit: usize) -> Option<Prompt> {
-    let mut scanner = Scanner::of(limit, Some("token_data"));
-    scanner.feed(nvext);
-    let prompt = scanner.finish().ok()?.prompt;
-    matches!(prompt, Prompt::Tokens(_) | Prompt::TooManyTokens).then_some(prompt)
 }

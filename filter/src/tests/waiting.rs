@@ -6,7 +6,8 @@ use kv_core::report::{Queued, Step};
 use super::reports::Sidecar;
 use super::*;
 use crate::refusal::{REASON, RETRY_AFTER};
-use crate::urgency::PRIORITY;
+
+const PRIORITY: &str = "x-dynamo-request-priority";
 
 /// A VM with two workers that one request each makes busy, and a mailbox.
 fn site(change: impl FnOnce(&mut Pool)) -> Site {
@@ -49,7 +50,7 @@ impl Site {
         [1, 2].map(|first| self.complete(&body(&prompt(first, 8))))
     }
 
-    fn say(&mut self, vm: u64, verdicts: &[(u64, Verdict)]) {
+    fn post_mail(&mut self, vm: u64, verdicts: &[(u64, Verdict)]) {
         let queue = self.host.resolve_queue(&mailbox_name(0)).unwrap();
         let mail = Mail {
             vm,
@@ -102,14 +103,14 @@ fn a_request_waits_until_it_is_let_go_and_is_routed_afresh() {
     assert_eq!((told.ticket, told.tokens, told.priority), (1, 8, 5.0));
     assert!(told.owners.is_empty() && told.due_ns == 0);
     // Mail for somebody else who had the mailbox, and about nobody.
-    site.say(vm + 1, &[(1, Verdict::Go)]);
-    site.say(vm, &[(9, Verdict::Go)]);
+    site.post_mail(vm + 1, &[(1, Verdict::Go)]);
+    site.post_mail(vm, &[(9, Verdict::Go)]);
     assert!(!site.is_resumed(waiting));
     site.over(busy[1]);
-    site.say(vm, &[(1, Verdict::Go)]);
+    site.post_mail(vm, &[(1, Verdict::Go)]);
     assert!(site.is_resumed(waiting));
     assert_eq!(site.destination(), Some(endpoint(1)));
-    site.say(vm, &[(1, Verdict::Go)]);
+    site.post_mail(vm, &[(1, Verdict::Go)]);
     let (_, steps) = site.told_of();
     assert_eq!(steps[1..], [Step::Unqueued { ticket: 1 }]);
     for context in [busy[0], waiting] {
@@ -127,7 +128,7 @@ fn who_comes_while_others_wait_waits_behind_them() {
     let second = site.hold(4, &[]);
     let (vm, steps) = site.told_of();
     assert_eq!(steps.len(), 2);
-    site.say(vm, &[(1, Verdict::Go), (2, Verdict::Go)]);
+    site.post_mail(vm, &[(1, Verdict::Go), (2, Verdict::Go)]);
     for context in [first, second] {
         assert!(site.is_resumed(context));
         site.over(context);
@@ -146,7 +147,7 @@ fn a_client_that_leaves_while_it_waits_leaves_nothing() {
     site.over(waiting);
     let (vm, steps) = site.told_of();
     assert_eq!(steps[1..], [Step::Unqueued { ticket: 1 }]);
-    site.say(vm, &[(1, Verdict::Go)]);
+    site.post_mail(vm, &[(1, Verdict::Go)]);
     busy.map(|context| site.over(context));
     site.assert_idle();
     assert_eq!(site.host.named("kv_router_held_left_total"), 1);
@@ -182,7 +183,7 @@ fn who_waits_too_long_or_is_one_too_many_is_refused() {
         current: 2,
         limit: 2,
     };
-    site.say(vm, &[(2, Verdict::Full(limit))]);
+    site.post_mail(vm, &[(2, Verdict::Full(limit))]);
     assert_eq!(
         site.refused(full),
         Some((529, "queue_full".into(), seven()))
