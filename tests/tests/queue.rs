@@ -212,9 +212,8 @@ async fn requests_are_refused_by_limit_deadline_and_busy_threshold() {
     });
     assert_eq!(set.expect("JSON"), expected);
     stack.table_after(version).await;
-    let same = stack
-        .client
-        .post(admin, "/busy_threshold", &json!({"model": "sim"}));
+    let only = json!({"model": "sim"});
+    let same = stack.client.post(admin, "/busy_threshold", &only);
     assert_eq!(same.await.expect("JSON"), expected);
     for wrong in [
         json!({"model": "sim", "active_decode_blocks_threshold": 2}),
