@@ -130,6 +130,13 @@ impl Default for File {
     }
 }
 
+impl File {
+    /// Whether its one pool's keys stand at the top level.
+    pub(super) fn is_short(&self) -> bool {
+        matches!(self.pools.as_slice(), [only] if only.name == super::DEFAULT_POOL)
+    }
+}
+
 /// Workers that serve the same models, and how one of them is chosen.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
