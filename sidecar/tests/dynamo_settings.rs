@@ -8,7 +8,6 @@ const SETTINGS: &str = include_str!("fixtures/dynamo-settings.txt");
 /// What the settings need around them, with values that none of them gives.
 const FILE: &str = r#"
 nats: {url: "nats://127.0.0.1:4222", dynamo: {namespace: dynamo, component: backend}}
-compat: dynamo
 "#;
 
 fn layers(name: &str, value: &str) -> Vec<Layer> {
@@ -33,7 +32,9 @@ fn value_of(effective: &Effective, key: &str) -> (Value, String) {
 #[test]
 fn every_setting_of_dynamos_router_has_its_effect_or_is_refused_with_a_sentence() {
     let mut settings = 0;
-    let lines = SETTINGS.lines().filter(|l| !l.is_empty() && !l.starts_with('#'));
+    let lines = SETTINGS
+        .lines()
+        .filter(|l| !l.is_empty() && !l.starts_with('#'));
     for line in lines {
         let (given, expected) = line.split_once(" : ").expect(line);
         let (name, value) = given.split_once(' ').unwrap_or((given, ""));
@@ -63,7 +64,10 @@ fn every_setting_of_dynamos_router_has_its_effect_or_is_refused_with_a_sentence(
                     let (found, from) = value_of(&effective, key);
                     assert_eq!(found, value, "{line}");
                     let is_set = i == 0 || from == name;
-                    assert!(is_set || from == "key kv_overlap_score_weight", "{line}: {from}");
+                    assert!(
+                        is_set || from == "key kv_overlap_score_weight",
+                        "{line}: {from}"
+                    );
                 }
             }
             (_, Err(errors)) => panic!("{line}: {errors}"),
@@ -74,20 +78,21 @@ fn every_setting_of_dynamos_router_has_its_effect_or_is_refused_with_a_sentence(
 
 #[test]
 fn a_flag_lies_over_a_variable_over_the_file_over_compat_over_the_default() {
-    let text = "compat: dynamo\nrouter_temperature: 0.1\npolicy: dynamo\n";
+    let text = "kv_events: true\nrouter_temperature: 0.1\n";
     let variable = ("DYN_ROUTER_TEMPERATURE".to_owned(), "0.2".to_owned());
     let mut over = from_environment([variable]);
     over.extend(layers("--router-temperature", "0.3"));
     let effective = Effective::parse(text, &over).unwrap();
-    let key = effective.keys.iter().find(|k| k.key == "router_temperature");
+    let key = effective
+        .keys
+        .iter()
+        .find(|k| k.key == "router_temperature");
     let key = key.unwrap();
     assert_eq!(key.value, 0.3);
     assert_eq!(key.from.to_string(), "--router-temperature");
     let overruled: Vec<String> = key.over.iter().map(ToString::to_string).collect();
     assert_eq!(overruled, ["DYN_ROUTER_TEMPERATURE", "line 2"]);
     let says = |key| value_of(&effective, key);
-    assert_eq!(says("policy"), ("dynamo".into(), "line 3".into()));
-    assert_eq!(says("shared_cache_multiplier"), (0.0.into(), "compat".into()));
     assert_eq!(says("router_mode"), ("kv".into(), "default".into()));
     assert_eq!(says("state_dir"), (Value::Null, "default".into()));
     assert_eq!(says("prefill_load_scale"), (1.0.into(), "default".into()));
@@ -95,16 +100,25 @@ fn a_flag_lies_over_a_variable_over_the_file_over_compat_over_the_default() {
     let effective = Effective::parse("", &[]).unwrap();
     let multiplier = value_of(&effective, "shared_cache_multiplier");
     assert_eq!(multiplier, (0.5.into(), "default".into()));
-    assert_eq!(value_of(&effective, "policy").0, "predicted-delay");
 }
 
 #[test]
 fn what_lies_lower_of_two_variables_is_named_too() {
-    let variables = [("DYN_USE_KV_EVENTS", "1"), ("DYN_ROUTER_USE_KV_EVENTS", "0")];
+    let variables = [
+        ("DYN_USE_KV_EVENTS", "1"),
+        ("DYN_ROUTER_USE_KV_EVENTS", "0"),
+    ];
     let variables = variables.map(|(name, value)| (name.to_owned(), value.to_owned()));
     let effective = Effective::parse("", &from_environment(variables)).unwrap();
-    let key = effective.keys.iter().find(|k| k.key == "kv_events").unwrap();
-    assert_eq!((&key.value, key.from.to_string()), (&false.into(), "DYN_ROUTER_USE_KV_EVENTS".into()));
+    let key = effective
+        .keys
+        .iter()
+        .find(|k| k.key == "kv_events")
+        .unwrap();
+    assert_eq!(
+        (&key.value, key.from.to_string()),
+        (&false.into(), "DYN_ROUTER_USE_KV_EVENTS".into())
+    );
     assert_eq!(key.over.len(), 1);
 }
 
@@ -120,13 +134,24 @@ pools:
     let effective = Effective::parse(text, &temperature).unwrap();
     let says = |key| value_of(&effective, key);
     assert_eq!(says("nats.url").0, "nats://***@one:4222,nats://two");
-    assert_eq!(says("pools[1].router_mode"), ("random".into(), "line 5".into()));
+    assert_eq!(
+        says("pools[1].router_mode"),
+        ("random".into(), "line 5".into())
+    );
     assert_eq!(says("pools[0].workers[0].endpoint").1, "line 4");
-    assert_eq!(says("pools[1].router_temperature").1, "--router-temperature");
+    assert_eq!(
+        says("pools[1].router_temperature").1,
+        "--router-temperature"
+    );
     let table = effective.to_string();
     let row = table.lines().find(|line| line.starts_with("http_port"));
     let row: Vec<&str> = row.unwrap().split("  ").filter(|c| !c.is_empty()).collect();
-    let expected = ["http_port", "8000", "default", "both: the listener is in envoy's bootstrap"];
+    let expected = [
+        "http_port",
+        "8000",
+        "default",
+        "both: the listener is in envoy's bootstrap",
+    ];
     assert_eq!(row.iter().map(|c| c.trim()).collect::<Vec<_>>(), expected);
     assert!(!table.contains("secret"));
 }

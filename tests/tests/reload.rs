@@ -39,7 +39,7 @@ async fn start() -> (Stack, Vec<Upstream>) {
     let setup = Setup {
         threads: 2,
         workers,
-        more: json!({"compat": "dynamo"}),
+        more: json!({}),
     };
     (Stack::start(&setup).await, upstreams)
 }
@@ -59,7 +59,11 @@ async fn decision(stack: &Stack, tokens: &[u32]) -> Value {
 async fn decided(stack: &Stack, tokens: &[u32], what: &str, is: impl Fn(&Value) -> bool) -> Value {
     let right = async || {
         let decision = decision(stack, tokens).await;
-        if is(&decision) { Ok(decision) } else { Err(decision) }
+        if is(&decision) {
+            Ok(decision)
+        } else {
+            Err(decision)
+        }
     };
     wait::until(what, right).await
 }
@@ -72,7 +76,9 @@ fn candidate(decision: &Value, worker: u64) -> &Value {
 }
 
 fn overlap(decision: &Value, worker: u64) -> u64 {
-    candidate(decision, worker)["overlap"][0].as_u64().expect("blocks")
+    candidate(decision, worker)["overlap"][0]
+        .as_u64()
+        .expect("blocks")
 }
 
 /// A metric of the sidecar.
@@ -83,7 +89,8 @@ async fn metric(stack: &Stack, name: &str) -> f64 {
     let body = answer.expect("metrics").into_body();
     let text = String::from_utf8_lossy(&body).into_owned();
     let line = text.lines().find_map(|line| line.strip_prefix(name));
-    line.and_then(|value| value.trim().parse().ok()).unwrap_or(0.0)
+    line.and_then(|value| value.trim().parse().ok())
+        .unwrap_or(0.0)
 }
 
 /// What Envoy counts when its configuration changes, and the files that it watches.
@@ -129,7 +136,9 @@ async fn what_decides_changes_while_requests_run_and_envoy_is_left_alone() {
     let (mut stack, upstreams) = start().await;
     let mut publisher = Publisher::connect(&stack.nats.url()).await;
     let known = stored(&prompt(1), 16);
-    publisher.publish(1, StorageTier::Device, known, Encoding::Dynamo).await;
+    publisher
+        .publish(1, StorageTier::Device, known, Encoding::Dynamo)
+        .await;
     stack.sidecar.settled(1).await;
     let before = untouched(&stack).await;
     let stop = Arc::new(AtomicBool::new(false));
@@ -139,7 +148,11 @@ async fn what_decides_changes_while_requests_run_and_envoy_is_left_alone() {
     // Weights.
     let decision = decision(&stack, &prompt(1)).await;
     assert_eq!(overlap(&decision, 1), 20, "{decision}");
-    let cost = |d: &Value, worker| candidate(d, worker)["prefill_cost"].as_f64().expect("a cost");
+    let cost = |d: &Value, worker| {
+        candidate(d, worker)["prefill_cost"]
+            .as_f64()
+            .expect("a cost")
+    };
     assert!(cost(&decision, 1) + 10.0 < cost(&decision, 2), "{decision}");
     change(&mut stack, |config| config["prefill_load_scale"] = json!(0)).await;
     let is_free = |d: &Value| cost(d, 1) == 0.0 && cost(d, 2) == 0.0;
@@ -157,23 +170,34 @@ async fn what_decides_changes_while_requests_run_and_envoy_is_left_alone() {
 
     // How load is tracked.
     assert_eq!(blocks_of_one_request(&stack, &upstreams, 2).await, 20);
-    change(&mut stack, |config| config["router_track_active_blocks"] = json!(false)).await;
+    change(&mut stack, |config| {
+        config["router_track_active_blocks"] = json!(false)
+    })
+    .await;
     assert_eq!(blocks_of_one_request(&stack, &upstreams, 3).await, 0);
 
     // Block sizes: what was known is forgotten, and what follows is read in the other size.
-    change(&mut stack, |config| config["kv_cache_block_size"] = json!(32)).await;
+    change(&mut stack, |config| {
+        config["kv_cache_block_size"] = json!(32)
+    })
+    .await;
     decided(&stack, &prompt(1), "an index begun anew", |d| {
         d["blocks"] == 10 && overlap(d, 1) == 0
     })
     .await;
     let known = stored(&prompt(1), 32);
-    publisher.publish(1, StorageTier::Device, known, Encoding::Dynamo).await;
+    publisher
+        .publish(1, StorageTier::Device, known, Encoding::Dynamo)
+        .await;
     decided(&stack, &prompt(1), "larger blocks", |d| overlap(d, 1) == 10).await;
 
     // Without events what was sent is predicted.
     change(&mut stack, |config| config["kv_events"] = json!(false)).await;
     let first = decision_of(&stack, 9).await;
-    decided(&stack, &prompt(9), "a prediction", |d| overlap(d, first) == 10).await;
+    decided(&stack, &prompt(9), "a prediction", |d| {
+        overlap(d, first) == 10
+    })
+    .await;
 
     assert_eq!(untouched(&stack).await, before);
     stack.idle().await;
@@ -194,7 +218,12 @@ async fn blocks_of_one_request(stack: &Stack, upstreams: &[Upstream], conversati
         let workers = stack.sidecar.workers().await?;
         let mut loads = Vec::new();
         loads_of(&workers, &mut loads);
-        let sum = |key: &str| loads.iter().filter_map(|load| load[key].as_u64()).sum::<u64>();
+        let sum = |key: &str| {
+            loads
+                .iter()
+                .filter_map(|load| load[key].as_u64())
+                .sum::<u64>()
+        };
         if sum("waiting") + sum("decoding") == 1 {
             Ok(sum("blocks"))
         } else {
@@ -240,7 +269,10 @@ async fn what_is_refused_or_needs_a_restart_is_told_and_the_rest_goes_on() {
     wait::until("the refusal", counted).await;
     assert_eq!(metric(&stack, pending).await, 1.0);
     let log = stack.sidecar.process.output();
-    assert!(log.contains("router_temperature: must be at least 0"), "{log}");
+    assert!(
+        log.contains("router_temperature: must be at least 0"),
+        "{log}"
+    );
     assert_eq!(stack.table_version().await, version);
     assert_eq!(decision(&stack, &prompt(1)).await["reason"], "kv");
 
@@ -255,7 +287,10 @@ async fn what_is_refused_or_needs_a_restart_is_told_and_the_rest_goes_on() {
     decided(&stack, &prompt(1), "the mode", |d| d["reason"] == "random").await;
     assert_eq!(metric(&stack, pending).await, 1.0);
     let log = stack.sidecar.process.output();
-    assert!(log.contains("a change of http_port needs a restart"), "{log}");
+    assert!(
+        log.contains("a change of http_port needs a restart"),
+        "{log}"
+    );
 
     stack.configure(|config| config["http_port"] = port);
     let in_effect = async || match metric(&stack, pending).await {

@@ -36,13 +36,13 @@ const fn elsewhere(variables: &'static [&'static str], why: &'static str) -> Set
     }
 }
 
-const NOT_DISAGGREGATED: &str =
-    "prefill and decode are not split over workers: a request is served whole by the one it is sent to";
+const NOT_DISAGGREGATED: &str = "prefill and decode are not split over workers: a request is served whole by the one it is sent to";
 const NO_PLUGINS: &str =
     "policies are keys of a pool, not plugins: set policy and its weights there";
 const QUEUE: &str = "requests are not held back: envoy's circuit breakers bound them";
 const AFFINITY: &str = "sessions are not bound to workers: their prefix leads them back";
-const THRESHOLDS: &str = "no worker counts as too busy: envoy's circuit breakers bound its requests";
+const THRESHOLDS: &str =
+    "no worker counts as too busy: envoy's circuit breakers bound its requests";
 const NO_SHARED_TABLE: &str =
     "stores tell of themselves by events, and shared_cache_multiplier weighs them";
 const HASHES: &str = "load is told by public sequence hashes (xxh3) alone";

@@ -209,7 +209,11 @@ fn without_secrets(path: &str, value: &Value) -> Value {
                 (None, Some((_, host))) => format!("***@{host}"),
                 _ => url.to_owned(),
             };
-            text.split(',').map(bare).collect::<Vec<_>>().join(",").into()
+            text.split(',')
+                .map(bare)
+                .collect::<Vec<_>>()
+                .join(",")
+                .into()
         }
         other => other.clone(),
     }
@@ -235,7 +239,11 @@ impl Sources<'_> {
     /// Who gives a key its value, and who is overruled.
     fn of(&self, path: &str, by: Option<&'static str>) -> (From, Vec<From>) {
         let shown = self.shown(path);
-        let set = self.layers.iter().rev().filter(|layer| layer.reaches(shown));
+        let set = self
+            .layers
+            .iter()
+            .rev()
+            .filter(|layer| layer.reaches(shown));
         let mut all: Vec<From> = set.map(|layer| From::Layer(layer.origin.clone())).collect();
         let line = self.lines.get(shown).or_else(|| self.lines.get(path));
         all.extend(line.map(|line| From::File(*line)));

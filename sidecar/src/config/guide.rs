@@ -49,7 +49,10 @@ fn meaning(setting: &Setting) -> String {
         Effect::Key => format!("`{}`", setting.key),
         Effect::Preset(keys) => {
             let keys = keys.iter().map(|(key, value)| format!("`{key}: {value}`"));
-            format!("{}, unless set otherwise", keys.collect::<Vec<_>>().join(", "))
+            format!(
+                "{}, unless set otherwise",
+                keys.collect::<Vec<_>>().join(", ")
+            )
         }
         Effect::Refused { unless, why } if unless.is_empty() => format!("refused: {why}"),
         Effect::Refused { unless, why } => {

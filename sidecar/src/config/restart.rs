@@ -99,7 +99,9 @@ pub fn restart(path: &str) -> Option<(Restart, &'static str)> {
         let rest = path.strip_prefix(key);
         rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
     };
-    let rule = RULES.iter().find(|rule| rule.keys.iter().any(|k| is_of(&k)))?;
+    let rule = RULES
+        .iter()
+        .find(|rule| rule.keys.iter().any(|k| is_of(&k)))?;
     Some((rule.restart, rule.why))
 }
 
