@@ -347,7 +347,8 @@ fn what_a_change_restarts_is_documented() {
     let of_pools = rows(section(CONFIGURATION, "## Keys of a pool"));
     let keys = of_pools.iter().map(|row| codes(row[0])[0]);
     let restarting: BTreeSet<&str> = keys.filter(|key| restart(key).is_some()).collect();
-    let is_restarting = |key: &&str| *key == "name" || key.starts_with("tokenizer");
+    let is_restarting =
+        |key: &&str| ["name", "trusted_sources"].contains(key) || key.starts_with("tokenizer");
     let expected = of_pools.iter().map(|row| codes(row[0])[0]);
     let expected = expected.filter(is_restarting).collect();
     assert_eq!(restarting, expected);

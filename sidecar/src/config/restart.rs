@@ -83,6 +83,11 @@ static RULES: &[Rule] = &[
         why: "the model's files are read at the start",
     },
     Rule {
+        keys: &["pools[].trusted_sources"],
+        restart: Restart::Both,
+        why: "the first and the last of them change how envoy's bootstrap tells clients' addresses",
+    },
+    Rule {
         keys: &["pools[].name"],
         restart: Restart::Both,
         why: "each pool is a cluster of envoy's bootstrap",
@@ -118,6 +123,8 @@ fn general(path: &str) -> String {
 /// `after` where a running sidecar with `before` takes it over, and the paths of what it doesn't.
 pub(super) fn taken_over(before: &File, after: &File) -> Result<(File, Vec<String>), String> {
     let tree = |file: &File| serde_json::to_value(file).map_err(|e| e.to_string());
+    let trusts = |file: &File| file.pools.iter().any(|p| !p.trusted_sources.is_empty());
+    let are_addresses_told = trusts(before) && trusts(after);
     let (before, mut after) = (tree(before)?, tree(after)?);
     let mut kept = Vec::new();
     let names = |tree: &Value| -> Vec<Value> {
@@ -128,12 +135,21 @@ pub(super) fn taken_over(before: &File, after: &File) -> Result<(File, Vec<Strin
         kept.push("pools[].name".to_owned());
         after["pools"] = before["pools"].clone();
     }
-    keep(&before, &mut after, "", &mut kept);
+    let is_kept = |path: &str| {
+        restart(path).is_some() && !(are_addresses_told && path.ends_with("].trusted_sources"))
+    };
+    keep(&before, &mut after, "", &is_kept, &mut kept);
     let file = serde_json::from_value(after).map_err(|e| e.to_string())?;
     Ok((file, kept))
 }
 
-fn keep(before: &Value, after: &mut Value, at: &str, kept: &mut Vec<String>) {
+fn keep(
+    before: &Value,
+    after: &mut Value,
+    at: &str,
+    is_kept: &impl Fn(&str) -> bool,
+    kept: &mut Vec<String>,
+) {
     match (before, after) {
         (Value::Object(before), Value::Object(after)) => {
             let keys: std::collections::BTreeSet<String> =
@@ -148,21 +164,21 @@ fn keep(before: &Value, after: &mut Value, at: &str, kept: &mut Vec<String>) {
                 if was == is.as_deref() {
                     continue;
                 }
-                if restart(&path).is_some() {
+                if is_kept(&path) {
                     kept.push(path);
                     match was {
                         Some(was) => after.insert(key, was.clone()),
                         None => after.remove(&key),
                     };
                 } else if let (Some(was), Some(is)) = (was, is) {
-                    keep(was, is, &path, kept);
+                    keep(was, is, &path, is_kept, kept);
                 }
             }
         }
         // Other lists than that of pools are taken over whole.
         (Value::Array(before), Value::Array(after)) if at == "pools" => {
             for (i, (was, is)) in before.iter().zip(after).enumerate() {
-                keep(was, is, &format!("pools[{i}]"), kept);
+                keep(was, is, &format!("pools[{i}]"), is_kept, kept);
             }
         }
         _ => {}
