@@ -54,7 +54,7 @@ fn meaning(setting: &Setting) -> String {
                 keys.collect::<Vec<_>>().join(", ")
             )
         }
-        Effect::Refused { unless, why } if unless.is_empty() => format!("refused: {why}"),
+        Effect::Refused { unless: [], why } => format!("refused: {why}"),
         Effect::Refused { unless, why } => {
             format!("refused, but for {}: {why}", names("", unless))
         }

@@ -99,14 +99,12 @@ static RULES: &[Rule] = &[
 pub fn restart(path: &str) -> Option<(Restart, &'static str)> {
     let path = general(path);
     let path = path.strip_prefix("pools[].").unwrap_or(&path);
-    let is_of = |key: &&str| {
+    let is_of = |key: &&str| -> bool {
         let key = key.strip_prefix("pools[].").unwrap_or(key);
         let rest = path.strip_prefix(key);
         rest.is_some_and(|rest| rest.is_empty() || rest.starts_with(['.', '[']))
     };
-    let rule = RULES
-        .iter()
-        .find(|rule| rule.keys.iter().any(|k| is_of(&k)))?;
+    let rule = RULES.iter().find(|rule| rule.keys.iter().any(is_of))?;
     Some((rule.restart, rule.why))
 }
 
