@@ -305,9 +305,14 @@ pub(super) static SETTINGS: &[Setting] = &[
     ),
 ];
 
-/// All of them, presets first: what is given by itself lies over them.
+/// All of them, presets first: what is given by itself lies over them. What sets a key is not
+/// refused.
 pub(super) fn all() -> impl Iterator<Item = &'static Setting> {
-    dynamo::SETTINGS.iter().chain(SETTINGS)
+    let sets_a_key = |other: &&Setting| SETTINGS.iter().any(|s| s.has_a_name_of(other));
+    let others = dynamo::SETTINGS.iter();
+    others
+        .filter(move |other| !sets_a_key(other))
+        .chain(SETTINGS)
 }
 
 impl Setting {
@@ -332,6 +337,12 @@ impl Setting {
 
     pub(super) fn flag(&self) -> Option<&'static str> {
         self.flags.first().copied()
+    }
+
+    fn has_a_name_of(&self, other: &Self) -> bool {
+        let is_flag = self.flags.iter().any(|flag| other.flags.contains(flag));
+        let mut variables = self.variables.iter();
+        is_flag || variables.any(|name| other.variables.contains(name))
     }
 
     /// Name among the arguments.
