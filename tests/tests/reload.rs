@@ -171,14 +171,14 @@ async fn what_decides_changes_while_requests_run_and_envoy_is_left_alone() {
     // How load is tracked.
     assert_eq!(blocks_of_one_request(&stack, &upstreams, 2).await, 20);
     change(&mut stack, |config| {
-        config["router_track_active_blocks"] = json!(false)
+        config["router_track_active_blocks"] = json!(false);
     })
     .await;
     assert_eq!(blocks_of_one_request(&stack, &upstreams, 3).await, 0);
 
     // Block sizes: what was known is forgotten, and what follows is read in the other size.
     change(&mut stack, |config| {
-        config["kv_cache_block_size"] = json!(32)
+        config["kv_cache_block_size"] = json!(32);
     })
     .await;
     decided(&stack, &prompt(1), "an index begun anew", |d| {
