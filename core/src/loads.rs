@@ -236,6 +236,7 @@ mod tests {
             version: 2,
             pools: vec![pool.clone()],
             write_off: WriteOff::default(),
+            backlogs: vec![0, 5],
         };
         assert_eq!(Loads::peek(&loads.encode()), Some((1, 2)));
         assert_eq!(Loads::decode(&loads.encode()), Some(loads));

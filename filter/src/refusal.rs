@@ -163,15 +163,17 @@ impl Refusal {
             param.into()
         };
         let code = self.name();
+        let details = match self {
+            Self::QueueFull(full) => json!({
+                "limit_kind": full.kind.name(),
+                "current": full.current,
+                "limit": full.limit,
+            }),
+            _ => Value::Null,
+        };
         let mut error = json!({"message": message, "type": kind, "param": param, "code": code});
-        if let Self::QueueFull(Full {
-            kind,
-            current,
-            limit,
-        }) = self
-        {
-            let kind = kind.name();
-            error["details"] = json!({"limit_kind": kind, "current": current, "limit": limit});
+        if let (Some(error), false) = (error.as_object_mut(), details.is_null()) {
+            error.insert("details".to_owned(), details);
         }
         json!({"error": error}).to_string()
     }

@@ -61,6 +61,8 @@ struct Origin {
     proxy: ProxyId,
     mailbox: u8,
     since_ns: u64,
+    /// The class or family that its client named.
+    class: String,
     /// The owners that can take it; empty for any.
     owners: Vec<OwnerId>,
 }
@@ -142,6 +144,7 @@ impl Queues {
             proxy: proxy.clone(),
             mailbox: queued.mailbox,
             since_ns: queued.since_ns,
+            class: queued.class.clone(),
             owners: queued.owners.clone(),
         };
         let Some(line) = self.lines.get_mut(usize::from(queued.pool)) else {
@@ -274,9 +277,8 @@ impl Line {
             let Some(origin) = origins.remove(&id) else {
                 continue;
             };
-            // What it was named by is not kept: it goes on in the class of those that name none.
             let class = self.pool.queue.as_ref();
-            let class = class.map(|profile| profile.class_of("", request.cost()));
+            let class = class.map(|profile| profile.class_of(&origin.class, request.cost()));
             let request = Request {
                 class: class.unwrap_or(0),
                 ..request

@@ -124,7 +124,7 @@ fn who_comes_while_others_wait_waits_behind_them() {
     let mut site = site(|_| {});
     let busy = site.occupy();
     let first = site.hold(3, &[]);
-    busy.map(|context| site.over(context));
+    busy.into_iter().for_each(|context| site.over(context));
     let second = site.hold(4, &[]);
     let (vm, steps) = site.told_of();
     assert_eq!(steps.len(), 2);
@@ -148,7 +148,7 @@ fn a_client_that_leaves_while_it_waits_leaves_nothing() {
     let (vm, steps) = site.told_of();
     assert_eq!(steps[1..], [Step::Unqueued { ticket: 1 }]);
     site.post_mail(vm, &[(1, Verdict::Go)]);
-    busy.map(|context| site.over(context));
+    busy.into_iter().for_each(|context| site.over(context));
     site.assert_idle();
     assert_eq!(site.host.named("kv_router_held_left_total"), 1);
 }

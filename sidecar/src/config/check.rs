@@ -428,7 +428,7 @@ fn bytes(bytes: u64) -> usize {
 }
 
 /// Seconds as milliseconds; the schema bounds them.
-fn milliseconds(seconds: f64) -> u64 {
+pub(super) fn milliseconds(seconds: f64) -> u64 {
     (seconds * 1000.0).round() as u64
 }
 

@@ -4,7 +4,7 @@ use kv_core::queue::{Bounds, Bucketed, Class, Limits, Order, Profile, Refusing, 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::check::Check;
+use super::check::{Check, milliseconds};
 use super::file;
 
 /// Name of the one class where none are given.
@@ -225,9 +225,4 @@ pub(super) fn refusing(pool: &file::Pool) -> Refusing {
         status: pool.overload_status,
         retry_after_s: pool.retry_after_secs,
     }
-}
-
-#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-fn milliseconds(seconds: f64) -> u64 {
-    (seconds * 1_000.0) as u64
 }

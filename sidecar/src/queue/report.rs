@@ -1,6 +1,6 @@
 //! Queues as `/v1/queue` shows them.
 
-use kv_core::queue::{Order, Thresholds, Usage};
+use kv_core::queue::{Order, PolicyQueue, Thresholds, Usage};
 use serde::Serialize;
 
 use super::Queues;
@@ -53,7 +53,7 @@ impl Queues {
                     tokens,
                     cached_tokens,
                 } = queue.map_or_else(Usage::default, |queue| queue.usage(at));
-                let entries = queue.into_iter().flat_map(|queue| queue.entries());
+                let entries = queue.into_iter().flat_map(PolicyQueue::entries);
                 let own = entries.filter(|entry| entry.request.class == at);
                 let since = own.filter_map(|entry| Some(line.origins.get(&entry.id)?.since_ns));
                 let first = since.min().unwrap_or(now_ns);

@@ -107,7 +107,8 @@ fn proxy(vm: u64) -> ProxyId {
 #[test]
 fn what_is_free_is_given_away_once() {
     let mut bench = Bench::new(&pool(2, class()));
-    (bench.load(0, 101), bench.load(1, 101));
+    bench.load(0, 101);
+    bench.load(1, 101);
     for ticket in 1..=4 {
         bench.wait(1, ticket, |_| {});
     }
@@ -120,7 +121,8 @@ fn what_is_free_is_given_away_once() {
     assert_eq!(bench.settle(), []);
     // Both are booked.
     bench.load(1, 120);
-    (bench.queues.leave(1, 1), bench.queues.leave(1, 2));
+    bench.queues.leave(1, 1);
+    bench.queues.leave(1, 2);
     assert_eq!(bench.settle(), []);
     bench.load(1, 60);
     assert_eq!(bench.settle(), [go(3)]);
@@ -130,7 +132,8 @@ fn what_is_free_is_given_away_once() {
     assert_eq!(bench.settle(), [go(4)]);
     bench.wait(1, 3, |_| {});
     assert_eq!(bench.settle(), [go(3)]);
-    (bench.queues.leave(1, 3), bench.queues.leave(1, 4));
+    bench.queues.leave(1, 3);
+    bench.queues.leave(1, 4);
     assert!(bench.queues.is_idle());
     assert_eq!(bench.queues.backlogs(), [0]);
 }
@@ -191,7 +194,8 @@ fn who_waits_too_long_or_too_many_is_refused() {
 #[test]
 fn a_request_for_one_worker_waits_for_it_and_holds_up_nobody() {
     let mut bench = Bench::new(&pool(2, class()));
-    (bench.load(0, 500), bench.load(1, 500));
+    bench.load(0, 500);
+    bench.load(1, 500);
     bench.wait(1, 1, |q| q.owners = vec![id(0)]);
     bench.wait(1, 2, |_| {});
     bench.wait(1, 3, |q| q.owners = vec![id(7)]);
