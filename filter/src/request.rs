@@ -625,7 +625,12 @@ impl Request {
         let pool = served.pool;
         let class = pool.queue.as_ref();
         let class = class.and_then(|profile| Some((profile, profile.classes().get(busy.class)?)));
-        let mailbox = router.waiting.mailbox.number();
+        let waiting = &mut router.waiting;
+        // The table may be younger than the last tick.
+        if waiting.mailbox.number().is_none() {
+            waiting.mailbox.keep(&router.host, self.root, now_ns);
+        }
+        let mailbox = waiting.mailbox.number();
         let is_heard = !router.world.is_stale() && waiting::is_heard(&router.host);
         // What is not at hand as a whole would flow past.
         let (Some((profile, class)), Some(mailbox), true, true) =
