@@ -67,6 +67,7 @@ fn settings(block_size: u32) -> Settings {
         families: vec![FamilyUse {
             hash_seed: "0".to_owned(),
             max_blocks: None,
+            objects: 2,
             family: Family::FlexKv,
             media: vec!["CPU".into(), "SSD".into()],
             block_size,

@@ -13,14 +13,8 @@ use crate::metrics::{Kind, OfWorker};
 impl Service {
     /// An event of an owner is about to be applied.
     pub(super) fn heard(&mut self, id: WorkerId, rank: DpRank) {
-        let Some((_, worker)) = self.roster.worker(id) else {
-            return;
-        };
-        let at = Instant::now();
-        if let Some(owner) = worker.owner_mut(rank) {
-            owner.heard = Some(at);
-        }
-        if let Some(change) = worker.health.heard(at) {
+        let worker = self.roster.worker(id);
+        if let Some(change) = worker.and_then(|(_, worker)| worker.hear(rank, Instant::now())) {
             self.changed(id, &change);
         }
     }
@@ -147,7 +141,7 @@ impl Service {
         }
     }
 
-    fn changed(&mut self, id: WorkerId, change: &Change) {
+    pub(super) fn changed(&mut self, id: WorkerId, change: &Change) {
         let Some((pool, worker)) = self.roster.worker(id) else {
             return;
         };

@@ -163,7 +163,8 @@ impl Seen {
                     };
                 }
                 self.hashes_of(value.get("block_hashes"));
-                ("maps", value.get("type").and_then(Value::text))
+                let name = value.get("type").or_else(|| value.get("event_type"));
+                ("maps", name.and_then(Value::text))
             }
             _ => ("values", None),
         };
@@ -186,7 +187,7 @@ impl Seen {
                     }
                 }
             }
-            Ok(Event::Cleared { .. }) | Err(_) => {}
+            Ok(Event::Cleared { .. } | Event::Object(_)) | Err(_) => {}
         }
         form
     }
