@@ -117,7 +117,7 @@ impl Tally {
         let planes = self.planes.iter();
         Counts {
             planes: planes.map(|(plane, on)| (*plane, on.counts())).collect(),
-            blocks: totals(&CHANGES, &self.changes),
+            blocks: totals(&CHANGES, &self.changes).collect(),
             gaps: self.gaps,
         }
     }
@@ -141,15 +141,19 @@ impl OnPlane {
     fn counts(&self) -> PlaneCounts {
         PlaneCounts {
             messages: self.messages,
-            events: totals(&EVENTS, &self.events),
+            events: totals(&EVENTS, &self.events)
+                .filter(|(_, total)| *total > 0)
+                .collect(),
             rejected: self.rejected.clone(),
         }
     }
 }
 
-/// What has been counted at all, by kind.
-fn totals(kinds: &[&'static str], counters: &[Counter]) -> BTreeMap<&'static str, u64> {
+/// What has been counted, by kind.
+fn totals<'a>(
+    kinds: &'a [&'static str],
+    counters: &'a [Counter],
+) -> impl Iterator<Item = (&'static str, u64)> + 'a {
     let totals = kinds.iter().zip(counters);
-    let totals = totals.map(|(kind, counter)| (*kind, counter.get()));
-    totals.filter(|(_, total)| *total > 0).collect()
+    totals.map(|(kind, counter)| (*kind, counter.get()))
 }

@@ -64,6 +64,8 @@ pub enum Trait {
     Locality,
     /// Dictionaries of TensorRT-LLM.
     TrtLlm,
+    /// Objects of a store.
+    Objects,
     /// The body of a post to the sidecar.
     Post,
     /// Adapters.
@@ -187,7 +189,10 @@ impl Seen {
                     }
                 }
             }
-            Ok(Event::Cleared { .. } | Event::Object(_)) | Err(_) => {}
+            Ok(Event::Object(_)) => {
+                self.traits.insert(Trait::Objects);
+            }
+            Ok(Event::Cleared { .. }) | Err(_) => {}
         }
         form
     }
