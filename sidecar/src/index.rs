@@ -415,6 +415,10 @@ impl Service {
             self.publish_loads();
         }
         self.publisher.pump(&mut self.index);
+        if self.flush_at.is_some() {
+            // Somebody reads them from here on.
+            self.flush_at = Some(Instant::now());
+        }
         Ok(id)
     }
 
