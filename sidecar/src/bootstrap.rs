@@ -103,7 +103,7 @@ pub async fn take_over(
         let outcome = from_peer(peer, token, control).await;
         let kind = outcome
             .as_ref()
-            .map_or_else(|error| error.kind(), |()| "taken");
+            .map_or_else(BootstrapError::kind, |()| "taken");
         metrics.bootstraps.get_or_create(&Kind { kind }).inc();
         match outcome {
             Ok(()) => {

@@ -333,9 +333,10 @@ mod tests {
             for bytes in [&whole[..at], &changed] {
                 std::fs::write(&file, bytes).unwrap();
                 let is_version = at == MAGIC.len() && bytes.len() > at;
-                let refused = match is_version {
-                    true => Restored::OtherVersion,
-                    false => Restored::Corrupt,
+                let refused = if is_version {
+                    Restored::OtherVersion
+                } else {
+                    Restored::Corrupt
                 };
                 assert_eq!(restore(Some(&file)), refused, "at {at}");
                 assert_eq!(restore(Some(&file)), Restored::Absent, "at {at}");
