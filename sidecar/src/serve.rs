@@ -1,6 +1,5 @@
 //! The running sidecar: its tasks, and changes of its configuration.
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,7 +15,6 @@ use crate::config::{self, Config, ConfigErrors, Layer, Pool};
 use crate::envoy::{Files, FilesError, endpoints_of};
 use crate::index::{Control, Service, state_file};
 use crate::indexer::{self, Ask, Registry};
-use crate::ingest::batch::{Origin, Resume};
 use crate::ingest::doors::Doors;
 use crate::ingest::nats;
 use crate::ingest::stream::Hall;
@@ -112,19 +110,19 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
             Ok(())
         });
     }
-    let begin = if !service.is_restored() && !config.peers.is_empty() {
-        // Workers' own streams are opened where the peer's index leaves them.
-        service = service.awaiting_peer();
-        Begin::WithPeer(token.clone())
-    } else {
-        Begin::At(service.resumes())
-    };
     let hall = Hall {
         arrivals,
         bytes_per_second: config.event_bytes_per_second,
         metrics: Arc::clone(&metrics),
     };
-    let doors = Doors::new(hall, stored);
+    let mut doors = Doors::new(hall, stored);
+    let events = if !service.is_restored() && !config.peers.is_empty() {
+        service = service.awaiting_peer();
+        Events::AfterPeer(token.clone())
+    } else {
+        doors.open(&config, service.resumes());
+        Events::Open
+    };
     let (index_cancel, bridge_cancel) = (cancel.clone(), cancel.clone());
     tasks.spawn(async move {
         service.run(controlled, arrived, index_cancel).await;
@@ -157,7 +155,7 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
         files,
         control,
         doors,
-        begin,
+        events,
         metrics,
         silence,
     };
@@ -262,30 +260,28 @@ struct Reloader {
     files: Option<Files>,
     control: mpsc::Sender<Control>,
     doors: Doors,
-    begin: Begin,
+    events: Events,
     metrics: Arc<Metrics>,
     silence: Arc<Notify>,
 }
 
-/// Where events are taken up.
-enum Begin {
-    /// After what the restored index includes of workers' own streams.
-    At(HashMap<Origin, Resume>),
-    /// After what a peer's index does; the token is for peers.
-    WithPeer(Option<String>),
+/// Whether workers' own streams are read.
+enum Events {
+    /// They are.
+    Open,
+    /// They will be, from where a peer's index leaves them; the token is for peers.
+    AfterPeer(Option<String>),
 }
 
 impl Reloader {
     /// Never returns.
     async fn run(mut self) {
-        let resumes = match std::mem::replace(&mut self.begin, Begin::At(HashMap::new())) {
-            Begin::At(resumes) => resumes,
-            Begin::WithPeer(token) => {
-                let (config, token) = (&self.config, token.as_deref());
-                bootstrap::take_over(config, token, &self.control, &self.metrics).await
-            }
-        };
-        self.doors.open(&self.config, resumes);
+        if let Events::AfterPeer(token) = std::mem::replace(&mut self.events, Events::Open) {
+            let (config, token) = (&self.config, token.as_deref());
+            let taken = bootstrap::take_over(config, token, &self.control, &self.metrics);
+            let resumes = taken.await;
+            self.doors.open(&self.config, resumes);
+        }
         let mut replaced_at = None;
         match Watch::new(&self.source.file) {
             Ok(mut watch) => {
