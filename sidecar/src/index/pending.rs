@@ -9,6 +9,7 @@ use kv_core::wire::{self, BATCH_BYTES, Batch, Write};
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Key {
     Page([u8; 6]),
+    Mail([u8; 3]),
     Other([u8; 2]),
 }
 
@@ -21,9 +22,14 @@ impl Key {
         Self::Page(key::page(id))
     }
 
+    pub(super) fn mail(mailbox: u8) -> Self {
+        Self::Mail(key::mail(mailbox))
+    }
+
     fn as_bytes(&self) -> &[u8] {
         match self {
             Self::Page(key) => key,
+            Self::Mail(key) => key,
             Self::Other(key) => key,
         }
     }

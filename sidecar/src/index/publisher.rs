@@ -254,7 +254,7 @@ impl Publisher {
     /// Mail for a mailbox of one subscriber.
     pub(super) fn mail(&mut self, id: u64, mailbox: u8, mail: Vec<u8>, index: &mut Index) {
         if let Some(subscriber) = self.subscribers.iter_mut().find(|s| s.id == id) {
-            subscriber.mail.push((mailbox, mail));
+            subscriber.mail.push((mailbox, mail.into()));
         }
         self.pump(index);
     }

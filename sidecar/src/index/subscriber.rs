@@ -52,7 +52,7 @@ pub(super) struct Subscriber {
     /// Loads that it has not been sent.
     pub(super) loads: Option<Arc<[u8]>>,
     /// Mail for mailboxes, which goes before all else.
-    pub(super) mail: Vec<(u8, Vec<u8>)>,
+    pub(super) mail: Vec<(u8, Arc<[u8]>)>,
     pub(super) received_ns: Vec<u64>,
     pub(super) table_sent: u64,
     pub(super) table_acked: u64,
@@ -101,7 +101,7 @@ impl Subscriber {
 
     pub(super) fn push_mail(&mut self, batch: &mut Pending) {
         for (mailbox, mail) in self.mail.drain(..) {
-            batch.push(&key::mail(mailbox), &mail);
+            batch.push(Key::mail(mailbox), mail);
         }
     }
 
