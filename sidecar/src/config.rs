@@ -55,8 +55,10 @@ pub struct Config {
     pub filter_wasm: PathBuf,
     /// Where events come from.
     pub nats: Option<Nats>,
+    /// Where the select service listens.
+    pub select: Option<Api>,
     /// Where the standalone indexer listens.
-    pub indexer: Option<Indexer>,
+    pub indexer: Option<Api>,
     /// `host:port` of the sockets of Dynamo's event plane over ZMQ.
     pub dynamo_zmq: Vec<String>,
     /// Most bytes a second of a worker's own stream of events.
@@ -75,9 +77,9 @@ pub struct Config {
     pub pools: Vec<Pool>,
 }
 
-/// The standalone indexer.
+/// An HTTP interface on a port of its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Indexer {
+pub struct Api {
     /// Where it listens.
     pub listen: SocketAddr,
     /// File with the token that clients show.
@@ -258,6 +260,7 @@ impl Config {
         differs("state_dir", self.state_dir != next.state_dir);
         differs("filter_wasm", self.filter_wasm != next.filter_wasm);
         differs("nats", self.nats != next.nats);
+        differs("select", self.select != next.select);
         differs("indexer", self.indexer != next.indexer);
         differs("dynamo_zmq", self.dynamo_zmq != next.dynamo_zmq);
         let quota = self.event_bytes_per_second != next.event_bytes_per_second;

@@ -23,6 +23,7 @@ mod repair;
 mod report;
 mod roster;
 mod saving;
+mod selecting;
 mod slots;
 mod strangers;
 mod streams;
@@ -57,6 +58,7 @@ use crate::ejection::Ejection;
 use crate::ingest::{Arrival, Plane};
 use crate::load::{Accounts, ProxyId};
 use crate::metrics::{Kind, Metrics};
+use crate::select::{Reservations, Served};
 use crate::state::{self, Restored};
 
 pub use control::Control;
@@ -106,6 +108,10 @@ pub struct Service {
     publisher: publisher::Publisher,
     /// The roster's pools as the worker table has them.
     tables: Vec<Arc<table::Pool>>,
+    /// All pools with all owners, as the select service has them.
+    selectable: Vec<Arc<table::Pool>>,
+    served: Arc<[Served]>,
+    reservations: Reservations,
     accounts: Accounts,
     decisions: Decisions,
     /// Decisions that wait to be judged, and the load up to them.
@@ -197,6 +203,9 @@ impl Service {
             roster: roster::Roster::default(),
             publisher: publisher::Publisher::new(head, Arc::clone(&metrics)),
             tables: Vec::new(),
+            selectable: Vec::new(),
+            served: Arc::default(),
+            reservations: Reservations::new(random_u64()),
             accounts: Accounts::new(config.load).numbering_from(unix_ms()),
             decisions: Decisions::default(),
             past: Past::new(Accounts::replica(config.load.tracking)),
@@ -364,6 +373,7 @@ impl Service {
             Control::Stores { pool, owner, reply } => {
                 let _ = reply.send(self.stores(pool, owner));
             }
+            Control::Select(ask) => self.select(ask),
         }
     }
 
@@ -492,6 +502,7 @@ impl Service {
         if tick.is_multiple_of(SAVE_TICKS) {
             self.begin_saving();
             self.sweep_tokens();
+            self.sweep_reservations();
             self.learn_rates();
         }
     }

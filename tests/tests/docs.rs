@@ -291,6 +291,7 @@ fn every_key_is_documented_with_its_default() {
     let headings = [
         "## Keys for the whole installation",
         "## Keys of `nats`",
+        "## Keys of `select`",
         "## Keys of `indexer`",
         "## Keys of a pool",
     ];

@@ -14,7 +14,7 @@ use super::error::{ConfigErrors, Problem};
 use super::file;
 use super::file::File;
 use super::layer::Layer;
-use super::{Config, DEFAULT_POOL, DynamoPlane, Indexer, Nats, Pool, Tokenizer, Worker};
+use super::{Api, Config, DEFAULT_POOL, DynamoPlane, Nats, Pool, Tokenizer, Worker};
 use crate::ingest::subject::{Template, TemplateError};
 use crate::load;
 
@@ -97,7 +97,14 @@ impl Check {
             state_dir: file.state_dir.clone(),
             filter_wasm: file.filter_wasm.clone(),
             nats: file.nats.as_ref().map(|nats| self.nats(nats)),
-            indexer: file.indexer.as_ref().map(|indexer| self.indexer(indexer)),
+            select: file.select.as_ref().map(|select| Api {
+                listen: self.exposed("select", &select.listen, select.token_file.as_deref()),
+                token_file: select.token_file.clone(),
+            }),
+            indexer: file.indexer.as_ref().map(|indexer| Api {
+                listen: self.exposed("indexer", &indexer.listen, indexer.token_file.as_deref()),
+                token_file: indexer.token_file.clone(),
+            }),
             dynamo_zmq: self.dynamo_zmq(&file.dynamo_zmq),
             event_bytes_per_second: file.event_bytes_per_second,
             index_bytes: bytes(file.index_bytes),
@@ -115,17 +122,16 @@ impl Check {
         }
     }
 
-    fn indexer(&mut self, indexer: &file::Indexer) -> Indexer {
-        let listen = self.address("indexer.listen", &indexer.listen, "must be ip:port");
-        if indexer.token_file.is_none() && listen != UNKNOWN && !listen.ip().is_loopback() {
-            let why = "needs indexer.token_file, because other machines reach it";
-            self.refuse("indexer.listen", listen, why);
+    /// The address of an interface that needs a token where other machines reach it.
+    fn exposed(&mut self, key: &str, listen: &str, token_file: Option<&Path>) -> SocketAddr {
+        let at = format!("{key}.listen");
+        let listen = self.address(&at, listen, "must be ip:port");
+        if token_file.is_none() && listen != UNKNOWN && !listen.ip().is_loopback() {
+            let why = format!("needs {key}.token_file, because other machines reach it");
+            self.refuse(&*at, listen, &why);
         }
-        self.readable("indexer.token_file", indexer.token_file.as_deref());
-        Indexer {
-            listen,
-            token_file: indexer.token_file.clone(),
-        }
+        self.readable(&format!("{key}.token_file"), token_file);
+        listen
     }
 
     fn peers(&mut self, file: &File) -> Vec<http::Uri> {

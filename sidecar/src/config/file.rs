@@ -46,6 +46,11 @@ pub struct File {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Nats")]
     pub nats: Option<Nats>,
+    /// The select service: Dynamo's HTTP interface to decisions. Needs a restart, as everything
+    /// under `select` does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Select")]
+    pub select: Option<Select>,
     /// The standalone indexer: Dynamo's HTTP interface to the index. Needs a restart, as everything
     /// under `indexer` does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -111,6 +116,7 @@ impl Default for File {
             state_dir: None,
             filter_wasm: "kv_filter.wasm".into(),
             nats: None,
+            select: None,
             indexer: None,
             dynamo_zmq: Vec::new(),
             event_bytes_per_second: 64 << 20,
@@ -424,6 +430,27 @@ impl Default for Indexer {
     fn default() -> Self {
         Self {
             listen: "127.0.0.1:8090".into(),
+            token_file: None,
+        }
+    }
+}
+
+/// Where the select service listens.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Select {
+    /// `ip:port`. An address that other machines reach needs `token_file`.
+    pub listen: String,
+    /// File with the token that clients send as `Authorization: Bearer`. Read at the start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "PathBuf")]
+    pub token_file: Option<PathBuf>,
+}
+
+impl Default for Select {
+    fn default() -> Self {
+        Self {
+            listen: "127.0.0.1:8092".into(),
             token_file: None,
         }
     }

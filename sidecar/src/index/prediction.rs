@@ -69,7 +69,7 @@ impl Service {
     }
 
     fn slot_of(&self, owner: OwnerKey) -> Option<Slot> {
-        let owners = &self.tables.get(usize::from(owner.pool))?.owners;
+        let owners = &self.selectable.get(usize::from(owner.pool))?.owners;
         let known = owners.iter().find(|o| o.id == owner.id)?;
         Some(known.slot)
     }

@@ -1,6 +1,7 @@
 //! Pools, workers and owners: who is in the configuration, with what slot, heard up to where.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use kv_core::family::Scheme;
 use kv_core::id::{DpRank, OwnerId, Role, Slot, WorkerId};
@@ -147,6 +148,24 @@ impl Roster {
             .map(|pool| pool.table(ejection))
             .collect()
     }
+
+    /// All pools, with the owners of workers that take no requests of Envoy, without an endpoint.
+    /// Where there are none, they are those of the worker table.
+    pub(super) fn selectable_pools(
+        &self,
+        ejection: &Ejection,
+        tables: &[Arc<table::Pool>],
+    ) -> Vec<Arc<table::Pool>> {
+        let pools = self.pools.iter().enumerate();
+        let whole = pools.map(|(number, pool)| {
+            let is_routed = |worker: &Worker| worker.config.endpoint.is_some();
+            match tables.get(number) {
+                Some(table) if pool.workers.values().all(is_routed) => Arc::clone(table),
+                _ => Arc::new(pool.whole_table(ejection)),
+            }
+        });
+        whole.collect()
+    }
 }
 
 impl Pool {
@@ -196,6 +215,13 @@ impl Pool {
     /// The pool in the worker table.
     #[must_use]
     pub(super) fn table(&self, ejection: &Ejection) -> table::Pool {
+        let mut table = self.whole_table(ejection);
+        table.owners.retain(|owner| !owner.endpoint.is_empty());
+        table
+    }
+
+    /// The same with owners that have no endpoint.
+    fn whole_table(&self, ejection: &Ejection) -> table::Pool {
         let workers = self.workers.values();
         let owners = workers.flat_map(|worker| worker.table(ejection.is_in(worker.config.id)));
         let mut owners: Vec<table::Owner> = owners.collect();
@@ -276,18 +302,17 @@ impl Worker {
     fn table(&self, accepting: bool) -> impl Iterator<Item = table::Owner> {
         let ids = self.config.owners();
         let owners = self.owners.iter().zip(ids);
-        owners.filter_map(move |(owner, id)| {
-            Some(table::Owner {
-                slot: owner.slot,
-                id,
-                role: self.config.role,
-                endpoint: self.config.endpoint?.to_string(),
-                accepting,
-                traits: Traits {
-                    device: self.config.device,
-                    prefill_rate: owner.prefill_rate,
-                },
-            })
+        let endpoint = self.config.endpoint.map(|endpoint| endpoint.to_string());
+        owners.map(move |(owner, id)| table::Owner {
+            slot: owner.slot,
+            id,
+            role: self.config.role,
+            endpoint: endpoint.clone().unwrap_or_default(),
+            accepting,
+            traits: Traits {
+                device: self.config.device,
+                prefill_rate: owner.prefill_rate,
+            },
         })
     }
 }

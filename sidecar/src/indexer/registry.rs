@@ -195,14 +195,16 @@ impl Registry {
     pub fn over(&self, base: &Config) -> Config {
         let mut config = base.clone();
         let partitions = self.partitions.iter().enumerate();
-        config
-            .pools
-            .extend(partitions.map(|(number, partition)| Pool {
+        config.pools.extend(partitions.map(|(number, partition)| {
+            Pool {
                 name: pool_name(number),
                 models: vec![partition.model.clone()],
                 lora_adapters: Vec::new(),
                 block_size: partition.block_size,
-                policy: Policy::default(),
+                policy: base
+                    .pools
+                    .first()
+                    .map_or_else(Policy::default, |pool| pool.policy),
                 kv_events: true,
                 ttl_ms: 0,
                 trusts_hints: false,
@@ -213,7 +215,8 @@ impl Registry {
                 image_token: None,
                 workers: Vec::new(),
                 routing_group: Some(partition.group.clone()),
-            }));
+            }
+        }));
         for (id, registered) in &self.workers {
             let is_configured = |pool: &Pool| pool.workers.iter().any(|w| w.id == *id);
             if base.pools.iter().any(is_configured) {
