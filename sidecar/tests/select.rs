@@ -95,7 +95,7 @@ async fn an_abandoned_reservation_expires_and_its_id_is_free_again() {
 
 #[tokio::test]
 async fn a_choice_is_booked_once() {
-    let (app, ..) = service(None);
+    let (app, _metrics, _guard) = service(None);
     let booking = json!({"model_name": "llama", "selection_id": "a"});
     post(&app, "/select", reserve("a")).await;
     let (status, answer) = post(&app, "/reservations", booking.clone()).await;
@@ -109,7 +109,7 @@ async fn a_choice_is_booked_once() {
 
 #[tokio::test]
 async fn a_model_that_is_not_named_is_the_first_and_workers_of_the_file_stay() {
-    let (app, ..) = service(None);
+    let (app, _metrics, _guard) = service(None);
     let body = json!({"token_ids": [1, 2, 3, 4], "pinned_worker": {"worker_id": 1, "dp_rank": 1}});
     let (status, answer) = post(&app, "/select", body).await;
     assert_eq!(status, StatusCode::OK, "{answer}");
@@ -138,7 +138,7 @@ async fn a_model_that_is_not_named_is_the_first_and_workers_of_the_file_stay() {
 
 #[tokio::test]
 async fn without_the_token_nothing_is_told() {
-    let (app, ..) = service(Some("secret"));
+    let (app, _metrics, _guard) = service(Some("secret"));
     let with = |path: &str, token: Option<&str>| {
         let mut request = Request::builder().uri(path.to_owned());
         if let Some(token) = token {

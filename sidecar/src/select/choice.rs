@@ -177,12 +177,15 @@ pub fn choose(field: &Field, question: &Question, rng: &mut Rng) -> Result<Choic
     let owners = pool.owners.iter().zip(&field.standings);
     let ranks = owners.filter(|(o, _)| o.id.worker == owner.id.worker && question.takes(o));
     let ranks = ranks.map(|(o, standing)| (o.id.rank, standing.overlap));
+    let known = u64::try_from(prompt.used.len()).unwrap_or(u64::MAX);
     let own = if policy.tracking.active_blocks {
-        let blocks = u64::try_from(prompt.used.len()).unwrap_or(u64::MAX);
-        blocks.saturating_sub(candidate.shared_blocks.into())
+        known.saturating_sub(candidate.shared_blocks.into())
     } else {
         0
     };
+    // With the block that the prompt only begins.
+    let blocks = u64::from(prompt.tokens.div_ceil(pool.block_size.max(1)));
+    let own = own.saturating_add(blocks.saturating_sub(known));
     Ok(Choice {
         owner: owner.id,
         endpoint: owner.endpoint.clone(),

@@ -235,12 +235,13 @@ fn yaml_of(policy: &Policy, workers: &BTreeMap<u64, u32>) -> String {
 /// Sorts what is listed in no order.
 fn sorted((status, mut body): Answer) -> Answer {
     let key = |item: &Value| (item["worker_id"].as_u64(), item["dp_rank"].as_u64());
+    let is_listed = body["workers"].is_array();
     let lists: Vec<&mut Value> = match &mut body {
         Value::Array(items) if items.iter().any(|item| item["loads"].is_array()) => {
             items.iter_mut().map(|item| &mut item["loads"]).collect()
         }
         Value::Array(_) => vec![&mut body],
-        Value::Object(_) if body["workers"].is_array() => vec![&mut body["workers"]],
+        Value::Object(object) if is_listed => object.get_mut("workers").into_iter().collect(),
         _ => Vec::new(),
     };
     for list in lists {
