@@ -4,6 +4,7 @@
 //! an earlier filter reads a later sidecar's table.
 
 mod extension;
+mod metadata;
 
 use serde::{Deserialize, Serialize};
 
@@ -13,6 +14,8 @@ use crate::key;
 use crate::policy::Policy;
 use crate::text::Budget;
 use extension::Extension;
+
+pub use metadata::Metadata;
 
 /// Everything a decision needs besides pages, load and the request.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -90,6 +93,9 @@ pub struct Owner {
     /// What else is known of it.
     #[serde(skip)]
     pub traits: Traits,
+    /// What it is said to be.
+    #[serde(skip)]
+    pub metadata: Metadata,
 }
 
 /// What a worker is, and what has been learned of it.
@@ -173,7 +179,7 @@ impl Pool {
 
 #[cfg(test)]
 mod tests {
-    use super::{Owner, Pool, Served, Table, Traits};
+    use super::{Metadata, Owner, Pool, Served, Table, Traits};
     use crate::family::Scheme;
     use crate::id::{Device, Family, OwnerId, Role, Slot};
     use crate::key;
@@ -205,6 +211,12 @@ mod tests {
                         traits: Traits {
                             device: Device::Cpu,
                             prefill_rate: 9_000,
+                        },
+                        metadata: Metadata {
+                            taints: vec!["spot".into()],
+                            labels: [("zone".into(), "a".into())].into(),
+                            max_requests: 7,
+                            ..Metadata::default()
                         },
                     }],
                     trusts_hints: true,

@@ -227,6 +227,7 @@ fn owner(slot: u16) -> Owner {
         endpoint: endpoint(slot),
         accepting: true,
         traits: Traits::default(),
+        metadata: kv_core::table::Metadata::default(),
     }
 }
 

@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 
 use kv_core::id::{Device, OwnerId, Role, WorkerId};
 use kv_core::policy::Policy;
-use kv_core::table::Settings;
+use kv_core::table::{Metadata, Settings};
 use kv_core::text::Budget;
 
 use crate::ingest::engine::{self, media::Media};
@@ -193,6 +193,8 @@ pub struct Worker {
     pub device: Device,
     /// Its data-parallel ranks.
     pub ranks: u32,
+    /// What it is said to be.
+    pub metadata: Metadata,
     /// The stream of events that it publishes itself.
     pub events: Option<Events>,
 }

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Table, Traits};
+use super::{Metadata, Table, Traits};
 use crate::family::Scheme;
 use crate::id::Slot;
 use crate::text::Budget;
@@ -23,6 +23,8 @@ struct OfPool {
     families: Vec<Scheme>,
     stores: Vec<Slot>,
     shared_cache_multiplier: f64,
+    /// By position of the owner in its pool.
+    metadata: Vec<Metadata>,
 }
 
 impl Extension {
@@ -36,6 +38,7 @@ impl Extension {
             families: pool.families.clone(),
             stores: pool.stores.clone(),
             shared_cache_multiplier: pool.policy.shared_cache_multiplier,
+            metadata: pool.owners.iter().map(|o| o.metadata.clone()).collect(),
         });
         Self(pools.collect())
     }
@@ -51,6 +54,9 @@ impl Extension {
             pool.text = more.text;
             for (owner, traits) in pool.owners.iter_mut().zip(more.owners) {
                 owner.traits = traits;
+            }
+            for (owner, metadata) in pool.owners.iter_mut().zip(more.metadata) {
+                owner.metadata = metadata;
             }
         }
     }

@@ -302,6 +302,7 @@ impl Check {
                 role: worker.role,
                 device: worker.device,
                 ranks: worker.data_parallel_size,
+                metadata: worker.metadata(),
                 events: worker.events.as_ref().and_then(|events| {
                     self.events(events, worker.data_parallel_size, &path("events"))
                 }),

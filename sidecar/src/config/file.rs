@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use kv_core::id::{Device, Family, Role, Tier};
 use kv_core::policy::Mode;
+use kv_core::table::Metadata;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -313,11 +314,44 @@ pub struct Worker {
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 1024))]
     pub data_parallel_size: u32,
+    /// LoRA adapters that it has loaded, of the pool's; all of them unless given.
+    #[serde(default)]
+    #[schemars(length(max = 1024), inner(length(min = 1, max = 256)))]
+    pub lora: Vec<String>,
+    /// Taints, which requests can require or prefer.
+    #[serde(default)]
+    #[schemars(length(max = 64), inner(length(min = 1, max = 256)))]
+    pub taints: Vec<String>,
+    /// Labels, its place in the topology among them.
+    #[serde(default)]
+    #[schemars(extend("maxProperties" = 64))]
+    pub labels: BTreeMap<String, String>,
+    /// KV blocks that each rank can hold; 0 where not known.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub total_kv_blocks: u32,
+    /// Requests that each rank takes at a time; 0 for any number.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 32_768))]
+    pub max_requests: u32,
     /// The stream of events that it publishes itself. Without it the worker's events are what NATS
     /// brings for its id.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Events")]
     pub events: Option<Events>,
+}
+
+impl Worker {
+    /// What it is said to be.
+    pub(super) fn metadata(&self) -> Metadata {
+        Metadata {
+            lora: self.lora.clone(),
+            taints: self.taints.clone(),
+            labels: self.labels.clone(),
+            total_kv_blocks: self.total_kv_blocks,
+            max_requests: self.max_requests,
+        }
+    }
 }
 
 fn one() -> u32 {

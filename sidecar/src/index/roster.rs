@@ -313,6 +313,7 @@ impl Worker {
                 device: self.config.device,
                 prefill_rate: owner.prefill_rate,
             },
+            metadata: self.config.metadata.clone(),
         })
     }
 }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use kv_core::id::{Device, DpRank, Role, Slot, WorkerId};
 use kv_core::policy::Policy;
+use kv_core::table::Metadata;
 use serde::Serialize;
 use tokio::sync::oneshot;
 
@@ -233,6 +234,7 @@ impl Registry {
                     role: Role::Aggregated,
                     device: Device::default(),
                     ranks: registered.ranks(),
+                    metadata: Metadata::default(),
                     events: Some(Events::Sockets(registered.sockets.clone())),
                 });
             }

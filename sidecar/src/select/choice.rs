@@ -20,6 +20,8 @@ pub struct Question {
     pub pool: usize,
     /// The prompt.
     pub prompt: Hashed,
+    /// Its LoRA adapter.
+    pub lora: Option<String>,
     /// Where it may go.
     pub constraints: Constraints,
     /// Workers that registered.
@@ -88,11 +90,17 @@ impl Question {
     }
 
     fn has_taints(&self, owner: &Owner) -> bool {
-        let required = &self.constraints.required_taints;
-        let own = self.catalog.taints(owner.id.worker);
-        required
-            .iter()
-            .all(|taint| own.is_some_and(|own| own.contains(taint)))
+        let registered = self.catalog.taints(owner.id.worker);
+        let has = |taint: &String| {
+            owner.metadata.taints.contains(taint)
+                || registered.is_some_and(|taints| taints.contains(taint))
+        };
+        self.constraints.required_taints.iter().all(has)
+    }
+
+    fn has_adapter(&self, owner: &Owner) -> bool {
+        let adapter = self.lora.as_deref();
+        adapter.is_none_or(|adapter| owner.metadata.has_lora(adapter))
     }
 }
 
@@ -153,6 +161,18 @@ pub fn choose(field: &Field, question: &Question, rng: &mut Rng) -> Result<Choic
     let mut candidates =
         field.candidates_that(|owner| question.takes(owner) && question.has_taints(owner));
     question.constraints.keep(&mut candidates, pool);
+    let owner = |candidate: &Candidate| pool.owners.get(candidate.owner);
+    let has_adapter = |c: &Candidate| owner(c).is_some_and(|owner| question.has_adapter(owner));
+    if candidates.iter().any(has_adapter) {
+        candidates.retain(has_adapter);
+    }
+    let has_any = !candidates.is_empty();
+    let is_full =
+        |c: &Candidate| owner(c).is_some_and(|owner| owner.metadata.is_full(c.load.requests()));
+    candidates.retain(|candidate| !is_full(candidate));
+    if has_any && candidates.is_empty() {
+        return Err(SelectError::Overloaded);
+    }
     if question.reuses == Some(false) {
         for candidate in &mut candidates {
             candidate.shared_blocks = 0;

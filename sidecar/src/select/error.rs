@@ -23,6 +23,9 @@ pub enum SelectError {
     /// None of those that do may take this request.
     #[error("no endpoints available to route work")]
     NoEndpoints,
+    /// Those that may take it have as many requests as they take.
+    #[error("all eligible workers are overloaded")]
+    Overloaded,
     /// The request asks for a worker and excludes it.
     #[error("pinned worker {0} is not in allowed worker set")]
     PinnedNotAllowed(WorkerId),
@@ -106,6 +109,7 @@ impl SelectError {
         match self {
             Self::NoWorkers | Self::NoneFor { .. } => "not_ready",
             Self::NoEndpoints => "no_endpoints",
+            Self::Overloaded => "overloaded",
             Self::PinnedNotAllowed(_)
             | Self::Missing(_)
             | Self::NoTokens
@@ -128,7 +132,7 @@ impl SelectError {
             "bad_request" => StatusCode::BAD_REQUEST,
             "conflict" => StatusCode::CONFLICT,
             "not_found" => StatusCode::NOT_FOUND,
-            "full" => StatusCode::TOO_MANY_REQUESTS,
+            "full" | "overloaded" => StatusCode::TOO_MANY_REQUESTS,
             _ => StatusCode::SERVICE_UNAVAILABLE,
         }
     }

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use kv_core::id::{DpRank, WorkerId};
+use kv_core::table::Metadata;
 use serde::{Deserialize, Serialize, Serializer};
 
 use super::request::DEFAULT;
@@ -117,12 +118,15 @@ impl From<Worker> for Record {
 
 impl Traits {
     /// Those of a worker of the configuration.
-    pub(super) fn configured(endpoint: String, block_size: u32, ranks: u32) -> Self {
+    pub(super) fn configured(endpoint: String, block_size: u32, ranks: u32, of: &Metadata) -> Self {
+        let blocks = of.total_kv_blocks;
         Self {
             endpoint: Some(endpoint),
             block_size: Some(block_size),
             data_parallel_start_rank: Some(0),
             data_parallel_size: Some(ranks),
+            total_kv_blocks: (blocks > 0).then_some(blocks.into()),
+            taints: Some(of.taints.iter().cloned().collect()),
             ..Self::default()
         }
     }

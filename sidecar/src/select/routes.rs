@@ -145,6 +145,7 @@ impl Face {
         let question = Question {
             pool: served.number,
             prompt,
+            lora: asked.lora_name.clone(),
             constraints: asked.constraints(),
             catalog: Arc::clone(&catalog),
             tracks_prefill: asked.tracks_prefill(),

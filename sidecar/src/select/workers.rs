@@ -318,7 +318,12 @@ fn configured(served: &Served) -> Vec<Record> {
                 } else {
                     Lifecycle::Unschedulable
                 },
-                traits: Traits::configured(url(&owner.endpoint), served.pool.block_size, size),
+                traits: Traits::configured(
+                    url(&owner.endpoint),
+                    served.pool.block_size,
+                    size,
+                    &owner.metadata,
+                ),
                 not_schedulable_reasons: Vec::new(),
             }
         };
