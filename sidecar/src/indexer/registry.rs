@@ -209,6 +209,7 @@ impl Registry {
                 kv_events: true,
                 ttl_ms: 0,
                 trusts_hints: false,
+                trusted_sources: Vec::new(),
                 device_ratio: 1,
                 tokenizer: None,
                 media: Media::default(),
