@@ -110,6 +110,7 @@ fn every_metric_of_the_sidecar_is_in_the_catalogue() {
         &metrics.reloads,
         &metrics.reports,
         &metrics.steps,
+        &metrics.selects,
         &metrics.peer_events,
         &metrics.peer_sent,
         &metrics.peer_dropped,
