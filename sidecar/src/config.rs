@@ -27,7 +27,7 @@ use crate::load;
 
 pub use error::{ConfigErrors, Problem};
 pub use events::{Events, FamilyUse, Socket, ZmqAddress};
-pub use file::{File, Tls};
+pub use file::{CachePolicy, File, Tls};
 pub use layer::{Layer, Origin};
 pub use schema::schema;
 pub use setting::{Flags, from_environment};
@@ -151,6 +151,11 @@ pub struct Pool {
     pub kv_events: bool,
     /// How long a predicted block is believed in, milliseconds.
     pub ttl_ms: u64,
+    /// What predicted blocks are forgotten by.
+    pub cache_policy: CachePolicy,
+    /// How long a block of a routed prompt is believed in beside events, milliseconds; `None` for
+    /// not at all.
+    pub predicted_ttl_ms: Option<u64>,
     /// Tiers by the names of media that engines use.
     pub media: Media,
     /// Hash families of events without token ids.

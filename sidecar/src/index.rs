@@ -34,13 +34,12 @@ mod underway;
 mod walk;
 mod watching;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use kv_core::approximate::Approximate;
 use kv_core::head::Head;
 use kv_core::id::{Slot, WorkerId};
 use kv_core::index::{Index, IndexConfig};
@@ -116,8 +115,8 @@ pub struct Service {
     decisions: Decisions,
     /// Decisions that wait to be judged, and the load up to them.
     past: Past<decisions::Question>,
-    /// Predicted blocks, by pool.
-    predictions: BTreeMap<usize, Approximate>,
+    /// Predicted blocks.
+    predictions: prediction::Predictions,
     /// Blocks that may be gone, by pool and slot.
     doubts: HashMap<(usize, Slot), doubt::Doubt>,
     strangers: strangers::Strangers,
@@ -209,7 +208,7 @@ impl Service {
             accounts: Accounts::new(config.load).numbering_from(unix_ms()),
             decisions: Decisions::default(),
             past: Past::new(Accounts::replica(config.load.tracking)),
-            predictions: BTreeMap::new(),
+            predictions: prediction::Predictions::new(),
             doubts: HashMap::new(),
             strangers: strangers::Strangers::default(),
             dumps: VecDeque::new(),

@@ -15,7 +15,7 @@ use super::error::{ConfigErrors, Problem};
 use super::file;
 use super::file::File;
 use super::layer::Layer;
-use super::{Api, Config, DEFAULT_POOL, DynamoPlane, Nats, Pool, Tokenizer, Worker};
+use super::{Api, CachePolicy, Config, DEFAULT_POOL, DynamoPlane, Nats, Pool, Tokenizer, Worker};
 use crate::ingest::subject::{Template, TemplateError};
 use crate::load;
 
@@ -329,11 +329,39 @@ impl Check {
             },
             kv_events: pool.kv_events,
             ttl_ms: milliseconds(pool.router_ttl_secs),
+            cache_policy: self.cache_policy(pool, prefix),
+            predicted_ttl_ms: self.predicted_ttl(pool, prefix),
             routing_group: None,
             trusts_hints: pool.trust_hints,
             trusted_sources: self.trusted_sources(pool, prefix),
             device_ratio: pool.encoder_cuda_to_cpu_ratio,
         }
+    }
+
+    fn cache_policy(&mut self, pool: &file::Pool, prefix: &str) -> CachePolicy {
+        let policy = pool.router_approximate_cache_policy;
+        if policy == CachePolicy::Lru && pool.kv_events {
+            let at = format!("{prefix}router_approximate_cache_policy");
+            self.refuse(
+                at,
+                "lru",
+                "needs kv_events: false: with events, engines say what goes",
+            );
+        }
+        policy
+    }
+
+    fn predicted_ttl(&mut self, pool: &file::Pool, prefix: &str) -> Option<u64> {
+        let secs = pool.router_predicted_ttl_secs?;
+        if !pool.kv_events {
+            let at = format!("{prefix}router_predicted_ttl_secs");
+            self.refuse(
+                at,
+                secs,
+                "needs kv_events: without them router_ttl_secs is how long",
+            );
+        }
+        Some(milliseconds(secs))
     }
 
     fn trusted_sources(&mut self, pool: &file::Pool, prefix: &str) -> Vec<IpNet> {

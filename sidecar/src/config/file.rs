@@ -164,6 +164,15 @@ pub struct Pool {
     /// `kv_events`. Mirrors Dynamo's `--router-ttl-secs`.
     #[schemars(range(min = 0.1, max = 86_400.0))]
     pub router_ttl_secs: f64,
+    /// What predicted blocks are forgotten by: `ttl`, or `lru` for workers that say how many blocks
+    /// they can hold (`total_kv_blocks`). Mirrors Dynamo's `--router-approximate-cache-policy`.
+    pub router_approximate_cache_policy: CachePolicy,
+    /// Seconds for which the blocks of a routed prompt are believed in beside events; for pools
+    /// with `kv_events`. Mirrors Dynamo's `--router-predicted-ttl-secs`.
+    #[schemars(range(min = 0.1, max = 86_400.0))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "f64")]
+    pub router_predicted_ttl_secs: Option<f64>,
     /// Older name of one knob: sets `prefill_load_scale`, and at 0 also `overlap_score_credit` to
     /// 0. Not together with either. Mirrors Dynamo's `--kv-overlap-score-weight`.
     #[schemars(range(min = 0.0, max = 1_000_000.0))]
@@ -277,6 +286,8 @@ impl Default for Pool {
             router_temperature: policy.temperature,
             kv_events: true,
             router_ttl_secs: 120.0,
+            router_approximate_cache_policy: CachePolicy::Ttl,
+            router_predicted_ttl_secs: None,
             kv_overlap_score_weight: None,
             prefill_load_scale: None,
             overlap_score_credit: None,
@@ -472,6 +483,17 @@ impl Default for Indexer {
             token_file: None,
         }
     }
+}
+
+/// What predicted blocks are forgotten by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum CachePolicy {
+    /// The time since their last use.
+    #[default]
+    Ttl,
+    /// The room that their worker has.
+    Lru,
 }
 
 /// Where the select service listens.

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use kv_core::family::Scheme;
-use kv_core::id::{DpRank, OwnerId, Role, Slot, WorkerId};
+use kv_core::id::{DpRank, Family, OwnerId, Role, Slot, WorkerId};
 use kv_core::table::{self, Traits};
 use tokio::time::Instant;
 
@@ -234,13 +234,19 @@ impl Pool {
             block_size: used.block_size,
             hash_seed: used.hash_seed.clone(),
         });
+        let predicts = self.config.kv_events && self.config.predicted_ttl_ms.is_some();
+        let predicted = predicts.then(|| Scheme {
+            family: Family::Predicted,
+            block_size: self.config.block_size,
+            hash_seed: String::new(),
+        });
         table::Pool {
             name: self.config.name.clone(),
             key: self.key,
             models: self.config.models.clone(),
             lora_adapters: self.config.lora_adapters.clone(),
             block_size: self.config.block_size,
-            families: families.collect(),
+            families: families.chain(predicted).collect(),
             policy: self.config.policy,
             owners,
             trusts_hints: self.config.trusts_hints,

@@ -9,7 +9,7 @@ use serde::Serialize;
 use tokio::sync::oneshot;
 
 use super::DEFAULT_GROUP;
-use crate::config::{Config, Events, Pool, Socket, Worker, ZmqAddress};
+use crate::config::{CachePolicy, Config, Events, Pool, Socket, Worker, ZmqAddress};
 use crate::ingest::engine::media::Media;
 
 /// Pools for models that the configuration doesn't name. An empty one is used again.
@@ -208,6 +208,8 @@ impl Registry {
                     .map_or_else(Policy::default, |pool| pool.policy),
                 kv_events: true,
                 ttl_ms: 0,
+                cache_policy: CachePolicy::default(),
+                predicted_ttl_ms: None,
                 trusts_hints: false,
                 trusted_sources: Vec::new(),
                 device_ratio: 1,
