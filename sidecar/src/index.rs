@@ -207,7 +207,7 @@ impl Service {
             reservations: Reservations::new(random_u64()),
             accounts: Accounts::new(config.load).numbering_from(unix_ms()),
             decisions: Decisions::default(),
-            past: Past::new(Accounts::replica(config.load.tracking)),
+            past: Past::new(Accounts::replica()),
             predictions: prediction::Predictions::new(),
             doubts: HashMap::new(),
             strangers: strangers::Strangers::default(),
@@ -404,6 +404,9 @@ impl Service {
     /// Removed workers' pages go out before the table that drops them or gives their slots away.
     fn configure(&mut self, config: &Config, written: oneshot::Sender<()>) {
         self.settings = config.settings;
+        self.index.resize(config.index_bytes, config.page_bytes);
+        self.accounts.track(config.load);
+        self.ejects = config.eject_workers;
         self.add_pools(config);
         let change = self.roster.update(&config.pools);
         for (pool, slot) in &change.removed {
