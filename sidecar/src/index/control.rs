@@ -22,8 +22,8 @@ use crate::decision::{DecisionsReport, Wanted};
 use crate::dump::Line;
 use crate::ingest::batch::{Origin, Resume};
 use crate::load::RawReport;
-use crate::peers;
 use crate::queue::QueueReport;
+use crate::{peers, select};
 
 /// Anything but events.
 #[derive(Debug)]
@@ -128,4 +128,6 @@ pub enum Control {
         /// The stores.
         reply: oneshot::Sender<Vec<RouterEvent>>,
     },
+    /// What the select service asks.
+    Select(select::Ask),
 }
