@@ -19,6 +19,7 @@ pub mod approximate;
 pub mod board;
 pub mod cost;
 pub mod decide;
+pub mod delay;
 pub mod device;
 pub mod event;
 pub mod family;

@@ -141,6 +141,7 @@ fn evidence(tokens: u32, candidates: &[(u64, u32, f64)]) -> Evidence {
         shared_blocks: 0,
         requests: 0,
         cost: *cost,
+        paced: None,
     };
     Evidence {
         at_ns: 1,
