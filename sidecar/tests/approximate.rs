@@ -12,7 +12,8 @@ use support::{Bridge, Sidecar, eventually, subscribe};
 
 fn config(ttl_secs: u32) -> String {
     format!(
-        "kv_cache_block_size: {BLOCK}\nkv_events: false\nrouter_ttl_secs: {ttl_secs}\n\
+        "policy: dynamo\nkv_cache_block_size: {BLOCK}\nkv_events: false\n\
+         router_ttl_secs: {ttl_secs}\n\
          workers: [{{id: 1, endpoint: '1.1.1.1:1'}}, {{id: 2, endpoint: '1.1.1.1:2'}}]"
     )
 }

@@ -236,13 +236,13 @@ fn the_formula_shows_each_term() {
     let mut field = field(Mode::Kv, &[(0, 0), (0, 0)]);
     let seen = Weighed {
         owner: id(1),
-        overlap: [10, 5, 0, 0],
+        overlap: [6, 4, 0, 0],
         shared_cache: 0,
         prefill_tokens: 1_448,
         active_blocks: 15,
         shared_blocks: 0,
         requests: 3,
-        cost: 111.75,
+        cost: 116.5,
         paced: None,
     };
     let evidence = Evidence {
@@ -250,18 +250,18 @@ fn the_formula_shows_each_term() {
         ..evidence(&[(1, 0, 0)])
     };
     let line = Formula::new(&field, &evidence, &seen).to_string();
-    let expected = "Formula for worker_1: 111.8 = 1.0 * 86.8 + 25.0 (cached_blocks: 15)";
+    let expected = "Formula for worker_1: 116.5 = 1.0 * 91.5 + 25.0 (cached_blocks: 10)";
     assert_eq!(line, expected);
     Arc::make_mut(&mut field.pool)
         .policy
         .decode_active_request_weight = 0.5;
     let ranked = Weighed {
         owner: OwnerId { worker: 1, rank: 2 },
-        cost: 113.25,
+        cost: 118.0,
         ..seen
     };
     let line = Formula::new(&field, &evidence, &ranked).to_string();
-    let expected = "Formula for worker_1.2: 113.2 = 1.0 * 86.8 + 25.0 + 1.5 (cached_blocks: 15)";
+    let expected = "Formula for worker_1.2: 118.0 = 1.0 * 91.5 + 25.0 + 1.5 (cached_blocks: 10)";
     assert_eq!(line, expected);
 }
 
@@ -356,7 +356,7 @@ fn a_delays_line_shows_each_term_and_what_only_a_shared_store_has() {
     let cost = shadow::scored_seen(&field, &evidence, &seen).cost.total();
     let line = Formula::new(&field, &evidence, &Weighed { cost, ..seen }).to_string();
     // Ten blocks less five and half of two; one request waits, ten decode.
-    let expected = "Delay for worker_1: 24.9 = 12.0 + 6.4 + 1.6 + 1.9 + 2.8 ms (cached_blocks: 5, \
+    let expected = "Delay for worker_1: 24.7 = 12.0 + 6.4 + 1.6 + 1.9 + 2.8 ms (cached_blocks: 5, \
                     shared_cache: 2)";
     assert_eq!(line, expected);
 }
