@@ -20,6 +20,7 @@ pub mod board;
 pub mod constraint;
 pub mod cost;
 pub mod decide;
+pub mod delay;
 pub mod device;
 pub mod event;
 pub mod family;

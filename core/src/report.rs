@@ -44,6 +44,9 @@ pub struct Report {
     /// [`Weighed::shared_cache`] of all candidates of all steps in order; 0 for those past the end
     /// of the list.
     pub shared_caches: Vec<u32>,
+    /// [`Weighed::paced`] of the candidates of all steps in order; `None` for those past the end
+    /// of the list.
+    pub paced: Vec<Option<Paced>>,
 }
 
 /// A [`Report`] of protocol version 2.
@@ -68,6 +71,10 @@ impl Report {
             for (weighed, blocks) in weighed_mut(&mut report.steps).zip(shared_caches) {
                 weighed.shared_cache = blocks;
             }
+            let paced = report.paced.iter().copied();
+            for (weighed, paced) in weighed_mut(&mut report.steps).zip(paced) {
+                weighed.paced = paced;
+            }
             return Ok(report);
         }
         let Untimed {
@@ -86,16 +93,21 @@ impl Report {
             steps,
             ages_ns: Vec::new(),
             shared_caches: Vec::new(),
+            paced: Vec::new(),
         })
     }
 
-    /// Takes [`Report::shared_caches`] from the steps.
+    /// Takes [`Report::shared_caches`] and [`Report::paced`] from the steps.
     #[must_use]
-    pub fn with_shared_caches(mut self) -> Self {
+    pub fn with_besides(mut self) -> Self {
         let shared = weighed_mut(&mut self.steps).map(|weighed| weighed.shared_cache);
         self.shared_caches = shared.collect();
         let used = self.shared_caches.iter().rposition(|blocks| *blocks > 0);
         self.shared_caches.truncate(used.map_or(0, |last| last + 1));
+        let paced = weighed_mut(&mut self.steps).map(|weighed| weighed.paced);
+        self.paced = paced.collect();
+        let used = self.paced.iter().rposition(Option::is_some);
+        self.paced.truncate(used.map_or(0, |last| last + 1));
         self
     }
 
@@ -292,8 +304,24 @@ pub struct Weighed {
     pub shared_blocks: u32,
     /// Requests there.
     pub requests: u32,
-    /// Its cost, in blocks.
+    /// Its cost: blocks, or milliseconds of a predicted delay.
     pub cost: f64,
+    /// What a predicted delay rests on besides. Reports carry it apart.
+    #[serde(skip)]
+    pub paced: Option<Paced>,
+}
+
+/// What a predicted delay rests on besides the load.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Paced {
+    /// Requests without a first token, of all that were there.
+    pub waiting: u16,
+    /// Milliseconds until the owner is done with its prefills; negative since it was.
+    pub finish_ms: f64,
+    /// Milliseconds that it takes to prefill a token.
+    pub ms_per_token: f64,
+    /// Milliseconds that prompts of the pool usually take.
+    pub typical_ms: f64,
 }
 
 #[cfg(test)]
@@ -311,6 +339,7 @@ mod tests {
             steps: vec![Step::Free { request: 3 }, Step::FirstToken { request: 4 }],
             ages_ns: vec![100],
             shared_caches: Vec::new(),
+            paced: Vec::new(),
         };
         assert_eq!(Report::decode(&wire::encode(&report)), Ok(report.clone()));
         let weighed = |worker, shared_cache| Weighed {
@@ -322,6 +351,12 @@ mod tests {
             shared_blocks: 5,
             requests: 6,
             cost: 7.5,
+            paced: (worker == 2).then_some(Paced {
+                waiting: 3,
+                finish_ms: -1.5,
+                ms_per_token: 0.05,
+                typical_ms: 9.0,
+            }),
         };
         let book = |candidates| {
             Step::Book(Box::new(Booked {
@@ -352,8 +387,10 @@ mod tests {
             steps,
             ..report.clone()
         };
-        let booked = booked.with_shared_caches();
+        let booked = booked.with_besides();
         assert_eq!(booked.shared_caches, [0, 11, 12]);
+        let paced: Vec<bool> = booked.paced.iter().map(Option::is_some).collect();
+        assert_eq!(paced, [false, true, false, true]);
         assert_eq!(Report::decode(&wire::encode(&booked)), Ok(booked));
         let times = report.timed().map(|(at_ns, _)| at_ns);
         assert_eq!(times.collect::<Vec<_>>(), [800, 900]);

@@ -109,6 +109,8 @@ pub struct Traits {
     pub device: Device,
     /// Prompt tokens that it prefills in a second, queueing included; 0 where not known.
     pub prefill_rate: u32,
+    /// Nanoseconds that it takes to prefill a token, without queueing; 0 where not known.
+    pub prefill_ns_per_token: u32,
 }
 
 /// Which pool serves a model, and as what.
@@ -187,6 +189,7 @@ mod tests {
     use crate::family::Scheme;
     use crate::id::{Device, Family, OwnerId, Role, Slot};
     use crate::key;
+    use crate::policy::Scoring;
     use crate::tracker::Tracking;
 
     fn table() -> Table {
@@ -215,6 +218,7 @@ mod tests {
                         traits: Traits {
                             device: Device::Cpu,
                             prefill_rate: 9_000,
+                            prefill_ns_per_token: 80_000,
                         },
                         metadata: Metadata {
                             taints: vec!["spot".into()],
@@ -254,6 +258,9 @@ mod tests {
             block_size: 256,
             hash_seed: "7".into(),
         }];
+        table.pools[1].policy.scoring = Scoring::PredictedDelay;
+        table.pools[1].policy.delay.waiting = 0.5;
+        table.pools[1].policy.overlap_score_credit_decay = 0.1;
         let bytes = table.encode();
         assert_eq!(Table::decode(&bytes).as_ref(), Some(&table));
         // An earlier release reads as much as it knows and wrote no more.

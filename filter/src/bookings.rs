@@ -119,6 +119,7 @@ impl Tentative {
     pub fn undo(mut self, bookings: &mut Bookings, host: &impl Host) {
         let delta = self.leg.release().plus(unlist(host, self.listing));
         bookings.add(host, self.place, delta);
+        self.place.lane.unwind(host, self.prefill_tokens);
     }
 
     /// Makes it known.
@@ -211,6 +212,7 @@ impl Bookings {
         }
         let double = listed.map_or(0, |(_, shared)| shared.into());
         let delta = delta.plus(Delta::double(double));
+        place.lane.wind(host, prefill_tokens);
         self.add(host, place, delta);
         Tentative {
             place,
@@ -236,8 +238,12 @@ impl Bookings {
         let (left, joined) = moved.unwrap_or_default();
         let left = Delta::double(-i64::from(left));
         self.add(host, from, live.leg.release().plus(left));
+        from.lane.settle(host);
         let (mut leg, booked) = Leg::book(live.booked.prefill_tokens, live.booked.blocks);
         let joined = Delta::double(joined.into());
+        if !live.booked.decoding {
+            to.lane.wind(host, live.booked.prefill_tokens);
+        }
         self.add(host, to, booked.plus(joined));
         if live.booked.decoding {
             let delta = leg.first_token();
@@ -262,6 +268,7 @@ impl Bookings {
         let (place, delta, whole) = (live.place(), live.leg.first_token(), live.whole);
         let at_ns = host.unix_ns();
         self.add(host, place, delta);
+        place.lane.settle(host);
         let request = id.0;
         self.tell(host, metrics, place.owner, at_ns, || {
             if whole {
@@ -364,6 +371,9 @@ impl Bookings {
         let (place, delta) = (live.place(), live.leg.release());
         let at_ns = host.unix_ns();
         self.add(host, place, delta.plus(unlist(host, live.listing)));
+        if !live.booked.decoding {
+            place.lane.settle(host);
+        }
         self.tell(host, metrics, place.owner, at_ns, || Step::Free {
             request: id.0,
         });

@@ -4,7 +4,8 @@ use std::borrow::Cow;
 
 use kv_core::constraint::Pin;
 use kv_core::cost::Demand;
-use kv_core::decide::{self, Candidate, Request, Scored};
+use kv_core::decide::{self, Candidate, Price, Request, Scored};
+use kv_core::delay::{self, Pace};
 use kv_core::device;
 use kv_core::holdings::{Holdings, Named, Pages};
 use kv_core::id::{Family, Slot};
@@ -15,6 +16,9 @@ use kv_core::overlap::Overlap;
 use kv_core::policy::{Mode, Policy};
 use kv_core::reader::{Reader, View};
 use kv_core::rng::Rng;
+use kv_core::table::Pool;
+
+use hashbrown::HashMap;
 
 use crate::board::Glimpse;
 use crate::bookings::{Bookings, Place, Tentative};
@@ -30,6 +34,8 @@ const SCORE_ALL: usize = 128;
 const DEEPEST: usize = 64;
 /// In a larger pool: owners scored besides, at random.
 const SAMPLED: usize = 32;
+/// Pools whose usual prompts are remembered, at most.
+const MAX_TYPICAL: usize = 64;
 /// Bookings of one request that are undone, at most.
 const MAX_UNDONE: u32 = 2;
 
@@ -109,6 +115,8 @@ pub struct Weighed {
     pub scored: Vec<Scored>,
     /// Position of the chosen one.
     pub chosen: Option<usize>,
+    /// What prompts of the pool usually take to prefill, milliseconds; 0 where nothing predicts.
+    pub typical_ms: f64,
 }
 
 /// Chooses workers. Reused between requests, which spares allocations.
@@ -122,6 +130,8 @@ pub struct Chooser {
     read_ns: u64,
     /// Leading blocks of the prompt that are in use elsewhere, ascending by slot.
     in_use: Vec<(Slot, u32)>,
+    /// By key of a pool: what its prompts usually take to prefill, milliseconds.
+    typical: HashMap<u64, f64>,
 }
 
 impl Chooser {
@@ -135,6 +145,7 @@ impl Chooser {
             read: Vec::new(),
             read_ns: 0,
             in_use: Vec::new(),
+            typical: HashMap::new(),
         }
     }
 
@@ -199,6 +210,7 @@ impl Chooser {
                 | Mode::Direct
                 | Mode::DeviceAwareWeighted => 0,
             },
+            typical_ms: self.typical.get(&pool.key).copied().unwrap_or(0.0),
         };
         let mut round = Round {
             served,
@@ -209,6 +221,7 @@ impl Chooser {
         };
         let (weighed, booking) = self.book(host, metrics, bookings, &mut round);
         let picked = weighed.picked().map(|s| s.candidate.owner);
+        self.learn(pool, &weighed);
         let second = self.second(served, &weighed);
         Choice {
             endpoints: picked.and_then(|picked| served.endpoints(picked, second)),
@@ -244,12 +257,13 @@ impl Chooser {
                 demand,
                 scored,
                 chosen,
+                typical_ms: round.request.typical_ms,
             };
             let picked = weighed.picked().map(|s| s.candidate);
             let booked = picked.and_then(|picked| {
                 let place = round.served.place(picked.owner)?;
                 let trusted = policy.trusted(round.request.trust);
-                let prefill = demand.uncached_tokens(&picked.overlap, &trusted);
+                let prefill = picked.uncached_tokens(demand, &trusted);
                 let size = (prefill, demand.blocks());
                 let prompt = round.prompt.as_mut();
                 let booking = bookings.hold(host, metrics, place, policy.tracking, size, prompt);
@@ -300,6 +314,8 @@ impl Chooser {
     ) {
         self.read.clear();
         self.read_ns = host.unix_ns();
+        let predicts_delay = round.served.pool.policy.predicts_delay();
+        let now_ns = if predicts_delay { host.now_ns() } else { 0 };
         for candidate in &mut round.candidates {
             let place = round.served.place(candidate.owner);
             let mut lanes = place.map_or_else(Default::default, |place| place.lane.read(host));
@@ -320,7 +336,37 @@ impl Chooser {
                 Some((loads, owner)) => loads.correction(owner.slot).apply(&lanes.load()),
                 None => lanes.load(),
             };
+            if let Some(place) = place.filter(|_| predicts_delay) {
+                candidate.pace = place.lane.pace(host, now_ns);
+                if let Some((owner, delta)) = booked
+                    && owner == candidate.owner
+                {
+                    let own = Load::from_lanes(0_u64.wrapping_add_signed(delta.a), 0);
+                    candidate.pace.finish_ms -=
+                        f64::from(own.prefill_tokens) * candidate.pace.ms_per_token;
+                }
+                // The clock knows nothing of what other proxies have booked.
+                let booked = lanes.load().prefill_tokens;
+                let elsewhere = candidate.load.prefill_tokens.saturating_sub(booked);
+                if elsewhere > 0 {
+                    let takes = f64::from(elsewhere) * candidate.pace.ms_per_token;
+                    candidate.pace.finish_ms = candidate.pace.finish_ms.max(0.0) + takes;
+                }
+            }
         }
+    }
+
+    /// What the chosen owner has to prefill goes into what prompts usually take.
+    fn learn(&mut self, pool: &Pool, weighed: &Weighed) {
+        let Some(Price::Delay(delay)) = weighed.picked().map(|s| s.cost) else {
+            return;
+        };
+        if self.typical.len() >= MAX_TYPICAL && !self.typical.contains_key(&pool.key) {
+            self.typical.clear();
+        }
+        let before = self.typical.get(&pool.key).copied();
+        self.typical
+            .insert(pool.key, delay::typical(before, delay.own));
     }
 
     /// Position of the best owner of another worker than the chosen one. A worker that the request
@@ -419,6 +465,7 @@ impl Chooser {
             overlap: held.map_or_else(Overlap::default, |slot| self.holdings.overlap(slot)),
             load: Load::default(),
             shared_blocks: 0,
+            pace: Pace::default(),
         }
     }
 
@@ -452,7 +499,7 @@ impl Round<'_> {
         let scored = decide::score(&self.group(), &self.request, policy);
         let own = scored.iter().find(|s| s.candidate.owner == owner);
         own.is_some_and(|own| {
-            let own = own.compared(policy.mode);
+            let own = own.compared(policy.mode) - policy.band().unwrap_or(0.0);
             scored.iter().all(|s| own <= s.compared(policy.mode))
         })
     }

@@ -71,8 +71,10 @@ impl Fleet {
                 if lane.is_none() {
                     metrics.fault(host, Fault::Lane);
                 }
+                let delay = Some(&pool.policy.delay).filter(|_| pool.policy.predicts_delay());
+                let prefill_ns = delay.map_or(0, |delay| delay.prefill_ns(&owner.traits));
                 derived.places.push(lane.map(|lane| Place {
-                    lane,
+                    lane: lane.paced(prefill_ns),
                     owner: OwnerKey {
                         pool: position,
                         id: owner.id,

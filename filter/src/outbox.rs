@@ -184,6 +184,7 @@ impl Outbox {
             steps,
             ages_ns: Vec::new(),
             shared_caches: Vec::new(),
+            paced: Vec::new(),
         };
         self.send(host, &report, now_ns)
     }
@@ -211,8 +212,9 @@ impl Outbox {
                 steps,
                 ages_ns,
                 shared_caches: Vec::new(),
+                paced: Vec::new(),
             };
-            let report = report.with_shared_caches();
+            let report = report.with_besides();
             if !self.send(host, &report, now_ns) {
                 let timed = report.steps.into_iter().zip(report.ages_ns);
                 let timed = timed.map(|(step, age)| Timed {
@@ -310,7 +312,7 @@ fn is_urgent(step: &Step) -> bool {
 /// Encoded size of a step, about, in bytes.
 fn size(step: &Step) -> usize {
     const FIXED: usize = 32;
-    const CANDIDATE: usize = 40;
+    const CANDIDATE: usize = 64;
     match step {
         Step::Book(booked) => {
             let candidates = booked.evidence.as_ref().map_or(0, |e| e.candidates.len());

@@ -43,6 +43,7 @@ impl Evidence {
             demand,
             scored,
             chosen,
+            ..
         } = &self.weighed;
         let mut record = Record::new(pool, self.reason.name(), *demand, scored, *chosen);
         loop {
@@ -59,6 +60,7 @@ impl Evidence {
 /// `weighed` is cut by [`keep_best`].
 #[must_use]
 pub fn told(pool: &Pool, weighed: &Weighed) -> Vec<report::Weighed> {
+    let predicts_delay = pool.policy.predicts_delay();
     let tell = |s: &Scored| {
         let owner = pool.owners.get(s.candidate.owner)?;
         Some(report::Weighed {
@@ -70,6 +72,12 @@ pub fn told(pool: &Pool, weighed: &Weighed) -> Vec<report::Weighed> {
             shared_blocks: s.candidate.shared_blocks,
             requests: s.candidate.load.requests(),
             cost: s.cost.total(),
+            paced: predicts_delay.then_some(report::Paced {
+                waiting: s.candidate.load.waiting,
+                finish_ms: s.candidate.pace.finish_ms,
+                ms_per_token: s.candidate.pace.ms_per_token,
+                typical_ms: weighed.typical_ms,
+            }),
         })
     };
     weighed.scored.iter().filter_map(tell).collect()
@@ -100,7 +108,8 @@ mod tests {
     use super::keep_best;
     use crate::choose::Weighed;
     use kv_core::cost::Cost;
-    use kv_core::decide::{Candidate, RECORDED, Scored};
+    use kv_core::decide::{Candidate, Price, RECORDED, Scored};
+    use kv_core::delay::Pace;
     use kv_core::load::Load;
     use kv_core::overlap::Overlap;
 
@@ -111,11 +120,12 @@ mod tests {
                 overlap: Overlap::default(),
                 load: Load::default(),
                 shared_blocks: 0,
+                pace: Pace::default(),
             },
-            cost: Cost {
+            cost: Price::Blocks(Cost {
                 prefill: *cost,
                 ..Cost::default()
-            },
+            }),
         });
         Weighed {
             scored: scored.collect(),

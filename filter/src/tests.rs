@@ -3,6 +3,7 @@
 mod answers;
 mod board;
 mod bridge;
+mod delay;
 mod direct;
 mod failures;
 mod hints;

@@ -4,8 +4,10 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::{Metadata, Table, Traits};
+use crate::delay::Weights;
 use crate::family::Scheme;
 use crate::id::Slot;
+use crate::policy::Scoring;
 use crate::text::Budget;
 use crate::tracker::Tracking;
 
@@ -24,6 +26,9 @@ struct OfPool {
     families: Vec<Scheme>,
     stores: Vec<Slot>,
     shared_cache_multiplier: f64,
+    overlap_score_credit_decay: f64,
+    scoring: Scoring,
+    delay: Weights,
     /// By position of the owner in its pool.
     metadata: Vec<Metadata>,
     trusted_sources: Vec<IpNet>,
@@ -40,6 +45,9 @@ impl Extension {
             families: pool.families.clone(),
             stores: pool.stores.clone(),
             shared_cache_multiplier: pool.policy.shared_cache_multiplier,
+            overlap_score_credit_decay: pool.policy.overlap_score_credit_decay,
+            scoring: pool.policy.scoring,
+            delay: pool.policy.delay,
             metadata: pool.owners.iter().map(|o| o.metadata.clone()).collect(),
             trusted_sources: pool.trusted_sources.clone(),
         });
@@ -49,6 +57,9 @@ impl Extension {
     pub(super) fn extend(self, table: &mut Table) {
         for (pool, more) in table.pools.iter_mut().zip(self.0) {
             pool.policy.tracking = more.tracking;
+            pool.policy.overlap_score_credit_decay = more.overlap_score_credit_decay;
+            pool.policy.scoring = more.scoring;
+            pool.policy.delay = more.delay;
             pool.trusts_hints = more.trusts_hints;
             pool.trusted_sources = more.trusted_sources;
             pool.device_ratio = more.device_ratio;

@@ -5,15 +5,16 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use ipnet::IpNet;
+use kv_core::delay::Weights;
 use kv_core::id::{Role, Slot};
-use kv_core::policy::Policy;
+use kv_core::policy::{Mode, Policy, Scoring};
 use kv_core::table::Settings;
 use kv_core::text::Budget;
 use kv_core::tracker::Tracking;
 
 use super::error::{ConfigErrors, Problem};
 use super::file;
-use super::file::File;
+use super::file::{Compat, File};
 use super::layer::Layer;
 use super::{Config, DEFAULT_POOL, DynamoPlane, Indexer, Nats, Pool, Tokenizer, Worker};
 use crate::ingest::subject::{Template, TemplateError};
@@ -39,6 +40,7 @@ pub(super) fn check(
         endpoints: HashMap::new(),
         streams: HashMap::new(),
         served: HashMap::new(),
+        compat: file.compat,
     };
     let config = check.file(file);
     if check.problems.is_empty() {
@@ -56,6 +58,7 @@ pub(super) struct Check {
     endpoints: HashMap<SocketAddr, String>,
     pub(super) streams: HashMap<String, String>,
     served: HashMap<String, String>,
+    compat: Option<Compat>,
 }
 
 impl Check {
@@ -358,6 +361,40 @@ impl Check {
         }
     }
 
+    /// What the mode kv compares in a pool. Knobs that it does not have would do nothing.
+    fn scoring(&mut self, pool: &file::Pool, prefix: &str) -> Scoring {
+        let scoring = pool.policy.unwrap_or(match self.compat {
+            Some(Compat::Dynamo) => Scoring::Dynamo,
+            None => Scoring::PredictedDelay,
+        });
+        if self.compat.is_some() && scoring == Scoring::PredictedDelay {
+            let why = "excludes the key compat";
+            self.refuse(format!("{prefix}policy"), "predicted-delay", why);
+        }
+        if pool.router_mode == Mode::Kv && scoring == Scoring::PredictedDelay {
+            let if_set = |weight: f64| (weight > 0.0).then_some(weight);
+            let knobs = [
+                ("kv_overlap_score_weight", pool.kv_overlap_score_weight),
+                ("prefill_load_scale", pool.prefill_load_scale),
+                (
+                    "decode_active_request_weight",
+                    if_set(pool.decode_active_request_weight),
+                ),
+                (
+                    "overlap_score_credit_decay",
+                    if_set(pool.overlap_score_credit_decay),
+                ),
+            ];
+            let why = "is of Dynamo's formula alone and takes policy: dynamo, or compat: dynamo";
+            for (knob, weight) in knobs {
+                if let Some(weight) = weight {
+                    self.refuse(format!("{prefix}{knob}"), weight, why);
+                }
+            }
+        }
+        scoring
+    }
+
     fn policy(&mut self, pool: &file::Pool, prefix: &str) -> Policy {
         if let Some(weight) = pool.kv_overlap_score_weight
             && (pool.prefill_load_scale.is_some() || pool.overlap_score_credit.is_some())
@@ -385,6 +422,9 @@ impl Check {
             disk_cache_hit_weight: pool.disk_cache_hit_weight,
             shared_cache_multiplier: pool.shared_cache_multiplier,
             decode_active_request_weight: pool.decode_active_request_weight,
+            overlap_score_credit_decay: pool.overlap_score_credit_decay,
+            scoring: self.scoring(pool, prefix),
+            delay: delay(&pool.predicted_delay),
             ..defaults
         }
     }
@@ -419,6 +459,18 @@ impl Check {
 /// More than the machine could address is no limit.
 fn bytes(bytes: u64) -> usize {
     usize::try_from(bytes).unwrap_or(usize::MAX)
+}
+
+/// Weights as the core has them.
+fn delay(weights: &file::PredictedDelay) -> Weights {
+    Weights {
+        backlog_floor: weights.backlog_floor,
+        waiting: weights.waiting_weight,
+        decoding: weights.decoding_weight,
+        requests: weights.request_weight,
+        band_ms: weights.band_ms,
+        prefill_ms_per_token: weights.prefill_ms_per_token,
+    }
 }
 
 /// Seconds as milliseconds; the schema bounds them.

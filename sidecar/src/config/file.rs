@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use kv_core::id::{Device, Family, Role, Tier};
-use kv_core::policy::Mode;
+use kv_core::policy::{Mode, Scoring};
 use kv_core::table::Metadata;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -67,6 +67,10 @@ pub struct File {
     /// Memory of the pages in each Envoy, in bytes, likewise.
     #[schemars(range(min = 65_536))]
     pub page_bytes: u64,
+    /// Whose decisions are made: with `dynamo` those of Dynamo 1.6.1, by its formula and defaults.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Compat")]
+    pub compat: Option<Compat>,
     /// Requests with a longer body are routed by load and not buffered.
     #[schemars(range(min = 1, max = 67_108_864))]
     pub body_limit_bytes: u64,
@@ -117,6 +121,7 @@ impl Default for File {
             event_bytes_per_second: 64 << 20,
             index_bytes: 1 << 30,
             page_bytes: 256 << 20,
+            compat: None,
             body_limit_bytes: 16 << 20,
             token_limit: 1_500_000,
             decision_header: false,
@@ -129,6 +134,14 @@ impl Default for File {
             pools: Vec::new(),
         }
     }
+}
+
+/// A router whose decisions are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Compat {
+    /// Dynamo's, of release 1.6.1.
+    Dynamo,
 }
 
 /// Workers that serve the same models, and how one of them is chosen.
@@ -144,6 +157,12 @@ pub struct Pool {
     pub lora_adapters: Vec<String>,
     /// How a worker is chosen. Mirrors Dynamo's `--router-mode`.
     pub router_mode: Mode,
+    /// What the mode `kv` compares. `predicted-delay` unless given, and with `compat` what it says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Scoring")]
+    pub policy: Option<Scoring>,
+    /// Weights of the policy `predicted-delay`.
+    pub predicted_delay: PredictedDelay,
     /// Tokens to a block, as the engines have it. Mirrors Dynamo's `--kv-cache-block-size`.
     #[schemars(range(min = 1, max = 4096))]
     pub kv_cache_block_size: u32,
@@ -192,6 +211,10 @@ pub struct Pool {
     /// `--router-decode-active-request-weight`.
     #[schemars(range(min = 0.0, max = 1_000_000.0))]
     pub decode_active_request_weight: f64,
+    /// How much of `overlap_score_credit` prefill queued at a worker takes away. Mirrors Dynamo's
+    /// `--router-kv-overlap-score-credit-decay`.
+    #[schemars(range(min = 0.0, max = 1_000_000.0))]
+    pub overlap_score_credit_decay: f64,
     /// Names of media in engines' events, beyond the usual ones, and the tiers they stand for.
     /// Upper and lower case are the same. Needs a restart.
     #[schemars(extend("maxProperties" = 64))]
@@ -267,6 +290,9 @@ impl Default for Pool {
             models: Vec::new(),
             lora_adapters: Vec::new(),
             router_mode: policy.mode,
+            policy: None,
+            predicted_delay: PredictedDelay::default(),
+            overlap_score_credit_decay: policy.overlap_score_credit_decay,
             kv_cache_block_size: 16,
             router_temperature: policy.temperature,
             kv_events: true,
@@ -286,6 +312,44 @@ impl Default for Pool {
             encoder_cuda_to_cpu_ratio: 8,
             tokenizer: None,
             workers: Vec::new(),
+        }
+    }
+}
+
+/// Weights of the policy `predicted-delay`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct PredictedDelay {
+    /// Milliseconds to prefill a token, of workers of which nothing has been learned.
+    #[schemars(range(min = 0.000_01, max = 1000.0))]
+    pub prefill_ms_per_token: f64,
+    /// Part of the prefill booked on a worker that counts however long ago it was booked.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub backlog_floor: f64,
+    /// What the prompt's prefill counts for each request there that waits for its first token.
+    #[schemars(range(min = 0.0, max = 1000.0))]
+    pub waiting_weight: f64,
+    /// The same for each request there that decodes, of at most 64.
+    #[schemars(range(min = 0.0, max = 1000.0))]
+    pub decoding_weight: f64,
+    /// What the pool's usual prefill counts for each request there.
+    #[schemars(range(min = 0.0, max = 1000.0))]
+    pub request_weight: f64,
+    /// Milliseconds by which delays may differ and still be alike.
+    #[schemars(range(min = 0.0, max = 1000.0))]
+    pub band_ms: f64,
+}
+
+impl Default for PredictedDelay {
+    fn default() -> Self {
+        let weights = kv_core::delay::Weights::default();
+        Self {
+            prefill_ms_per_token: weights.prefill_ms_per_token,
+            backlog_floor: weights.backlog_floor,
+            waiting_weight: weights.waiting,
+            decoding_weight: weights.decoding,
+            request_weight: weights.requests,
+            band_ms: weights.band_ms,
         }
     }
 }

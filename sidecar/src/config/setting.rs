@@ -74,6 +74,22 @@ static SETTINGS: &[Setting] = &[
         "kv, round-robin, random, least-loaded, power-of-two, direct or device-aware-weighted",
     ),
     setting(
+        "compat",
+        false,
+        Kind::Text,
+        &["compat"],
+        &["KV_ROUTER_COMPAT"],
+        "dynamo makes Dynamo's decisions, as of release 1.6.1",
+    ),
+    setting(
+        "policy",
+        true,
+        Kind::Text,
+        &["policy"],
+        &["KV_ROUTER_POLICY"],
+        "What the mode kv compares: predicted-delay or dynamo",
+    ),
+    setting(
         "kv_cache_block_size",
         true,
         Kind::Number,
@@ -183,6 +199,14 @@ static SETTINGS: &[Setting] = &[
         &["router-kv-overlap-score-credit"],
         &["DYN_ROUTER_KV_OVERLAP_SCORE_CREDIT"],
         "Credit for a block in accelerator memory, in blocks",
+    ),
+    setting(
+        "overlap_score_credit_decay",
+        true,
+        Kind::Number,
+        &["router-kv-overlap-score-credit-decay"],
+        &["DYN_ROUTER_KV_OVERLAP_SCORE_CREDIT_DECAY"],
+        "How much of the credit prefill queued at a worker takes away",
     ),
     setting(
         "prefill_load_scale",

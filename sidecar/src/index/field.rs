@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use kv_core::decide::Candidate;
+use kv_core::delay::Pace;
 use kv_core::holdings::{Holdings, InIndex, Named};
 use kv_core::id::Role;
 use kv_core::overlap::Overlap;
@@ -45,6 +46,16 @@ impl Field {
         }
     }
 
+    /// The pace of an owner; what is booked on it is taken to be all still to be done.
+    fn pace(&self, position: usize) -> Pace {
+        let owner = self.pool.owners.get(position);
+        let weights = &self.pool.policy.delay;
+        Pace {
+            finish_ms: f64::INFINITY,
+            ms_per_token: owner.map_or(0.0, |o| f64::from(weights.prefill_ns(&o.traits)) / 1e6),
+        }
+    }
+
     /// Owners that take whole requests, as the filter chooses among them.
     #[must_use]
     pub fn candidates(&self) -> Vec<Candidate> {
@@ -56,6 +67,7 @@ impl Field {
             overlap: standing.overlap,
             load: standing.load.into(),
             shared_blocks: standing.shared_blocks,
+            pace: self.pace(position),
         };
         accepting.map(candidate).collect()
     }

@@ -64,6 +64,8 @@ pub(super) struct Owner {
     pub(super) heard: Option<Instant>,
     /// Prompt tokens that it prefills in a second, as proxies are told; 0 where not known.
     pub(super) prefill_rate: u32,
+    /// Nanoseconds that it takes to prefill a token, as proxies are told; 0 where not known.
+    pub(super) prefill_ns_per_token: u32,
 }
 
 impl Owner {
@@ -75,6 +77,7 @@ impl Owner {
             knowledge: Knowledge::Unknown,
             heard: None,
             prefill_rate: 0,
+            prefill_ns_per_token: 0,
         }
     }
 }
@@ -287,6 +290,7 @@ impl Worker {
                 traits: Traits {
                     device: self.config.device,
                     prefill_rate: owner.prefill_rate,
+                    prefill_ns_per_token: owner.prefill_ns_per_token,
                 },
                 metadata: self.config.metadata.clone(),
             })
