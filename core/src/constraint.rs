@@ -156,6 +156,48 @@ impl Constraints {
     }
 }
 
+/// Constraints as records show them: those that there are.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Shown<'a> {
+    /// The one worker that may have it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pin: Option<Pin>,
+    /// How many workers were listed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allowed_workers: Option<usize>,
+    /// How many endpoints were listed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub endpoints: Option<usize>,
+    /// Taints that its worker must have.
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    pub required_taints: &'a [String],
+    /// Taints that make a worker better or worse.
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    pub preferred_taints: &'a [(String, f32)],
+    /// The adapter that its worker should have loaded.
+    #[serde(skip_serializing_if = "str::is_empty")]
+    pub lora: &'a str,
+    /// Where its session is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bound: Option<Bound>,
+}
+
+impl Constraints {
+    /// What records show of them, if there are any.
+    #[must_use]
+    pub fn shown(&self) -> Option<Shown<'_>> {
+        (!self.is_empty()).then(|| Shown {
+            pin: self.pin,
+            allowed_workers: self.workers.as_ref().map(Vec::len),
+            endpoints: self.endpoints.as_ref().map(Vec::len),
+            required_taints: &self.required_taints,
+            preferred_taints: &self.preferred_taints,
+            lora: &self.lora,
+            bound: self.bound,
+        })
+    }
+}
+
 /// Positions of the owners that a request names, whether or not they take requests.
 pub fn pinned(pool: &Pool, pin: Pin) -> impl Iterator<Item = usize> + '_ {
     let is_it = move |owner: &Owner| {

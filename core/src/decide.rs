@@ -4,6 +4,7 @@
 
 use serde::Serialize;
 
+use crate::constraint::Shown;
 use crate::cost::{Cost, Demand};
 use crate::delay::{self, Delay, Pace};
 use crate::id::{DpRank, Tier, WorkerId};
@@ -30,6 +31,8 @@ pub struct Candidate {
     pub shared_blocks: u32,
     /// How it gets on with its prefills.
     pub pace: Pace,
+    /// What the request's preferred taints multiply its cost by; 1 where there are none.
+    pub factor: f64,
 }
 
 /// A candidate and its cost.
@@ -61,6 +64,9 @@ pub struct Request {
     pub turn: u64,
     /// Milliseconds that prompts of the pool usually take to prefill.
     pub typical_ms: f64,
+    /// The owner that the request's session is bound to, and how many times the least cost its own
+    /// may be.
+    pub bound: Option<(usize, f64)>,
 }
 
 /// Scores candidates. Owners whose lanes are saturated don't take part unless all are.
@@ -97,6 +103,9 @@ pub fn decide(
 ) -> (Vec<Scored>, Option<usize>) {
     let scored = score(candidates, request, policy);
     let compared = || -> Vec<f64> { scored.iter().map(|s| s.compared(policy.mode)).collect() };
+    if let Some(bound) = bound(&scored, request, policy.mode) {
+        return (scored, Some(bound));
+    }
     let chosen = match policy.mode {
         Mode::Kv if policy.band().is_some() => longest_done(&scored, policy, rng),
         Mode::Kv => pick(&compared(), policy.temperature, rng),
@@ -111,12 +120,27 @@ pub fn decide(
     (scored, chosen)
 }
 
+/// Position of the owner that the request's session is bound to, where its cost lets it stay. Modes
+/// that know no cost let it.
+#[must_use]
+pub fn bound(scored: &[Scored], request: &Request, mode: Mode) -> Option<usize> {
+    let (owner, slack) = request.bound?;
+    let position = scored.iter().position(|s| s.candidate.owner == owner)?;
+    let own = scored.get(position)?.total();
+    let least = scored
+        .iter()
+        .map(Scored::total)
+        .fold(f64::INFINITY, f64::min);
+    let stays = mode != Mode::Kv || own <= least.max(0.0) * slack;
+    stays.then_some(position)
+}
+
 /// Of the candidates that cost about the least, the one that has been done with its prefills for
 /// longest.
 fn longest_done(scored: &[Scored], policy: &Policy, rng: &mut Rng) -> Option<usize> {
-    let costs = || scored.iter().map(|s| s.cost.total());
+    let costs = || scored.iter().map(Scored::total);
     let bound = costs().reduce(f64::min)? + policy.band().unwrap_or(0.0);
-    let finish = scored.iter().map(|s| match s.cost.total() {
+    let finish = scored.iter().map(|s| match s.total() {
         cost if cost <= bound => s.candidate.pace.finish_ms,
         _ => f64::INFINITY,
     });
@@ -195,11 +219,17 @@ impl Candidate {
 }
 
 impl Scored {
+    /// The cost with what preferred taints make of it.
+    #[must_use]
+    pub fn total(&self) -> f64 {
+        self.cost.total() * self.candidate.factor
+    }
+
     /// What a mode compares: the cost, or for modes that know no cost the number of requests.
     #[must_use]
     pub fn compared(&self, mode: Mode) -> f64 {
         match mode {
-            Mode::Kv => self.cost.total(),
+            Mode::Kv => self.total(),
             Mode::RoundRobin
             | Mode::Random
             | Mode::LeastLoaded
@@ -267,6 +297,9 @@ pub struct Record<'a> {
     pub tokens: u32,
     /// Complete prompt blocks.
     pub blocks: u32,
+    /// What the request asked of its worker.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub constraints: Option<Shown<'a>>,
     /// The best candidates by cost, at most [`RECORDED`], and the chosen one among them.
     pub candidates: Vec<Considered<'a>>,
 }
@@ -295,6 +328,9 @@ pub struct Considered<'a> {
     /// Terms of the cost.
     #[serde(flatten)]
     pub terms: Terms,
+    /// What preferred taints multiply their sum by, where that is not 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub factor: Option<f64>,
     /// The cost that was compared: blocks, or milliseconds of a predicted delay.
     pub cost: f64,
 }
@@ -365,7 +401,7 @@ impl<'a> Record<'a> {
         let owner = |s: &Scored| pool.owners.get(s.candidate.owner);
         let picked = chosen.and_then(|i| owner(scored.get(i)?));
         let mut order: Vec<usize> = (0..scored.len()).collect();
-        let total = |i: &usize| scored.get(*i).map_or(f64::MAX, |s| s.cost.total());
+        let total = |i: &usize| scored.get(*i).map_or(f64::MAX, Scored::total);
         // The chosen one first, so that cutting the list never drops it.
         order.sort_by(|a, b| {
             (Some(*b) == chosen)
@@ -387,7 +423,8 @@ impl<'a> Record<'a> {
                 shared_blocks: s.candidate.shared_blocks,
                 requests: s.candidate.load.requests(),
                 terms: s.into(),
-                cost: s.cost.total(),
+                factor: Some(s.candidate.factor).filter(|factor| *factor != 1.0),
+                cost: s.total(),
             })
         });
         Self {
@@ -398,6 +435,7 @@ impl<'a> Record<'a> {
             endpoint: picked.map(|o| o.endpoint.as_str()),
             tokens: demand.tokens,
             blocks: demand.blocks(),
+            constraints: None,
             candidates: candidates.collect(),
         }
     }
@@ -423,6 +461,7 @@ mod tests {
             load: Load::default(),
             shared_blocks: 0,
             pace: Pace::default(),
+            factor: 1.0,
         };
         overlaps.iter().enumerate().map(make).collect()
     }
@@ -435,6 +474,7 @@ mod tests {
         trust: 1.0,
         turn: 5,
         typical_ms: 0.0,
+        bound: None,
     };
 
     fn choose(list: &[Candidate], request: &Request, mode: Mode) -> usize {
@@ -509,6 +549,31 @@ mod tests {
         assert_eq!(chosen(&list), Some(1));
         list[1].load.prefill_tokens = 1_000;
         assert_eq!(chosen(&list), Some(0));
+    }
+
+    #[test]
+    fn preferred_taints_scale_what_is_compared() {
+        let mut list = candidates(&[9, 2]);
+        assert_eq!(choose(&list, &REQUEST, Mode::Kv), 0);
+        // Costs of 11 and 18.
+        list[1].factor = 0.6;
+        assert_eq!(choose(&list, &REQUEST, Mode::Kv), 1);
+    }
+
+    #[test]
+    fn a_bound_owner_is_taken_up_to_its_slack() {
+        let list = candidates(&[9, 2]);
+        let bound = |owner, slack, mode| {
+            let request = Request {
+                bound: Some((owner, slack)),
+                ..REQUEST
+            };
+            choose(&list, &request, mode)
+        };
+        assert_eq!(bound(1, 2.0, Mode::Kv), 1);
+        assert_eq!(bound(1, 1.5, Mode::Kv), 0);
+        assert_eq!(bound(7, 9.0, Mode::Kv), 0);
+        assert_eq!(bound(1, 1.0, Mode::RoundRobin), 1);
     }
 
     #[test]

@@ -89,6 +89,7 @@ mod tests {
                 load,
                 shared_blocks: 0,
                 pace: Pace::default(),
+                factor: 1.0,
             }
         });
         (pool, candidates.collect())

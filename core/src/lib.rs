@@ -15,6 +15,7 @@
 )]
 #![forbid(unsafe_code)]
 
+pub mod affinity;
 pub mod approximate;
 pub mod board;
 pub mod constraint;

@@ -7,6 +7,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::affinity::Session;
+use crate::constraint::Constraints;
 use crate::id::{OwnerId, Tier};
 use crate::load::Delta;
 use crate::wire::{self, WireError};
@@ -47,6 +49,10 @@ pub struct Report {
     /// [`Weighed::paced`] of the candidates of all steps in order; `None` for those past the end
     /// of the list.
     pub paced: Vec<Option<Paced>>,
+    /// [`Evidence::constraints`] of those steps, by position, that have any.
+    pub constraints: Vec<(u32, Constraints)>,
+    /// [`Booked::session`] of those steps, by position, that have one.
+    pub sessions: Vec<(u32, Session)>,
 }
 
 /// A [`Report`] of protocol version 2.
@@ -75,6 +81,18 @@ impl Report {
             for (weighed, paced) in weighed_mut(&mut report.steps).zip(paced) {
                 weighed.paced = paced;
             }
+            for (step, constraints) in &report.constraints {
+                if let Some(Step::Book(booked)) = report.steps.get_mut(*step as usize)
+                    && let Some(evidence) = &mut booked.evidence
+                {
+                    evidence.constraints = constraints.clone();
+                }
+            }
+            for (step, session) in &report.sessions {
+                if let Some(Step::Book(booked)) = report.steps.get_mut(*step as usize) {
+                    booked.session = Some(*session);
+                }
+            }
             return Ok(report);
         }
         let Untimed {
@@ -94,10 +112,12 @@ impl Report {
             ages_ns: Vec::new(),
             shared_caches: Vec::new(),
             paced: Vec::new(),
+            constraints: Vec::new(),
+            sessions: Vec::new(),
         })
     }
 
-    /// Takes [`Report::shared_caches`] and [`Report::paced`] from the steps.
+    /// Takes what reports carry apart from the steps.
     #[must_use]
     pub fn with_besides(mut self) -> Self {
         let shared = weighed_mut(&mut self.steps).map(|weighed| weighed.shared_cache);
@@ -108,6 +128,16 @@ impl Report {
         self.paced = paced.collect();
         let used = self.paced.iter().rposition(Option::is_some);
         self.paced.truncate(used.map_or(0, |last| last + 1));
+        let asked = (0..).zip(&self.steps).filter_map(|(at, step)| match step {
+            Step::Book(booked) => Some((at, booked.evidence.as_ref()?.constraints.clone())),
+            _ => None,
+        });
+        self.constraints = asked.filter(|(_, c)| !c.is_empty()).collect();
+        let sessions = (0..).zip(&self.steps).filter_map(|(at, step)| match step {
+            Step::Book(booked) => Some((at, booked.session?)),
+            _ => None,
+        });
+        self.sessions = sessions.collect();
         self
     }
 
@@ -269,6 +299,9 @@ pub struct Booked {
     pub hashes: Vec<u64>,
     /// What the decision rested on; not in complete reports.
     pub evidence: Option<Evidence>,
+    /// Its session, where those are kept together. Reports carry it apart.
+    #[serde(skip)]
+    pub session: Option<Session>,
 }
 
 /// What a filter saw when it decided.
@@ -284,6 +317,9 @@ pub struct Evidence {
     pub trust: f32,
     /// The best candidates by cost, the chosen one first.
     pub candidates: Vec<Weighed>,
+    /// What the request asked of its worker. Reports carry it apart.
+    #[serde(skip)]
+    pub constraints: Constraints,
 }
 
 /// A candidate as a filter weighed it.
@@ -340,6 +376,8 @@ mod tests {
             ages_ns: vec![100],
             shared_caches: Vec::new(),
             paced: Vec::new(),
+            constraints: Vec::new(),
+            sessions: Vec::new(),
         };
         assert_eq!(Report::decode(&wire::encode(&report)), Ok(report.clone()));
         let weighed = |worker, shared_cache| Weighed {
@@ -376,6 +414,14 @@ mod tests {
                     tokens: 32,
                     trust: 1.0,
                     candidates,
+                    constraints: Constraints {
+                        lora: "sql".into(),
+                        ..Constraints::default()
+                    },
+                }),
+                session: Some(Session {
+                    key: 5,
+                    is_last: true,
                 }),
             }))
         };

@@ -150,6 +150,7 @@ impl Tentative {
             prefix,
             hashes,
             evidence: None,
+            session: None,
         };
         let live = Live {
             lane: self.place.lane,

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use kv_core::constraint::Pin;
+use kv_core::constraint::Constraints;
 use kv_core::cost::Demand;
 use kv_core::decide::{self, Candidate, Price, Request, Scored};
 use kv_core::delay::{self, Pace};
@@ -50,8 +50,10 @@ pub struct Ask<'a> {
     pub hashes: &'a [u64],
     /// Its hashes in the pool's further families.
     pub families: &'a [Named],
-    /// The worker that it is to go to, in the mode direct.
-    pub pin: Option<Pin>,
+    /// Positions of the owners that may have it, ascending.
+    pub owners: &'a [usize],
+    /// What it asks of its worker.
+    pub constraints: &'a Constraints,
     /// What answer it asks for.
     pub answer: Answer,
 }
@@ -186,15 +188,16 @@ impl Chooser {
             .then(|| Glimpse::new(host, ask.hashes))
             .flatten();
         let policy = pool.policy.trusted(trust);
-        let candidates = match ask.pin {
-            Some(pin) => {
-                let pinned = served.pinned(pin);
-                pinned
-                    .map(|owner| self.candidate(served, false, owner))
-                    .collect()
-            }
-            None => self.candidates(served, looked_up, &policy),
-        };
+        let mut candidates = self.candidates(served, looked_up, &policy, ask);
+        for candidate in &mut candidates {
+            let owner = served.owner(candidate.owner);
+            candidate.factor = owner.map_or(1.0, |owner| ask.constraints.factor(owner));
+        }
+        let bound = ask.constraints.bound.and_then(|bound| {
+            let mut owners = ask.owners.iter();
+            let is_it = |at: &&usize| served.owner(**at).is_some_and(|o| o.id == bound.owner);
+            Some((*owners.find(is_it)?, bound.slack?))
+        });
         let request = Request {
             demand: Demand {
                 tokens: ask.tokens,
@@ -211,6 +214,7 @@ impl Chooser {
                 | Mode::DeviceAwareWeighted => 0,
             },
             typical_ms: self.typical.get(&pool.key).copied().unwrap_or(0.0),
+            bound,
         };
         let mut round = Round {
             served,
@@ -369,14 +373,17 @@ impl Chooser {
             .insert(pool.key, delay::typical(before, delay.own));
     }
 
-    /// Position of the best owner of another worker than the chosen one. A worker that the request
-    /// names has no second.
+    /// Position of the best owner of another worker than the chosen one, for which the request need
+    /// not be another.
     fn second(&mut self, served: &Served<'_>, weighed: &Weighed) -> Option<usize> {
-        let endpoint = |candidate: &Candidate| Some(&served.owner(candidate.owner)?.endpoint);
+        let endpoint = |owner: usize| Some(&served.owner(owner)?.endpoint);
         let chosen = weighed.chosen?;
-        let first = endpoint(&weighed.picked()?.candidate);
+        let first = weighed.picked()?.candidate.owner;
         let mode = served.pool.policy.mode;
-        let elsewhere = |c: &Candidate| endpoint(c) != first;
+        // The request says its rank, so it has to be the same one there.
+        let elsewhere = |c: &Candidate| {
+            endpoint(c.owner) != endpoint(first) && served.rank(c.owner) == served.rank(first)
+        };
         let second = decide::second(&weighed.scored, chosen, mode, &mut self.rng, elsewhere)?;
         Some(weighed.scored.get(second)?.candidate.owner)
     }
@@ -424,8 +431,9 @@ impl Chooser {
         served: &Served<'_>,
         looked_up: bool,
         policy: &Policy,
+        ask: &Ask<'_>,
     ) -> Vec<Candidate> {
-        let accepting = served.accepting();
+        let accepting = ask.owners;
         if accepting.len() <= SCORE_ALL || policy.mode != Mode::Kv {
             let make = |owner: &usize| self.candidate(served, looked_up, *owner);
             return accepting.iter().map(make).collect();
@@ -451,6 +459,10 @@ impl Chooser {
         for _ in 0..SAMPLED {
             owners.extend(accepting.get(self.rng.below(accepting.len())));
         }
+        if let Some(bound) = ask.constraints.bound {
+            let is_it = |at: &&usize| served.owner(**at).is_some_and(|o| o.id == bound.owner);
+            owners.extend(accepting.iter().find(is_it));
+        }
         owners.sort_unstable();
         owners.dedup();
         let make = |owner: &usize| self.candidate(served, looked_up, *owner);
@@ -466,6 +478,7 @@ impl Chooser {
             load: Load::default(),
             shared_blocks: 0,
             pace: Pace::default(),
+            factor: 1.0,
         }
     }
 
@@ -497,6 +510,11 @@ impl Round<'_> {
     fn is_least(&self, owner: usize) -> bool {
         let policy = &self.served.pool.policy;
         let scored = decide::score(&self.group(), &self.request, policy);
+        if let Some(bound) = decide::bound(&scored, &self.request, policy.mode) {
+            return scored
+                .get(bound)
+                .is_some_and(|s| s.candidate.owner == owner);
+        }
         let own = scored.iter().find(|s| s.candidate.owner == owner);
         own.is_some_and(|own| {
             let own = own.compared(policy.mode) - policy.band().unwrap_or(0.0);

@@ -79,6 +79,12 @@ pub enum Event {
     Raced,
     /// `kv_router_bookings_undone_total`: bookings undone because that made another worker better.
     Undone,
+    /// `kv_router_lora_missing_total`: requests for an adapter that no worker has loaded of those
+    /// that might have them. *Action*: load it on one, or correct what workers say.
+    LoraMissing,
+    /// `kv_router_pinned_out_total`: requests sent to the worker that they name although it takes
+    /// none.
+    PinnedOut,
     /// `kv_router_worker_failures_total`: times a worker was not reached, broke off or answered
     /// with a status of 500 or above.
     Failure,
@@ -94,7 +100,7 @@ pub enum Event {
 }
 
 impl Event {
-    const COUNT: usize = 15;
+    const COUNT: usize = 17;
 
     fn name(self) -> &'static str {
         match self {
@@ -109,6 +115,8 @@ impl Event {
             Self::Complete => "kv_router_reports_complete_total",
             Self::Raced => "kv_router_bookings_raced_total",
             Self::Undone => "kv_router_bookings_undone_total",
+            Self::LoraMissing => "kv_router_lora_missing_total",
+            Self::PinnedOut => "kv_router_pinned_out_total",
             Self::Failure => "kv_router_worker_failures_total",
             Self::WrittenOff => "kv_router_written_off_total",
             Self::Estimated => "kv_router_prefills_estimated_total",

@@ -19,11 +19,13 @@ pub enum Refusal {
     RankAlone,
     /// A hint of a trusted client can't be read: this one.
     HintMalformed(&'static str),
+    /// No worker that takes requests is what it asks for.
+    NoWorkerFits,
 }
 
 impl Refusal {
     /// Number of kinds.
-    pub const COUNT: usize = 6;
+    pub const COUNT: usize = 7;
 
     /// The kind as an index below [`Refusal::COUNT`].
     #[must_use]
@@ -35,6 +37,7 @@ impl Refusal {
             Self::ModelUnknown => 3,
             Self::RankAlone => 4,
             Self::HintMalformed(_) => 5,
+            Self::NoWorkerFits => 6,
         }
     }
 
@@ -49,6 +52,7 @@ impl Refusal {
             Self::ModelUnknown => "model_not_found",
             Self::RankAlone => "rank_alone",
             Self::HintMalformed(_) => "hint_malformed",
+            Self::NoWorkerFits => "no_worker_fits",
         }
     }
 
@@ -62,6 +66,7 @@ impl Refusal {
             | Self::HintMalformed(_) => 400,
             Self::HintUntrusted => 403,
             Self::ModelUnknown => 404,
+            Self::NoWorkerFits => 503,
         }
     }
 
@@ -103,6 +108,11 @@ impl Refusal {
                 "invalid_request_error",
                 hint,
             ),
+            Self::NoWorkerFits => (
+                "no worker that takes requests is among those asked for".to_owned(),
+                "server_error",
+                "nvext.routing_constraints",
+            ),
         };
         let code = self.name();
         let error = json!({"message": message, "type": kind, "param": param, "code": code});
@@ -123,6 +133,7 @@ mod tests {
             Refusal::ModelUnknown,
             Refusal::RankAlone,
             Refusal::HintMalformed("x-kv-required-taints"),
+            Refusal::NoWorkerFits,
         ];
         for (i, refusal) in all.into_iter().enumerate() {
             assert_eq!(refusal.index(), i);

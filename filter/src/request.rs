@@ -10,7 +10,8 @@
 
 use std::rc::Rc;
 
-use kv_core::constraint::Pin;
+use kv_core::constraint::{Narrowed, pinned};
+use kv_core::id::DpRank;
 use kv_core::policy::Mode;
 use kv_core::scan::{Field, Prompt, Scan, Scanner};
 use kv_core::surface::Surface;
@@ -37,6 +38,9 @@ pub const DESTINATION: &str = "x-gateway-destination-endpoint";
 pub const POOL: &str = "x-kv-pool";
 /// The decision record, on responses.
 pub const DECISION: &str = "x-kv-router-decision";
+
+/// Tells Envoy how often to send a request again.
+const MAX_RETRIES: &str = "x-envoy-max-retries";
 
 /// Headers that only this filter may set on a request.
 const OURS: [&str; 3] = [DESTINATION, POOL, DECISION];
@@ -427,7 +431,7 @@ impl Request {
     ) -> Action {
         router.refresh(part_ns);
         read.hints(router);
-        let hints = read.hints.take().unwrap_or_default();
+        let mut hints = read.hints.take().unwrap_or_default();
         let model = read.scan.model.value().map(String::as_str);
         let fleet = router.world.fleet();
         let served = fleet.as_ref().and_then(|fleet| {
@@ -446,8 +450,11 @@ impl Request {
                     }
                 }
                 let answer = read.answer(&router.host, hints.expected_output);
-                let pin = match hinted(served, read.reason, &hints) {
-                    Ok(pin) => pin,
+                if served.says_adapters() {
+                    served.lora.clone_into(&mut hints.constraints.lora);
+                }
+                let narrowed = match router.narrow(served, read.reason, &hints) {
+                    Ok(narrowed) => narrowed,
                     Err(refusal) => {
                         let model = model.unwrap_or_default();
                         return self.refuse(router, served.pool, refusal, model);
@@ -467,7 +474,8 @@ impl Request {
                     tokens: read.tokens,
                     hashes,
                     families: &families,
-                    pin,
+                    owners: &narrowed.owners,
+                    constraints: &hints.constraints,
                     answer,
                 };
                 let loads = router.world.loads();
@@ -483,7 +491,11 @@ impl Request {
                     &published,
                     &ask,
                 );
-                router.send_to(&served.pool.name, choice.endpoints.as_deref());
+                let rank = choice.owner.and_then(|owner| served.rank(owner));
+                router.send_to(&served.pool.name, choice.endpoints.as_deref(), rank);
+                if hints.constraints.is_strict() {
+                    router.limit_retries(choice.second.is_some());
+                }
                 Routed::new(router, Rc::clone(fleet), served, &ask, choice)
             }
         };
@@ -522,29 +534,58 @@ impl Request {
     }
 }
 
-/// The worker that a request is to go to, in a pool of the mode direct. A request that is not
-/// for generation need not name one.
-fn hinted(served: &Served<'_>, reason: Reason, hints: &Hints) -> Result<Option<Pin>, Refusal> {
-    if let Some(Malformed(hint)) = hints.malformed {
-        return Err(Refusal::HintMalformed(hint));
-    }
-    if hints.is_rank_alone {
-        return Err(Refusal::RankAlone);
-    }
-    if served.pool.policy.mode != Mode::Direct {
-        return Ok(None);
-    }
-    let is_needed = reason != Reason::Passed;
-    match hints.constraints.pin {
-        None if is_needed && hints.is_untrusted_pin => Err(Refusal::HintUntrusted),
-        None if is_needed => Err(Refusal::WorkerMissing),
-        None => Ok(None),
-        Some(pin) if served.pinned(pin).next().is_none() => Err(Refusal::WorkerUnknown(pin.worker)),
-        Some(pin) => Ok(Some(pin)),
-    }
-}
-
 impl<H: Host> Router<H> {
+    /// The owners that may have a request. In the mode direct it names one, unless it is not for
+    /// generation.
+    fn narrow<'a>(
+        &mut self,
+        served: &Served<'a>,
+        reason: Reason,
+        hints: &Hints,
+    ) -> Result<Narrowed<'a>, Refusal> {
+        if let Some(Malformed(hint)) = hints.malformed {
+            return Err(Refusal::HintMalformed(hint));
+        }
+        if hints.is_rank_alone {
+            return Err(Refusal::RankAlone);
+        }
+        let Hints { constraints, .. } = hints;
+        let is_direct = served.pool.policy.mode == Mode::Direct;
+        match constraints.pin {
+            None if is_direct && reason != Reason::Passed => {
+                return Err(if hints.is_untrusted_pin {
+                    Refusal::HintUntrusted
+                } else {
+                    Refusal::WorkerMissing
+                });
+            }
+            Some(pin) if pinned(served.pool, pin).next().is_none() => {
+                return Err(Refusal::WorkerUnknown(pin.worker));
+            }
+            _ => {}
+        }
+        let narrowed = constraints.narrow(served.pool, served.accepting());
+        if narrowed.is_lora_missing {
+            self.metrics.count(&self.host, Event::LoraMissing, 1);
+        }
+        if narrowed.owners.is_empty() && constraints.is_strict() {
+            return Err(Refusal::NoWorkerFits);
+        }
+        let takes = |at: &usize| served.owner(*at).is_some_and(|owner| owner.accepting);
+        if constraints.pin.is_some() && !narrowed.owners.iter().any(takes) {
+            self.metrics.count(&self.host, Event::PinnedOut, 1);
+        }
+        Ok(narrowed)
+    }
+
+    /// A request that only some workers may have is not sent again to others.
+    fn limit_retries(&mut self, has_second: bool) {
+        let most: &[u8] = if has_second { b"1" } else { b"0" };
+        if !self.host.set_header(Headers::Request, MAX_RETRIES, most) {
+            self.metrics.fault(&self.host, Fault::Header);
+        }
+    }
+
     /// The request's headers. Those that only this filter may set are removed.
     fn headers(&mut self) -> HeaderMap {
         let headers = self.host.headers(Headers::Request);
@@ -561,13 +602,15 @@ impl<H: Host> Router<H> {
     }
 
     /// Tells Envoy where to send the request: to the first of the endpoints that takes it.
-    fn send_to(&mut self, pool: &str, endpoints: Option<&str>) {
+    /// Its engine is told the rank, where it has several.
+    fn send_to(&mut self, pool: &str, endpoints: Option<&str>, rank: Option<DpRank>) {
         let set = |name, value: &str| {
             self.host
                 .set_header(Headers::Request, name, value.as_bytes())
         };
         let named = endpoints.is_none_or(|endpoints| set(DESTINATION, endpoints));
-        if !(set(POOL, pool) && named) {
+        let ranked = rank.is_none_or(|rank| set(hints::RANK, &rank.to_string()));
+        if !(set(POOL, pool) && named && ranked) {
             self.metrics.fault(&self.host, Fault::Header);
         }
     }

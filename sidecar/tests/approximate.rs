@@ -150,6 +150,7 @@ fn evidence(tokens: u32, candidates: &[(u64, u32, f64)]) -> Evidence {
         tokens,
         trust: 1.0,
         candidates: candidates.iter().map(weighed).collect(),
+        constraints: Default::default(),
     }
 }
 

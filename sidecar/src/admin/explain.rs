@@ -3,6 +3,7 @@
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
+use kv_core::constraint::Constraints;
 use kv_core::cost::Demand;
 use kv_core::decide::{Price, Record, Request, Scored, Terms, decide};
 use kv_core::family::Namespace;
@@ -138,13 +139,18 @@ fn answer<'a>(
     known_model: bool,
 ) -> Answer<'a> {
     let pool = &*field.pool;
-    let candidates = field.candidates();
+    let constraints = Constraints {
+        lora: lora.unwrap_or_default().to_owned(),
+        ..Constraints::default()
+    };
+    let candidates = field.candidates(&constraints);
     let request = Request {
         demand,
         trust: 1.0,
         turn: 0,
         // What is usual is learned by each proxy for itself.
         typical_ms: 0.0,
+        bound: None,
     };
     let mut rng = Rng::new(random_u64());
     let (scored, chosen) = decide(&candidates, &request, &pool.policy, &mut rng);
@@ -152,9 +158,9 @@ fn answer<'a>(
     let chosen = chosen.filter(|_| !is_open);
     let least = scored
         .iter()
-        .map(|s| s.cost.total())
+        .map(Scored::total)
         .fold(f64::INFINITY, f64::min);
-    let ties = scored.iter().filter(|s| s.cost.total() == least).count();
+    let ties = scored.iter().filter(|s| s.total() == least).count();
     let mut owners: Vec<Explained<'a>> = scored
         .iter()
         .enumerate()
@@ -190,7 +196,7 @@ fn explained<'a>(pool: &'a Pool, scored: &Scored, chosen: bool) -> Option<Explai
             Price::Delay(_) => None,
         },
         terms: scored.into(),
-        cost: scored.cost.total(),
+        cost: scored.total(),
         chosen,
     })
 }

@@ -16,23 +16,26 @@ use crate::index::Field;
 /// (cached_blocks: 15)`: the backlog, the prompt's own prefill, what it adds for requests that wait
 /// and for those that decode, and what their number counts for.
 ///
-/// A rank above 0 follows the worker after a dot; blocks that only a shared store has follow the
+/// What preferred taints multiply the sum by comes first, where that is not 1. A rank above 0 follows the worker after a dot; blocks that only a shared store has follow the
 /// cached ones.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Formula {
     weighed: Weighed,
     scale: f64,
     price: Price,
+    factor: f64,
 }
 
 impl Formula {
     /// Of a candidate as the filter weighed it.
     #[must_use]
     pub fn new(field: &Field, evidence: &Evidence, weighed: &Weighed) -> Self {
+        let seen = shadow::scored_seen(field, evidence, weighed);
         Self {
             weighed: *weighed,
             scale: field.pool.policy.prefill_load_scale,
-            price: shadow::scored_seen(field, evidence, weighed).cost,
+            price: seen.cost,
+            factor: seen.candidate.factor,
         }
     }
 }
@@ -54,6 +57,9 @@ impl fmt::Display for Formula {
             write!(f, ".{}", owner.rank)?;
         }
         write!(f, ": {:.1} = ", self.weighed.cost)?;
+        if self.factor != 1.0 {
+            write!(f, "{:.2} * ", self.factor)?;
+        }
         match self.price {
             Price::Blocks(cost) => {
                 let scale = self.scale;

@@ -34,6 +34,8 @@ pub enum Verdict {
     NotLeast,
     /// A temperature above 0 chose another than the best.
     Sampled,
+    /// The session was bound to the choice.
+    Bound,
     /// The mode compares nothing, or the filter, of a release before, compares something else.
     Unchecked,
     /// The prompt is not known any more, so overlaps can't be told.
@@ -54,6 +56,7 @@ impl Verdict {
             Self::Unlisted => "unlisted",
             Self::NotLeast => "not_least",
             Self::Sampled => "sampled",
+            Self::Bound => "bound",
             Self::Unchecked => "unchecked",
             Self::UnknownPrompt => "unknown_prompt",
         }
@@ -64,7 +67,7 @@ impl Verdict {
     pub fn agrees(self) -> Option<bool> {
         match self {
             Self::Agree | Self::Tie => Some(true),
-            Self::Sampled | Self::Unchecked | Self::UnknownPrompt => None,
+            Self::Sampled | Self::Bound | Self::Unchecked | Self::UnknownPrompt => None,
             _ => Some(false),
         }
     }
@@ -116,7 +119,7 @@ impl Shadow {
             shared_blocks,
             requests: load.requests(),
             terms: scored.into(),
-            cost: scored.cost.total(),
+            cost: scored.total(),
         })
     }
 }
@@ -153,6 +156,7 @@ pub fn judge(field: &Field, chosen: OwnerId, evidence: &Evidence, is_prompt_know
                 Verdict::Agree
             }
         }
+        (_, Some(_)) if is_bound(chosen, evidence) => Verdict::Bound,
         (Mode::Kv, Some(_)) if policy.temperature > 0.0 => Verdict::Sampled,
         (Mode::Kv, Some(regret)) if policy.band().is_some_and(|band| regret <= band) => {
             Verdict::Tie
@@ -175,6 +179,12 @@ pub fn judge(field: &Field, chosen: OwnerId, evidence: &Evidence, is_prompt_know
     }
 }
 
+/// Whether the request's session was bound to the choice, which need not be the best then.
+fn is_bound(chosen: OwnerId, evidence: &Evidence) -> bool {
+    let bound = evidence.constraints.bound;
+    bound.is_some_and(|bound| bound.owner == chosen)
+}
+
 /// Whether the filter compares what its pool's policy says: one of a release that can't predict
 /// delays compares blocks.
 fn compares_alike(policy: &Policy, evidence: &Evidence) -> bool {
@@ -186,7 +196,7 @@ fn compares_alike(policy: &Policy, evidence: &Evidence) -> bool {
 fn scored(field: &Field, evidence: &Evidence) -> Vec<Scored> {
     let demand = demand(field, evidence);
     let policy = &field.pool.policy;
-    let mut candidates = field.candidates();
+    let mut candidates = field.candidates(&evidence.constraints);
     if !field.pool.families.is_empty() {
         take_overlaps_as_seen(&mut candidates, field, evidence);
     }
@@ -359,7 +369,10 @@ fn pace(seen: &Weighed) -> Pace {
 
 /// A candidate and its cost as the filter saw them.
 pub(super) fn scored_seen(field: &Field, evidence: &Evidence, seen: &Weighed) -> Scored {
-    let candidate = candidate(seen);
+    let mut candidate = candidate(seen);
+    let mut owners = field.pool.owners.iter();
+    let owner = owners.find(|owner| owner.id == seen.owner);
+    candidate.factor = owner.map_or(1.0, |owner| evidence.constraints.factor(owner));
     let cost = Price::new(
         &candidate,
         demand(field, evidence),
@@ -378,6 +391,7 @@ fn candidate(seen: &Weighed) -> Candidate {
         load: load(seen),
         shared_blocks: seen.shared_blocks,
         pace: pace(seen),
+        factor: 1.0,
     }
 }
 

@@ -72,6 +72,7 @@ fn evidence(workers: &[(u64, u32, u32)]) -> Evidence {
         tokens: 10 * BLOCK,
         trust: 1.0,
         candidates: workers.iter().map(weighed).collect(),
+        constraints: Default::default(),
     }
 }
 
@@ -156,6 +157,7 @@ fn booked(request: u64, worker: u64) -> Booked {
         prefix: None,
         hashes: Vec::new(),
         evidence: None,
+        session: None,
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use kv_core::constraint::Constraints;
 use kv_core::decide::Candidate;
 use kv_core::delay::Pace;
 use kv_core::holdings::{Holdings, InIndex, Named};
@@ -56,20 +57,26 @@ impl Field {
         }
     }
 
-    /// Owners that take whole requests, as the filter chooses among them.
+    /// Owners that take whole requests and fit, as the filter chooses among them.
     #[must_use]
-    pub fn candidates(&self) -> Vec<Candidate> {
-        let owners = self.pool.owners.iter().zip(&self.standings).enumerate();
+    pub fn candidates(&self, constraints: &Constraints) -> Vec<Candidate> {
+        let owners = self.pool.owners.iter().enumerate();
         let takes = |owner: &table::Owner| owner.accepting && owner.role == Role::Aggregated;
-        let accepting = owners.filter(|(_, (owner, _))| takes(owner));
-        let candidate = |(position, (_, standing)): (usize, (_, &Standing))| Candidate {
-            owner: position,
-            overlap: standing.overlap,
-            load: standing.load.into(),
-            shared_blocks: standing.shared_blocks,
-            pace: self.pace(position),
+        let accepting: Vec<usize> = owners.filter(|(_, o)| takes(o)).map(|(at, _)| at).collect();
+        let narrowed = constraints.narrow(&self.pool, &accepting);
+        let candidate = |position: &usize| {
+            let standing = self.standings.get(*position)?;
+            let owner = self.pool.owners.get(*position)?;
+            Some(Candidate {
+                owner: *position,
+                overlap: standing.overlap,
+                load: standing.load.into(),
+                shared_blocks: standing.shared_blocks,
+                pace: self.pace(*position),
+                factor: constraints.factor(owner),
+            })
         };
-        accepting.map(candidate).collect()
+        narrowed.owners.iter().filter_map(candidate).collect()
     }
 }
 

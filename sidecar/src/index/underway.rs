@@ -207,6 +207,7 @@ mod tests {
             prefix: None,
             hashes: Vec::new(),
             evidence: None,
+            session: None,
         }
     }
 

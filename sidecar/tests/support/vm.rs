@@ -112,6 +112,7 @@ impl Vm {
         self.steps.push(Step::Book(Box::new(booked.clone())));
         let booked = Booked {
             evidence: None,
+            session: None,
             ..booked
         };
         self.live.insert(request, Live { leg, booked });
