@@ -185,8 +185,10 @@ impl Outbox {
             ages_ns: Vec::new(),
             shared_caches: Vec::new(),
             paced: Vec::new(),
+            constraints: Vec::new(),
+            sessions: Vec::new(),
         };
-        self.send(host, &report, now_ns)
+        self.send(host, &report.with_besides(), now_ns)
     }
 
     /// Reports all that waits. `false` if it could not.
@@ -213,6 +215,8 @@ impl Outbox {
                 ages_ns,
                 shared_caches: Vec::new(),
                 paced: Vec::new(),
+                constraints: Vec::new(),
+                sessions: Vec::new(),
             };
             let report = report.with_besides();
             if !self.send(host, &report, now_ns) {

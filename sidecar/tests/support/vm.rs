@@ -106,13 +106,13 @@ impl Vm {
             prefix,
             hashes: hashes.to_vec(),
             evidence,
+            session: None,
         };
         let (leg, delta) = Leg::book(16 * rest, blocks);
         self.add(booked.owner, delta);
         self.steps.push(Step::Book(Box::new(booked.clone())));
         let booked = Booked {
             evidence: None,
-            session: None,
             ..booked
         };
         self.live.insert(request, Live { leg, booked });
