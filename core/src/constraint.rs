@@ -79,6 +79,15 @@ impl Constraints {
             && self.bound.is_none()
     }
 
+    /// About how many bytes they take in a report.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        let texts = self.endpoints.iter().flatten().chain(&self.required_taints);
+        let texts = texts.chain(self.preferred_taints.iter().map(|(taint, _)| taint));
+        let workers = self.workers.as_ref().map_or(0, Vec::len);
+        texts.map(|text| text.len() + 6).sum::<usize>() + 10 * workers + self.lora.len()
+    }
+
     /// Whether a worker other than those that are left must never get the request.
     #[must_use]
     pub fn is_strict(&self) -> bool {

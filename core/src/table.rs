@@ -9,6 +9,7 @@ mod metadata;
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::affinity::Affinity;
 use crate::family::Scheme;
 use crate::id::{Device, OwnerId, Role, Slot};
 use crate::key;
@@ -65,6 +66,9 @@ pub struct Pool {
     /// Addresses whose privileged hints count.
     #[serde(skip)]
     pub trusted_sources: Vec<IpNet>,
+    /// How sessions are kept together; `None` where they are not.
+    #[serde(skip)]
+    pub affinity: Option<Affinity>,
     /// How many requests a worker with an accelerator takes for each of one without, in the mode
     /// device-aware-weighted; 0 counts as 1.
     #[serde(skip)]
@@ -186,6 +190,7 @@ impl Pool {
 #[cfg(test)]
 mod tests {
     use super::{Metadata, Owner, Pool, Served, Table, Traits};
+    use crate::affinity::Affinity;
     use crate::family::Scheme;
     use crate::id::{Device, Family, OwnerId, Role, Slot};
     use crate::key;
@@ -229,6 +234,11 @@ mod tests {
                     }],
                     trusts_hints: true,
                     trusted_sources: vec!["10.0.0.0/8".parse().unwrap()],
+                    affinity: Some(Affinity {
+                        ttl_s: 60,
+                        slack: Some(2.0),
+                        headers: vec!["x-chat".into()],
+                    }),
                     device_ratio: 8,
                     ..Pool::default()
                 },

@@ -7,6 +7,7 @@
 use std::collections::BTreeSet;
 
 use hashbrown::{HashMap, HashSet};
+use kv_core::affinity::Session;
 use kv_core::board::EntryId;
 use kv_core::load::{Delta, Leg};
 use kv_core::report::{Booked, Evidence, Failure, OwnerKey, Step, Sum};
@@ -61,6 +62,8 @@ pub struct Told {
     pub hashes: Vec<u64>,
     /// What the decision rested on.
     pub evidence: Option<Evidence>,
+    /// See [`Booked::session`].
+    pub session: Option<Session>,
     /// Whether the answer comes whole, so that its first token is not seen.
     pub whole: bool,
     /// Prompt tokens that the worker prefills in a second; 0 where not known.
@@ -136,6 +139,7 @@ impl Tentative {
             prefix,
             mut hashes,
             evidence,
+            session,
             whole,
             prefill_rate,
         } = told;
@@ -150,7 +154,7 @@ impl Tentative {
             prefix,
             hashes,
             evidence: None,
-            session: None,
+            session,
         };
         let live = Live {
             lane: self.place.lane,

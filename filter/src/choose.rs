@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 
+use kv_core::affinity::Session;
 use kv_core::constraint::Constraints;
 use kv_core::cost::Demand;
 use kv_core::decide::{self, Candidate, Price, Request, Scored};
@@ -54,6 +55,8 @@ pub struct Ask<'a> {
     pub owners: &'a [usize],
     /// What it asks of its worker.
     pub constraints: &'a Constraints,
+    /// Its session, where those are kept together.
+    pub session: Option<Session>,
     /// What answer it asks for.
     pub answer: Answer,
 }

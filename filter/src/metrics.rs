@@ -85,6 +85,13 @@ pub enum Event {
     /// `kv_router_pinned_out_total`: requests sent to the worker that they name although it takes
     /// none.
     PinnedOut,
+    /// `kv_router_sessions_bound_total`: requests whose session was bound nowhere.
+    SessionBound,
+    /// `kv_router_sessions_kept_total`: requests that went where their session is bound.
+    SessionKept,
+    /// `kv_router_sessions_left_total`: requests that went elsewhere: the worker was gone, or cost
+    /// too much.
+    SessionLeft,
     /// `kv_router_worker_failures_total`: times a worker was not reached, broke off or answered
     /// with a status of 500 or above.
     Failure,
@@ -100,7 +107,7 @@ pub enum Event {
 }
 
 impl Event {
-    const COUNT: usize = 17;
+    const COUNT: usize = 20;
 
     fn name(self) -> &'static str {
         match self {
@@ -117,6 +124,9 @@ impl Event {
             Self::Undone => "kv_router_bookings_undone_total",
             Self::LoraMissing => "kv_router_lora_missing_total",
             Self::PinnedOut => "kv_router_pinned_out_total",
+            Self::SessionBound => "kv_router_sessions_bound_total",
+            Self::SessionKept => "kv_router_sessions_kept_total",
+            Self::SessionLeft => "kv_router_sessions_left_total",
             Self::Failure => "kv_router_worker_failures_total",
             Self::WrittenOff => "kv_router_written_off_total",
             Self::Estimated => "kv_router_prefills_estimated_total",

@@ -319,8 +319,10 @@ fn size(step: &Step) -> usize {
     const CANDIDATE: usize = 64;
     match step {
         Step::Book(booked) => {
-            let candidates = booked.evidence.as_ref().map_or(0, |e| e.candidates.len());
-            2 * FIXED + booked.hashes.len() * HASH_BYTES + candidates * CANDIDATE
+            let evidence = booked.evidence.as_ref();
+            let candidates = evidence.map_or(0, |e| e.candidates.len());
+            let asked = evidence.map_or(0, |e| e.constraints.size());
+            2 * FIXED + booked.hashes.len() * HASH_BYTES + candidates * CANDIDATE + asked
         }
         Step::Move { .. }
         | Step::FirstToken { .. }

@@ -10,7 +10,8 @@
 
 use std::rc::Rc;
 
-use kv_core::constraint::{Narrowed, pinned};
+use kv_core::affinity::Session;
+use kv_core::constraint::{Bound, Constraints, Narrowed, pinned};
 use kv_core::id::DpRank;
 use kv_core::policy::Mode;
 use kv_core::scan::{Field, Prompt, Scan, Scanner};
@@ -28,6 +29,7 @@ use crate::models;
 use crate::reason::Reason;
 use crate::refusal::Refusal;
 use crate::routed::{NO_POOL, Routed};
+use crate::session::{self, Binding};
 use crate::text::{Asked, Question};
 use crate::usage;
 use crate::vm::{Action, Router};
@@ -453,6 +455,7 @@ impl Request {
                 if served.says_adapters() {
                     served.lora.clone_into(&mut hints.constraints.lora);
                 }
+                let placed = router.session(served, &read.headers, &mut hints.constraints);
                 let narrowed = match router.narrow(served, read.reason, &hints) {
                     Ok(narrowed) => narrowed,
                     Err(refusal) => {
@@ -476,6 +479,7 @@ impl Request {
                     families: &families,
                     owners: &narrowed.owners,
                     constraints: &hints.constraints,
+                    session: placed.map(|(session, _)| session),
                     answer,
                 };
                 let loads = router.world.loads();
@@ -491,6 +495,7 @@ impl Request {
                     &published,
                     &ask,
                 );
+                router.place_session(served, placed, choice.owner);
                 let rank = choice.owner.and_then(|owner| served.rank(owner));
                 router.send_to(&served.pool.name, choice.endpoints.as_deref(), rank);
                 if hints.constraints.is_strict() {
@@ -576,6 +581,56 @@ impl<H: Host> Router<H> {
             self.metrics.count(&self.host, Event::PinnedOut, 1);
         }
         Ok(narrowed)
+    }
+
+    /// The session of a request and where it is bound, which becomes a constraint. A request that
+    /// names its worker has none.
+    fn session(
+        &mut self,
+        served: &Served<'_>,
+        headers: &HeaderMap,
+        constraints: &mut Constraints,
+    ) -> Option<(Session, Option<Binding>)> {
+        let affinity = served.pool.affinity.as_ref()?;
+        if constraints.pin.is_some() {
+            return None;
+        }
+        let session = session::of(headers, affinity, served.pool.key)?;
+        let binding = session::find(&self.host, affinity, session);
+        constraints.bound = binding.map(|binding| Bound {
+            owner: binding.owner,
+            slack: affinity.slack,
+        });
+        Some((session, binding))
+    }
+
+    /// The session of a request is on the owner that was chosen.
+    fn place_session(
+        &mut self,
+        served: &Served<'_>,
+        placed: Option<(Session, Option<Binding>)>,
+        owner: Option<usize>,
+    ) {
+        let owner = owner.and_then(|owner| served.owner(owner));
+        let Some(((session, before), (affinity, owner))) =
+            placed.zip(served.pool.affinity.as_ref().zip(owner))
+        else {
+            return;
+        };
+        let event = match before {
+            None => Event::SessionBound,
+            Some(before) if before.owner == owner.id => Event::SessionKept,
+            Some(_) => Event::SessionLeft,
+        };
+        self.metrics.count(&self.host, event, 1);
+        // One that only load has driven away comes back.
+        let is_there = before.is_some_and(|before| {
+            let mut accepting = served.accepting().iter();
+            accepting.any(|at| served.owner(*at).is_some_and(|o| o.id == before.owner))
+        });
+        if event != Event::SessionLeft || !is_there {
+            session::note(&self.host, affinity, session, before, owner.id);
+        }
     }
 
     /// A request that only some workers may have is not sent again to others.

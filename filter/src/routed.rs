@@ -109,6 +109,7 @@ impl Routed {
                     candidates: record::told(served.pool, &weighed),
                     constraints: ask.constraints.clone(),
                 }),
+                session: ask.session,
                 whole: ask.answer == Answer::Whole,
                 prefill_rate: owner.and_then(|owner| served.owner(owner)).map_or(0, rate),
             };

@@ -16,6 +16,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
+use kv_core::affinity::Affinity;
 use kv_core::id::{Device, OwnerId, Role, WorkerId};
 use kv_core::policy::Policy;
 use kv_core::table::{Metadata, Settings};
@@ -159,6 +160,8 @@ pub struct Pool {
     pub trusts_hints: bool,
     /// Addresses whose privileged hints count.
     pub trusted_sources: Vec<IpNet>,
+    /// How sessions are kept together.
+    pub affinity: Option<Affinity>,
     /// Requests on a worker with an accelerator for each on one without.
     pub device_ratio: u32,
     /// How prompts that are text are read.

@@ -23,6 +23,7 @@ mod repair;
 mod report;
 mod roster;
 mod saving;
+mod sessions;
 mod slots;
 mod strangers;
 mod streams;
@@ -147,6 +148,7 @@ pub struct Service {
     flush_at: Option<Instant>,
     received_ns: Vec<u64>,
     saving: saving::Saving,
+    sessions: sessions::Sessions,
     /// Kept for the standalone indexer alone.
     tokens: Option<tokens::Tokens>,
     silence: Arc<Notify>,
@@ -168,9 +170,9 @@ impl Service {
         metrics.restores.get_or_create(&Kind { kind }).inc();
         let state = restored.into_state();
         let is_restored = state.is_some();
-        let (epoch, level, states) = match state {
-            Some(state) => (state.epoch, state.level, state.pools),
-            None => (random_u32(), LEVEL, Vec::new()),
+        let (epoch, level, states, sessions) = match state {
+            Some(state) => (state.epoch, state.level, state.pools, state.sessions),
+            None => (random_u32(), LEVEL, Vec::new(), Vec::new()),
         };
         let index = Index::new(IndexConfig {
             epoch,
@@ -229,6 +231,7 @@ impl Service {
             flush_at: None,
             received_ns: Vec::new(),
             saving: saving::Saving::new(config.state_dir.as_deref().map(state::file)),
+            sessions: sessions::Sessions::restored(&sessions),
             tokens: config.indexer.as_ref().map(|_| tokens::Tokens::default()),
             silence: Arc::default(),
             metrics,
@@ -474,6 +477,7 @@ impl Service {
     fn tick(&mut self, tick: u32) {
         self.look_after_repairs();
         self.sweep_loads();
+        self.sweep_sessions();
         self.tick_health();
         self.tick_peers(tick);
         self.expire_predictions();

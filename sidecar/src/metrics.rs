@@ -207,6 +207,11 @@ metrics! {
     workers_out: Gauge = Gauge::default(), "workers_out", None, "Workers that take no requests because they fail";
     /// `kv_router_bookings`: requests booked, over all Envoys.
     bookings: Gauge = Gauge::default(), "bookings", None, "Requests booked";
+    /// `kv_router_sessions_total{outcome}`: requests of sessions by what became of the binding,
+    /// `bound`, `kept`, `moved`, `lost`, `full`; and bindings that were `released`.
+    sessions: Family<Outcome, Counter> = Family::default(), "sessions", None, "Requests of sessions, and bindings released";
+    /// `kv_router_bound_sessions`: sessions that are bound to a worker.
+    bound_sessions: Gauge = Gauge::default(), "bound_sessions", None, "Sessions bound to a worker";
     /// `kv_router_active_blocks{pool,worker,rank}`: distinct blocks in use on an owner.
     active_blocks: Family<OfOwner, Gauge> = Family::default(), "active_blocks", None, "Distinct blocks in use";
     /// `kv_router_active_prefill_tokens{pool,worker,rank}`: prompt tokens still to be prefilled.

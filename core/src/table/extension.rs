@@ -4,6 +4,7 @@ use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::{Metadata, Table, Traits};
+use crate::affinity::Affinity;
 use crate::delay::Weights;
 use crate::family::Scheme;
 use crate::id::Slot;
@@ -32,6 +33,7 @@ struct OfPool {
     /// By position of the owner in its pool.
     metadata: Vec<Metadata>,
     trusted_sources: Vec<IpNet>,
+    affinity: Option<Affinity>,
 }
 
 impl Extension {
@@ -50,6 +52,7 @@ impl Extension {
             delay: pool.policy.delay,
             metadata: pool.owners.iter().map(|o| o.metadata.clone()).collect(),
             trusted_sources: pool.trusted_sources.clone(),
+            affinity: pool.affinity.clone(),
         });
         Self(pools.collect())
     }
@@ -62,6 +65,7 @@ impl Extension {
             pool.policy.delay = more.delay;
             pool.trusts_hints = more.trusts_hints;
             pool.trusted_sources = more.trusted_sources;
+            pool.affinity = more.affinity;
             pool.device_ratio = more.device_ratio;
             pool.families = more.families;
             pool.stores = more.stores;

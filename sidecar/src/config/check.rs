@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use std::path::Path;
 
 use ipnet::IpNet;
+use kv_core::affinity::Affinity;
 use kv_core::delay::Weights;
 use kv_core::id::{Role, Slot};
 use kv_core::policy::{Mode, Policy, Scoring};
@@ -329,6 +330,7 @@ impl Check {
             routing_group: None,
             trusts_hints: pool.trust_hints,
             trusted_sources: self.trusted_sources(pool, prefix),
+            affinity: affinity(pool),
             device_ratio: pool.encoder_cuda_to_cpu_ratio,
         }
     }
@@ -454,6 +456,19 @@ impl Check {
     ) {
         self.problems.push(Problem::value(path, value, why));
     }
+}
+
+/// How a pool keeps sessions together.
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+fn affinity(pool: &file::Pool) -> Option<Affinity> {
+    let ttl = pool.router_session_affinity_ttl_secs?;
+    let is_soft = pool.router_session_affinity_mode == file::Stickiness::Soft;
+    let headers = pool.session_headers.iter();
+    Some(Affinity {
+        ttl_s: ttl.ceil() as u32,
+        slack: is_soft.then_some(pool.session_affinity_slack),
+        headers: headers.map(|name| name.to_ascii_lowercase()).collect(),
+    })
 }
 
 /// More than the machine could address is no limit.

@@ -234,6 +234,21 @@ pub struct Pool {
     /// for the client's.
     #[schemars(length(max = 64))]
     pub trusted_sources: Vec<String>,
+    /// Seconds after its last request for which a session keeps its worker. Without it sessions are
+    /// not kept together. Mirrors Dynamo's `--router-session-affinity-ttl-secs`.
+    #[schemars(range(min = 1.0, max = 31_536_000.0))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "f64")]
+    pub router_session_affinity_ttl_secs: Option<f64>,
+    /// Whether a session's worker gets its requests whatever it costs, or only up to
+    /// `session_affinity_slack`. Mirrors Dynamo's `--router-session-affinity-mode`.
+    pub router_session_affinity_mode: Stickiness,
+    /// In the mode `soft`: how many times the least cost that of the session's worker may be.
+    #[schemars(range(min = 1.0, max = 1_000_000.0))]
+    pub session_affinity_slack: f64,
+    /// Headers with the id of a session, in lower case, that count before Dynamo's and agents' own.
+    #[schemars(length(max = 16), inner(length(min = 1, max = 128)))]
+    pub session_headers: Vec<String>,
     /// In the mode `device-aware-weighted`: requests on a worker with an accelerator for each on a
     /// worker without. Mirrors Dynamo's `DYN_ENCODER_CUDA_TO_CPU_RATIO`.
     #[schemars(range(min = 1, max = 1_000_000))]
@@ -245,6 +260,16 @@ pub struct Pool {
     pub tokenizer: Option<Tokenizer>,
     /// The workers.
     pub workers: Vec<Worker>,
+}
+
+/// How firmly a session stays on its worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Stickiness {
+    /// As long as the worker takes requests.
+    Hard,
+    /// As long as it does not cost much more than another.
+    Soft,
 }
 
 /// A model's tokenizer and chat template.
@@ -309,6 +334,10 @@ impl Default for Pool {
             image_token_id: None,
             trust_hints: false,
             trusted_sources: Vec::new(),
+            router_session_affinity_ttl_secs: None,
+            router_session_affinity_mode: Stickiness::Hard,
+            session_affinity_slack: 2.0,
+            session_headers: Vec::new(),
             encoder_cuda_to_cpu_ratio: 8,
             tokenizer: None,
             workers: Vec::new(),

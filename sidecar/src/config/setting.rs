@@ -126,6 +126,22 @@ static SETTINGS: &[Setting] = &[
         "Seconds for which a predicted block is believed in",
     ),
     setting(
+        "router_session_affinity_ttl_secs",
+        true,
+        Kind::Number,
+        &["router-session-affinity-ttl-secs"],
+        &["DYN_ROUTER_SESSION_AFFINITY_TTL_SECS"],
+        "Seconds for which an idle session keeps its worker",
+    ),
+    setting(
+        "router_session_affinity_mode",
+        true,
+        Kind::Text,
+        &["router-session-affinity-mode"],
+        &["DYN_ROUTER_SESSION_AFFINITY_MODE"],
+        "Whether sessions stay on their worker whatever it costs (hard) or within bounds (soft)",
+    ),
+    setting(
         "router_track_prefill_tokens",
         false,
         Kind::Switch(&["no-router-track-prefill-tokens"]),

@@ -66,11 +66,13 @@ impl Service {
             };
             for (at_ns, step) in report.timed() {
                 let outcome = self.step(&origin, step, time(at_ns), now_ms);
+                self.step_of_session(report.vm, step, outcome, now_ms);
                 self.step_for_peers(report.vm, step);
                 let kind = outcome.kind();
                 self.metrics.steps.get_or_create(&Kind { kind }).inc();
             }
         }
+        self.tell_sessions();
         self.judge_due();
         self.announce();
         self.loads_due();

@@ -222,6 +222,7 @@ impl Pool {
             owners,
             trusts_hints: self.config.trusts_hints,
             trusted_sources: self.config.trusted_sources.clone(),
+            affinity: self.config.affinity.clone(),
             device_ratio: self.config.device_ratio,
             stores: stores.collect(),
             text: self.config.tokenizer.as_ref().map(|t| t.budget),

@@ -208,6 +208,7 @@ impl Registry {
                 ttl_ms: 0,
                 trusts_hints: false,
                 trusted_sources: Vec::new(),
+                affinity: None,
                 device_ratio: 1,
                 tokenizer: None,
                 media: Media::default(),
