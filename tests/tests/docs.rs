@@ -130,6 +130,7 @@ fn every_metric_of_the_sidecar_is_in_the_catalogue() {
     }
     let outcome = "";
     metrics.shadow.get_or_create(&Outcome { outcome }).inc();
+    metrics.sessions.get_or_create(&Outcome { outcome }).inc();
     for family in [
         &metrics.active_blocks,
         &metrics.active_prefill_tokens,

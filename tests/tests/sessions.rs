@@ -115,7 +115,13 @@ async fn a_session_stays_on_its_worker_over_threads_envoys_and_restarts() {
         assert_eq!(ask(port, &headers, number, 200).await, worker);
     }
     stack.idle().await;
-    stack.sidecar.process.stop().await;
+    let file = kv_router::state::file(&stack.dir().join("state"));
+    let is_saved = async || match kv_router::state::load(&file) {
+        Ok(Some(state)) if state.sessions.len() == SESSIONS + 1 => Ok(()),
+        _ => Err("not saved"),
+    };
+    wait::until("the saved sessions", is_saved).await;
+    stack.sidecar.process.kill();
     assert_eq!(workers_of(port, 3).await, first);
     stack.sidecar.restart();
     stack.sidecar.ready().await;
