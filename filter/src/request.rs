@@ -455,7 +455,8 @@ impl Request {
                 if served.says_adapters() {
                     served.lora.clone_into(&mut hints.constraints.lora);
                 }
-                let placed = router.session(served, &read.headers, &mut hints.constraints);
+                let placed =
+                    router.session(served, read.reason, &read.headers, &mut hints.constraints);
                 let narrowed = match router.narrow(served, read.reason, &hints) {
                     Ok(narrowed) => narrowed,
                     Err(refusal) => {
@@ -584,15 +585,16 @@ impl<H: Host> Router<H> {
     }
 
     /// The session of a request and where it is bound, which becomes a constraint. A request that
-    /// names its worker has none.
+    /// names its worker or is not for generation has none.
     fn session(
         &mut self,
         served: &Served<'_>,
+        reason: Reason,
         headers: &HeaderMap,
         constraints: &mut Constraints,
     ) -> Option<(Session, Option<Binding>)> {
         let affinity = served.pool.affinity.as_ref()?;
-        if constraints.pin.is_some() {
+        if constraints.pin.is_some() || reason == Reason::Passed {
             return None;
         }
         let session = session::of(headers, affinity, served.pool.key)?;

@@ -65,6 +65,8 @@ impl Name {
 #[derive(Debug)]
 pub struct Said<'a> {
     values: [Option<&'a [u8]>; Name::COUNT],
+    /// Names that came more than once.
+    repeated: [bool; Name::COUNT],
 }
 
 impl<'a> Said<'a> {
@@ -72,6 +74,7 @@ impl<'a> Said<'a> {
     #[must_use]
     pub fn of(headers: &'a HeaderMap) -> Self {
         let mut values = [None; Name::COUNT];
+        let mut repeated = [false; Name::COUNT];
         for (name, value) in headers.iter() {
             // All names begin like this, and most headers' don't.
             if !name.starts_with(b"x-") {
@@ -79,8 +82,9 @@ impl<'a> Said<'a> {
             }
             let at = HEADERS.iter().position(|(n, _)| n.as_bytes() == name);
             if let Some(at) = at
-                && let Some(slot) = values.get_mut(at)
+                && let Some((slot, repeated)) = values.get_mut(at).zip(repeated.get_mut(at))
             {
+                *repeated = slot.is_some();
                 let value = value.trim_ascii();
                 let is_later = at == Name::Tenant as usize && !value.is_empty();
                 if slot.is_none() || is_later {
@@ -88,7 +92,7 @@ impl<'a> Said<'a> {
                 }
             }
         }
-        Self { values }
+        Self { values, repeated }
     }
 
     /// Names of those that are there, and what they are about.
@@ -132,6 +136,12 @@ impl<'a> Said<'a> {
         let Some(text) = self.text(name)? else {
             return Ok(None);
         };
+        // Half of a list would leave out what the other half asks for.
+        if self.repeated.get(name as usize) == Some(&true) {
+            return Err(Malformed(
+                HEADERS.get(name as usize).map_or("", |(name, _)| name),
+            ));
+        }
         let elements = text.split(',').map(str::trim).filter(|e| !e.is_empty());
         let list: Option<Vec<T>> = elements.take(most + 1).map(read).collect();
         let at = HEADERS.get(name as usize).map_or("", |(name, _)| name);
