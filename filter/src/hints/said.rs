@@ -59,6 +59,10 @@ enum Name {
 
 impl Name {
     const COUNT: usize = 17;
+
+    fn malformed(self) -> Malformed {
+        Malformed(HEADERS.get(self as usize).map_or("", |(name, _)| name))
+    }
 }
 
 /// The privileged headers of a request.
@@ -122,8 +126,7 @@ impl<'a> Said<'a> {
         let text = std::str::from_utf8(value)
             .ok()
             .filter(|text| !text.is_empty());
-        let at = HEADERS.get(name as usize).map_or("", |(name, _)| name);
-        text.map(Some).ok_or(Malformed(at))
+        text.map(Some).ok_or(name.malformed())
     }
 
     /// The elements of a list whose elements are separated by commas.
@@ -138,15 +141,12 @@ impl<'a> Said<'a> {
         };
         // Half of a list would leave out what the other half asks for.
         if self.repeated.get(name as usize) == Some(&true) {
-            return Err(Malformed(
-                HEADERS.get(name as usize).map_or("", |(name, _)| name),
-            ));
+            return Err(name.malformed());
         }
         let elements = text.split(',').map(str::trim).filter(|e| !e.is_empty());
         let list: Option<Vec<T>> = elements.take(most + 1).map(read).collect();
-        let at = HEADERS.get(name as usize).map_or("", |(name, _)| name);
         let list = list.filter(|list| list.len() <= most);
-        list.map(Some).ok_or(Malformed(at))
+        list.map(Some).ok_or(name.malformed())
     }
 
     /// The worker's id.
