@@ -414,7 +414,7 @@ mod tests {
     use super::*;
     use crate::id::{OwnerId, Role, Slot};
     use crate::policy::Scoring;
-    use crate::table::{Owner, Traits};
+    use crate::table::{Metadata, Owner, Traits};
 
     fn candidates(overlaps: &[u32]) -> Vec<Candidate> {
         let make = |(owner, depth): (usize, &u32)| Candidate {
@@ -548,6 +548,7 @@ mod tests {
             endpoint: format!("10.0.0.{i}:8000"),
             accepting: true,
             traits: Traits::default(),
+            metadata: Metadata::default(),
         });
         let pool = Pool {
             name: "p".into(),

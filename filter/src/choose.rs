@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 
+use kv_core::constraint::Pin;
 use kv_core::cost::Demand;
 use kv_core::decide::{self, Candidate, Price, Request, Scored};
 use kv_core::delay::{self, Pace};
@@ -22,7 +23,6 @@ use hashbrown::HashMap;
 use crate::board::Glimpse;
 use crate::bookings::{Bookings, Place, Tentative};
 use crate::fleet::Served;
-use crate::hints::Pin;
 use crate::host::Host;
 use crate::metrics::{Event, Metrics, Timing};
 use crate::reason::Reason;

@@ -6,6 +6,7 @@ mod bridge;
 mod delay;
 mod direct;
 mod failures;
+mod hints;
 mod load;
 mod noise;
 mod reports;
@@ -228,6 +229,7 @@ fn owner(slot: u16) -> Owner {
         endpoint: endpoint(slot),
         accepting: true,
         traits: Traits::default(),
+        metadata: kv_core::table::Metadata::default(),
     }
 }
 

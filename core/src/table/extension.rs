@@ -1,8 +1,9 @@
 //! What the worker table says besides what the first release's filter reads of it.
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::{Table, Traits};
+use super::{Metadata, Table, Traits};
 use crate::delay::Weights;
 use crate::family::Scheme;
 use crate::id::Slot;
@@ -25,6 +26,9 @@ struct OfPool {
     families: Vec<Scheme>,
     stores: Vec<Slot>,
     shared_cache_multiplier: f64,
+    /// By position of the owner in its pool.
+    metadata: Vec<Metadata>,
+    trusted_sources: Vec<IpNet>,
     overlap_score_credit_decay: f64,
     scoring: Scoring,
     delay: Weights,
@@ -41,6 +45,8 @@ impl Extension {
             families: pool.families.clone(),
             stores: pool.stores.clone(),
             shared_cache_multiplier: pool.policy.shared_cache_multiplier,
+            metadata: pool.owners.iter().map(|o| o.metadata.clone()).collect(),
+            trusted_sources: pool.trusted_sources.clone(),
             overlap_score_credit_decay: pool.policy.overlap_score_credit_decay,
             scoring: pool.policy.scoring,
             delay: pool.policy.delay,
@@ -55,6 +61,7 @@ impl Extension {
             pool.policy.scoring = more.scoring;
             pool.policy.delay = more.delay;
             pool.trusts_hints = more.trusts_hints;
+            pool.trusted_sources = more.trusted_sources;
             pool.device_ratio = more.device_ratio;
             pool.families = more.families;
             pool.stores = more.stores;
@@ -62,6 +69,9 @@ impl Extension {
             pool.text = more.text;
             for (owner, traits) in pool.owners.iter_mut().zip(more.owners) {
                 owner.traits = traits;
+            }
+            for (owner, metadata) in pool.owners.iter_mut().zip(more.metadata) {
+                owner.metadata = metadata;
             }
         }
     }

@@ -221,6 +221,7 @@ impl Pool {
             policy: self.config.policy,
             owners,
             trusts_hints: self.config.trusts_hints,
+            trusted_sources: self.config.trusted_sources.clone(),
             device_ratio: self.config.device_ratio,
             stores: stores.collect(),
             text: self.config.tokenizer.as_ref().map(|t| t.budget),
@@ -291,6 +292,7 @@ impl Worker {
                     prefill_rate: owner.prefill_rate,
                     prefill_ns_per_token: owner.prefill_ns_per_token,
                 },
+                metadata: self.config.metadata.clone(),
             })
         })
     }
