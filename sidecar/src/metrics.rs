@@ -222,6 +222,8 @@ metrics! {
     /// ([`crate::decision::Verdict`]). `not_least` is a defect; much `overlap` or `load`: filters
     /// learn too late.
     shadow: Family<Outcome, Counter> = Family::default(), "shadow", None, "Decisions against the exact state";
+    /// `kv_router_regret_milliseconds`: the same of predicted delays.
+    regret_delay: Histogram = Histogram::new(regret_buckets()), "regret_milliseconds", None, "Exact predicted delay of the choice above the least";
     /// `kv_router_regret_blocks`: exact cost of the choice less the least exact cost.
     regret: Histogram = Histogram::new(regret_buckets()), "regret_blocks", None, "Exact cost of the choice above the least";
     /// `kv_router_predicted_blocks`: blocks predicted for owners of pools without KV events.
@@ -264,12 +266,14 @@ metrics! {
     /// `kv_router_filter_revivals_total{kind}`: filter configurations rewritten because a VM had
     /// trapped, kind `replaced`, `failed`. A trap is a defect: Envoy's log has its message.
     revivals: Family<Kind, Counter> = Family::default(), "filter_revivals", None, "Rewritten filter configurations";
+    /// `kv_router_configuration_pending`: whether the file says something that is not in effect.
+    configuration_pending: Gauge = Gauge::default(), "configuration_pending", None, "Whether the configuration file says something that is not in effect";
     /// `kv_router_config_reloads_total{kind}`: changes of the file, kind `applied`, `refused`,
     /// `restart_needed`.
     reloads: Family<Kind, Counter> = Family::default(), "config_reloads", None, "Configuration changes";
 }
 
-/// Nothing at all, then doubling from half a block.
+/// Nothing at all, then doubling from half a block or half a millisecond.
 fn regret_buckets() -> impl Iterator<Item = f64> {
     std::iter::once(0.0).chain(exponential_buckets(0.5, 2.0, 14))
 }

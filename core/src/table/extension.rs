@@ -27,12 +27,12 @@ struct OfPool {
     families: Vec<Scheme>,
     stores: Vec<Slot>,
     shared_cache_multiplier: f64,
-    overlap_score_credit_decay: f64,
-    scoring: Scoring,
-    delay: Weights,
     /// By position of the owner in its pool.
     metadata: Vec<Metadata>,
     trusted_sources: Vec<IpNet>,
+    overlap_score_credit_decay: f64,
+    scoring: Scoring,
+    delay: Weights,
     affinity: Option<Affinity>,
 }
 
@@ -47,11 +47,11 @@ impl Extension {
             families: pool.families.clone(),
             stores: pool.stores.clone(),
             shared_cache_multiplier: pool.policy.shared_cache_multiplier,
+            metadata: pool.owners.iter().map(|o| o.metadata.clone()).collect(),
+            trusted_sources: pool.trusted_sources.clone(),
             overlap_score_credit_decay: pool.policy.overlap_score_credit_decay,
             scoring: pool.policy.scoring,
             delay: pool.policy.delay,
-            metadata: pool.owners.iter().map(|o| o.metadata.clone()).collect(),
-            trusted_sources: pool.trusted_sources.clone(),
             affinity: pool.affinity.clone(),
         });
         Self(pools.collect())

@@ -15,9 +15,9 @@ use kv_core::tracker::Tracking;
 
 use super::error::{ConfigErrors, Problem};
 use super::file;
-use super::file::{Compat, File};
+use super::file::File;
 use super::layer::Layer;
-use super::{Config, DEFAULT_POOL, DynamoPlane, Indexer, Nats, Pool, Tokenizer, Worker};
+use super::{Config, DynamoPlane, Indexer, Nats, Pool, Tokenizer, Worker};
 use crate::ingest::subject::{Template, TemplateError};
 use crate::load;
 
@@ -41,7 +41,6 @@ pub(super) fn check(
         endpoints: HashMap::new(),
         streams: HashMap::new(),
         served: HashMap::new(),
-        compat: file.compat,
     };
     let config = check.file(file);
     if check.problems.is_empty() {
@@ -59,7 +58,6 @@ pub(super) struct Check {
     endpoints: HashMap<SocketAddr, String>,
     pub(super) streams: HashMap<String, String>,
     served: HashMap<String, String>,
-    compat: Option<Compat>,
 }
 
 impl Check {
@@ -81,8 +79,7 @@ impl Check {
             let why = "needs router_track_active_blocks";
             self.refuse("router_track_output_blocks", true, why);
         }
-        // The short form has its pool's keys at the top level.
-        let is_short = matches!(file.pools.as_slice(), [only] if only.name == DEFAULT_POOL);
+        let is_short = file.is_short();
         let pools = file.pools.iter().enumerate().map(|(i, pool)| {
             let prefix = if is_short {
                 String::new()
@@ -92,6 +89,7 @@ impl Check {
             self.pool(pool, &prefix, i == 0, tracking)
         });
         Config {
+            file: file.clone(),
             pools: pools.collect(),
             listen,
             admin: self.address("admin", &file.admin, "must be ip:port"),
@@ -363,17 +361,9 @@ impl Check {
         }
     }
 
-    /// What the mode kv compares in a pool. Knobs that it does not have would do nothing.
-    fn scoring(&mut self, pool: &file::Pool, prefix: &str) -> Scoring {
-        let scoring = pool.policy.unwrap_or(match self.compat {
-            Some(Compat::Dynamo) => Scoring::Dynamo,
-            None => Scoring::PredictedDelay,
-        });
-        if self.compat.is_some() && scoring == Scoring::PredictedDelay {
-            let why = "excludes the key compat";
-            self.refuse(format!("{prefix}policy"), "predicted-delay", why);
-        }
-        if pool.router_mode == Mode::Kv && scoring == Scoring::PredictedDelay {
+    /// Knobs that what the mode kv compares does not have would do nothing.
+    fn knobs(&mut self, pool: &file::Pool, prefix: &str) {
+        if pool.router_mode == Mode::Kv && pool.policy == Scoring::PredictedDelay {
             let if_set = |weight: f64| (weight > 0.0).then_some(weight);
             let knobs = [
                 ("kv_overlap_score_weight", pool.kv_overlap_score_weight),
@@ -394,7 +384,6 @@ impl Check {
                 }
             }
         }
-        scoring
     }
 
     fn policy(&mut self, pool: &file::Pool, prefix: &str) -> Policy {
@@ -404,6 +393,7 @@ impl Check {
             let why = "excludes prefill_load_scale and overlap_score_credit";
             self.refuse(format!("{prefix}kv_overlap_score_weight"), weight, why);
         }
+        self.knobs(pool, prefix);
         let defaults = Policy::default();
         let (scale, credit) = match pool.kv_overlap_score_weight {
             Some(0.0) => (0.0, 0.0),
@@ -425,7 +415,7 @@ impl Check {
             shared_cache_multiplier: pool.shared_cache_multiplier,
             decode_active_request_weight: pool.decode_active_request_weight,
             overlap_score_credit_decay: pool.overlap_score_credit_decay,
-            scoring: self.scoring(pool, prefix),
+            scoring: pool.policy,
             delay: delay(&pool.predicted_delay),
             ..defaults
         }
