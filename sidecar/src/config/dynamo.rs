@@ -40,7 +40,6 @@ const NOT_DISAGGREGATED: &str = "prefill and decode are not split over workers: 
 const NO_PLUGINS: &str =
     "policies are keys of a pool, not plugins: set policy and its weights there";
 const QUEUE: &str = "requests are not held back: envoy's circuit breakers bound them";
-const AFFINITY: &str = "sessions are not bound to workers: their prefix leads them back";
 const THRESHOLDS: &str =
     "no worker counts as too busy: envoy's circuit breakers bound its requests";
 const NO_SHARED_TABLE: &str =
@@ -116,20 +115,6 @@ pub(super) static SETTINGS: &[Setting] = &[
         &["DYN_DECODE_FALLBACK"],
         &["true", "false"],
         NOT_DISAGGREGATED,
-    ),
-    refused(
-        Kind::Number,
-        &["router-session-affinity-ttl-secs"],
-        &["DYN_ROUTER_SESSION_AFFINITY_TTL_SECS"],
-        &[],
-        AFFINITY,
-    ),
-    refused(
-        Kind::Text,
-        &["router-session-affinity-mode"],
-        &["DYN_ROUTER_SESSION_AFFINITY_MODE"],
-        &[],
-        AFFINITY,
     ),
     refused(
         Kind::Switch(&["no-serve-indexer"]),
