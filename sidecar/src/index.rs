@@ -89,6 +89,8 @@ const TICK: Duration = Duration::from_millis(100);
 const BEAT_TICKS: u32 = 5;
 /// Ticks between two snapshots to disk, and between two looks at what was learned of workers.
 const SAVE_TICKS: u32 = 100;
+/// Ticks between two looks for sessions whose time is over.
+const SESSION_TICKS: u32 = 5;
 /// How long a fresh index waits for the engines' snapshots before it counts as complete.
 const RECOVERY: Duration = Duration::from_secs(15);
 /// Protocol version from which on proxies report their load and are told about it.
@@ -480,7 +482,9 @@ impl Service {
     fn tick(&mut self, tick: u32) {
         self.look_after_repairs();
         self.sweep_loads();
-        self.sweep_sessions();
+        if tick.is_multiple_of(SESSION_TICKS) {
+            self.sweep_sessions();
+        }
         self.tick_health();
         self.tick_peers(tick);
         self.expire_predictions();

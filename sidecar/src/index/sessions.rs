@@ -1,6 +1,6 @@
 //! The sessions of all proxies: who has them, told to every Envoy.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use kv_core::affinity::{Bindings, Saved, Session};
 use kv_core::id::OwnerId;
@@ -94,8 +94,9 @@ impl Service {
                 self.sessions.bindings.over(session, now_ms);
             }
         }
-        let tables = &self.tables;
-        let stays = |owner: OwnerId| takes_requests(tables, owner);
+        let owners = self.tables.iter().flat_map(|pool| &pool.owners);
+        let accepting: HashSet<OwnerId> = owners.filter(|o| o.accepting).map(|o| o.id).collect();
+        let stays = |owner: OwnerId| accepting.contains(&owner);
         let over = self.sessions.bindings.sweep(now_ms, stays);
         let outcome = "released";
         let label = metrics::Outcome { outcome };
