@@ -11,6 +11,7 @@ mod load;
 mod noise;
 mod reports;
 mod requests;
+mod sessions;
 mod staleness;
 mod text;
 
