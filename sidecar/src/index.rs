@@ -133,6 +133,9 @@ pub struct Service {
     epoch: u32,
     table_version: u64,
     is_restored: bool,
+    min_initial_workers: u32,
+    /// Whether so many workers have been there.
+    is_staffed: bool,
     /// Whether a peer's index was taken over.
     is_bootstrapped: bool,
     ready: bool,
@@ -217,6 +220,8 @@ impl Service {
             epoch,
             table_version: 0,
             is_restored,
+            min_initial_workers: config.min_initial_workers,
+            is_staffed: false,
             is_bootstrapped: false,
             ready: false,
             started: Instant::now(),
@@ -499,6 +504,8 @@ impl Service {
     /// A restored index is complete enough; a fresh one once every engine that answers has
     /// answered, or after [`RECOVERY`].
     fn check_ready(&mut self) {
+        let wanted = usize::try_from(self.min_initial_workers).unwrap_or(usize::MAX);
+        self.is_staffed = self.is_staffed || self.workers_there() >= wanted;
         if self.ready {
             return;
         }

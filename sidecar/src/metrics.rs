@@ -205,6 +205,18 @@ metrics! {
     worker_changes: Family<Kind, Counter> = Family::default(), "worker_changes", None, "Workers left out and taken back";
     /// `kv_router_workers_out`: workers that take no requests because they fail.
     workers_out: Gauge = Gauge::default(), "workers_out", None, "Workers that take no requests because they fail";
+    /// `kv_router_registrations_total{kind}`: what workers said of themselves, kind `joined`,
+    /// `changed`, `renewed`, `left`, `refused`, and leases that ran out, kind `expired`.
+    registrations: Family<Kind, Counter> = Family::default(), "registrations", None, "What workers said of themselves";
+    /// `kv_router_registered_workers`: workers under a lease.
+    registered: Gauge = Gauge::default(), "registered_workers", None, "Workers under a lease";
+    /// `kv_router_dns_lookups_total{kind}`: lookups of workers' names, kind `found`, `failed`. While
+    /// they fail, the workers found before stay.
+    lookups: Family<Kind, Counter> = Family::default(), "dns_lookups", None, "Lookups of workers' names";
+    /// `kv_router_endpoint_discovery_total{kind}`: what went on between Envoys and the endpoints they
+    /// are served: streams `opened`, responses `sent`, `taken`, `refused`, requests `malformed` or
+    /// for an `other_type`.
+    discovery: Family<Kind, Counter> = Family::default(), "endpoint_discovery", None, "Endpoints served to Envoys";
     /// `kv_router_bookings`: requests booked, over all Envoys.
     bookings: Gauge = Gauge::default(), "bookings", None, "Requests booked";
     /// `kv_router_active_blocks{pool,worker,rank}`: distinct blocks in use on an owner.

@@ -197,7 +197,10 @@ impl Pool {
     #[must_use]
     pub(super) fn table(&self, ejection: &Ejection) -> table::Pool {
         let workers = self.workers.values();
-        let owners = workers.flat_map(|worker| worker.table(ejection.is_in(worker.config.id)));
+        let owners = workers.flat_map(|worker| {
+            let is_in = ejection.is_in(worker.config.id);
+            worker.table(is_in && !worker.config.draining)
+        });
         let mut owners: Vec<table::Owner> = owners.collect();
         owners.sort_unstable_by_key(|owner| owner.slot);
         let is_store = |worker: &&Worker| worker.config.role == Role::Store;

@@ -9,7 +9,7 @@ use serde::Serialize;
 use tokio::sync::oneshot;
 
 use super::DEFAULT_GROUP;
-use crate::config::{Config, Events, Pool, Socket, Worker, ZmqAddress};
+use crate::config::{Config, Events, Pool, Socket, Source, Worker, ZmqAddress};
 use crate::ingest::engine::media::Media;
 
 /// Pools for models that the configuration doesn't name. An empty one is used again.
@@ -213,6 +213,7 @@ impl Registry {
                 families: Vec::new(),
                 image_token: None,
                 workers: Vec::new(),
+                dns: Vec::new(),
                 routing_group: Some(partition.group.clone()),
             }));
         for (id, registered) in &self.workers {
@@ -232,6 +233,8 @@ impl Registry {
                     device: Device::default(),
                     ranks: registered.ranks(),
                     metadata: Metadata::default(),
+                    draining: false,
+                    source: Source::Indexer,
                     events: Some(Events::Sockets(registered.sockets.clone())),
                 });
             }
