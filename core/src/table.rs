@@ -65,6 +65,10 @@ pub struct Pool {
     /// device-aware-weighted; 0 counts as 1.
     #[serde(skip)]
     pub device_ratio: u32,
+    /// How long the share of a worker grows that is there for the first time, milliseconds; 0 for
+    /// none that does.
+    #[serde(skip)]
+    pub slow_start_ms: u32,
     /// Families in which blocks are looked up besides Dynamo's.
     #[serde(skip)]
     pub families: Vec<Scheme>,
@@ -105,6 +109,8 @@ pub struct Traits {
     pub device: Device,
     /// Prompt tokens that it prefills in a second, queueing included; 0 where not known.
     pub prefill_rate: u32,
+    /// Since when it takes requests, Unix milliseconds; 0 where it always has.
+    pub since_ms: u64,
 }
 
 /// Which pool serves a model, and as what.
@@ -211,6 +217,7 @@ mod tests {
                         traits: Traits {
                             device: Device::Cpu,
                             prefill_rate: 9_000,
+                            since_ms: u64::MAX,
                         },
                         metadata: Metadata {
                             taints: vec!["spot".into()],
@@ -221,6 +228,7 @@ mod tests {
                     }],
                     trusts_hints: true,
                     device_ratio: 8,
+                    slow_start_ms: 5_000,
                     ..Pool::default()
                 },
             ],

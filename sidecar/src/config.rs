@@ -72,6 +72,10 @@ pub struct Config {
     pub load: load::Settings,
     /// Whether workers that fail are left out.
     pub eject_workers: bool,
+    /// Share of a pool's workers that stay though they fail.
+    pub eject_floor: f64,
+    /// How workers are asked whether they are well, if they are.
+    pub health_check: Option<HealthCheck>,
     /// Which workers may register at run time, if any.
     pub registration: Option<Registration>,
     /// Workers that have to be there before the sidecar counts as ready for the first time.
@@ -80,6 +84,19 @@ pub struct Config {
     pub settings: Settings,
     /// The pools, at least one; the first serves requests that name no known model.
     pub pools: Vec<Pool>,
+}
+
+/// How workers are asked whether they are well.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// Path of a GET.
+    pub path: String,
+    /// Time between two, milliseconds.
+    pub interval_ms: u64,
+    /// How long an answer may take, milliseconds.
+    pub timeout_ms: u64,
+    /// Bad answers in a row after which a worker is left out.
+    pub unwell_after: u32,
 }
 
 /// Workers that may register at run time.
@@ -116,7 +133,7 @@ pub struct Nats {
     /// JetStream stream that keeps them; they are read from there.
     pub json_stream: Option<String>,
     /// Subject on which workers register.
-    pub workers: Option<Template>,
+    pub workers: Option<Box<Template>>,
     /// Whether load is exchanged with other sidecars and Dynamo's routers; needs `dynamo`.
     pub replica_sync: bool,
     /// Credentials file.
@@ -181,6 +198,8 @@ pub struct Pool {
     pub trusts_hints: bool,
     /// Requests on a worker with an accelerator for each on one without.
     pub device_ratio: u32,
+    /// How long the share of a worker grows that joins, milliseconds.
+    pub slow_start_ms: u32,
     /// How prompts that are text are read.
     pub tokenizer: Option<Tokenizer>,
     /// The workers.
@@ -274,7 +293,7 @@ impl Worker {
 ///
 /// # Errors
 /// Everything that is wrong with it.
-pub fn worker(said: Value) -> Result<Worker, ConfigErrors> {
+pub fn worker(said: &Value) -> Result<Worker, ConfigErrors> {
     let mut root = json!({"pools": [{"name": DEFAULT_POOL, "workers": [said]}]});
     let problems = schema::prune(&mut root);
     let problems = problems.into_iter().map(Problem::of_worker).collect();
@@ -363,6 +382,8 @@ impl Config {
         Self {
             settings: next.settings,
             registration: next.registration,
+            eject_floor: next.eject_floor,
+            health_check: next.health_check,
             pools: if is_same_shape {
                 next.pools.into_iter().map(tracked).collect()
             } else {

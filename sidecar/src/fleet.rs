@@ -131,7 +131,7 @@ impl Fleet {
         let expired = async {
             match expiry {
                 Some(at) => {
-                    tokio::time::sleep_until(self.started + Duration::from_millis(at)).await
+                    tokio::time::sleep_until(self.started + Duration::from_millis(at)).await;
                 }
                 None => std::future::pending().await,
             }

@@ -53,9 +53,10 @@ use tokio_util::sync::CancellationToken;
 use crate::config::{self, Config};
 use crate::decision::{Decisions, Past};
 use crate::dump::Line;
-use crate::ejection::Ejection;
+use crate::ejection::{Ejection, Look};
 use crate::ingest::{Arrival, Plane};
 use crate::load::{Accounts, ProxyId};
+use crate::look::Looker;
 use crate::metrics::{Kind, Metrics};
 use crate::state::{self, Restored};
 
@@ -121,8 +122,13 @@ pub struct Service {
     ejection: Ejection,
     /// Whether workers that fail are left out.
     ejects: bool,
+    /// Share of a pool's workers that stay though they fail.
+    eject_floor: f64,
+    looker: Looker,
+    /// When each worker is looked at next.
+    next_looks: HashMap<WorkerId, u64>,
     /// Looks at workers under way, at most one to each.
-    probes: JoinSet<(WorkerId, bool)>,
+    probes: JoinSet<(WorkerId, Look)>,
     peering: Option<peering::Peering>,
     loads_version: u64,
     /// When proxies are to be told about load; `None` while nothing has changed.
@@ -211,6 +217,9 @@ impl Service {
             underway: underway::Underway::default(),
             ejection: Ejection::default(),
             ejects: config.eject_workers,
+            eject_floor: config.eject_floor,
+            looker: Looker::new(config.health_check.clone()),
+            next_looks: HashMap::new(),
             probes: JoinSet::new(),
             peering: None,
             loads_version: 0,
@@ -291,8 +300,8 @@ impl Service {
                 }
                 () = at(flush_at) => self.flush(),
                 () = at(self.loads_at) => self.publish_loads(),
-                Some(Ok((worker, is_there))) = self.probes.join_next() => {
-                    self.worker_probed(worker, is_there);
+                Some(Ok((worker, look))) = self.probes.join_next() => {
+                    self.worker_looked_at(worker, look);
                 }
                 Some(arrival) = arrivals.recv() => self.arrived(arrival),
                 () = std::future::ready(()), if self.saving.is_under_way() => self.save_step(),
@@ -400,8 +409,15 @@ impl Service {
     /// Removed workers' pages go out before the table that drops them or gives their slots away.
     fn configure(&mut self, config: &Config, written: oneshot::Sender<()>) {
         self.settings = config.settings;
+        self.eject_floor = config.eject_floor;
+        self.looker = Looker::new(config.health_check.clone());
         self.add_pools(config);
         let change = self.roster.update(&config.pools);
+        for worker in &change.joined {
+            if let Some((_, worker)) = self.roster.worker(*worker) {
+                worker.since_ms = unix_ms();
+            }
+        }
         for (pool, slot) in &change.removed {
             self.drop_blocks(*pool, *slot);
         }

@@ -17,6 +17,7 @@ pub mod index;
 pub mod indexer;
 pub mod ingest;
 pub mod load;
+pub mod look;
 pub mod metrics;
 pub mod peers;
 pub mod serve;

@@ -199,8 +199,8 @@ metrics! {
     /// `kv_router_worker_failures_total{kind}`: requests that a worker failed, kind `unreached`,
     /// `broken`, `status` ([`kv_core::report::Failure`]).
     worker_failures: Family<Kind, Counter> = Family::default(), "worker_failures", None, "Requests that a worker failed";
-    /// `kv_router_worker_changes_total{kind}`: workers left out, kind `unreachable` or `failing`
-    /// ([`crate::ejection::Why`]), taken back, kind `returned`, or kept because too few others were
+    /// `kv_router_worker_changes_total{kind}`: workers left out, kind `unreachable`, `failing` or
+    /// `unwell` ([`crate::ejection::Why`]), taken back, kind `returned`, or kept because too few others were
     /// left, kind `spared`.
     worker_changes: Family<Kind, Counter> = Family::default(), "worker_changes", None, "Workers left out and taken back";
     /// `kv_router_workers_out`: workers that take no requests because they fail.

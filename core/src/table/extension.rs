@@ -25,6 +25,7 @@ struct OfPool {
     shared_cache_multiplier: f64,
     /// By position of the owner in its pool.
     metadata: Vec<Metadata>,
+    slow_start_ms: u32,
 }
 
 impl Extension {
@@ -39,6 +40,7 @@ impl Extension {
             stores: pool.stores.clone(),
             shared_cache_multiplier: pool.policy.shared_cache_multiplier,
             metadata: pool.owners.iter().map(|o| o.metadata.clone()).collect(),
+            slow_start_ms: pool.slow_start_ms,
         });
         Self(pools.collect())
     }
@@ -52,6 +54,7 @@ impl Extension {
             pool.stores = more.stores;
             pool.policy.shared_cache_multiplier = more.shared_cache_multiplier;
             pool.text = more.text;
+            pool.slow_start_ms = more.slow_start_ms;
             for (owner, traits) in pool.owners.iter_mut().zip(more.owners) {
                 owner.traits = traits;
             }

@@ -16,8 +16,8 @@ use super::file;
 use super::file::File;
 use super::layer::Layer;
 use super::{
-    Config, DEFAULT_POOL, Dns, DynamoPlane, Indexer, Nats, Pool, Registration, Source, Tokenizer,
-    Worker,
+    Config, DEFAULT_POOL, Dns, DynamoPlane, HealthCheck, Indexer, Nats, Pool, Registration, Source,
+    Tokenizer, Worker,
 };
 use crate::ingest::subject::{Template, TemplateError};
 use crate::load;
@@ -100,6 +100,10 @@ impl Check {
             let why = "needs `registration`, which says who may";
             self.refuse("nats.workers_subject", subject, why);
         }
+        if file.health_check.is_some() && !file.eject_workers {
+            let why = "needs eject_workers, or nothing comes of it";
+            self.refuse("health_check", "{...}", why);
+        }
         // The short form has its pool's keys at the top level.
         let is_short = matches!(file.pools.as_slice(), [only] if only.name == DEFAULT_POOL);
         let pools = file.pools.iter().enumerate().map(|(i, pool)| {
@@ -131,6 +135,8 @@ impl Check {
                 expiry_ms: milliseconds(file.active_request_expiry_secs),
             },
             eject_workers: file.eject_workers,
+            eject_floor: file.eject_floor,
+            health_check: file.health_check.as_ref().map(health_check),
             registration: file.registration.as_ref().map(|r| self.registration(r)),
             min_initial_workers: file.router_min_initial_workers,
             settings: Settings {
@@ -230,6 +236,7 @@ impl Check {
         };
         let json = template("nats.json_subject", nats.json_subject.as_deref());
         let workers = template("nats.workers_subject", nats.workers_subject.as_deref());
+        let workers = workers.map(Box::new);
         if let (Some(stream), None) = (&nats.json_stream, &nats.json_subject) {
             let why = "needs nats.json_subject, which it keeps";
             self.refuse("nats.json_stream", stream, why);
@@ -340,6 +347,7 @@ impl Check {
             routing_group: None,
             trusts_hints: pool.trust_hints,
             device_ratio: pool.encoder_cuda_to_cpu_ratio,
+            slow_start_ms: u32::try_from(milliseconds(pool.slow_start_secs)).unwrap_or(u32::MAX),
         }
     }
 
@@ -459,6 +467,15 @@ impl Check {
         why: &str,
     ) {
         self.problems.push(Problem::value(path, value, why));
+    }
+}
+
+fn health_check(check: &file::HealthCheck) -> HealthCheck {
+    HealthCheck {
+        path: check.path.clone(),
+        interval_ms: milliseconds(check.interval_secs),
+        timeout_ms: milliseconds(check.timeout_secs),
+        unwell_after: check.unwell_after,
     }
 }
 

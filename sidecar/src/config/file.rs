@@ -94,6 +94,15 @@ pub struct File {
     /// Whether workers that fail requests are left out until something listens there again. The
     /// sidecar must be able to connect to them. Needs a restart.
     pub eject_workers: bool,
+    /// Share of a pool's workers that go on taking requests however many of them fail or are not
+    /// well. Where nothing listens, a worker is left out all the same, but for the last.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub eject_floor: f64,
+    /// How workers are asked whether they are well; without it they are only looked at when a
+    /// request did not reach them. Needs `eject_workers`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "HealthCheck")]
+    pub health_check: Option<HealthCheck>,
     /// Workers that may register at run time. Without it none may.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Registration")]
@@ -134,6 +143,8 @@ impl Default for File {
             router_assume_kv_reuse: true,
             active_request_expiry_secs: 300.0,
             eject_workers: true,
+            eject_floor: 0.5,
+            health_check: None,
             registration: None,
             router_min_initial_workers: 0,
             pools: Vec::new(),
@@ -221,6 +232,10 @@ pub struct Pool {
     /// worker without. Mirrors Dynamo's `DYN_ENCODER_CUDA_TO_CPU_RATIO`.
     #[schemars(range(min = 1, max = 1_000_000))]
     pub encoder_cuda_to_cpu_ratio: u32,
+    /// Seconds for which the share of requests grows that a worker gets which joins or comes back,
+    /// from a tenth of its usual share; 0 gives it all at once.
+    #[schemars(range(min = 0.0, max = 3600.0))]
+    pub slow_start_secs: f64,
     /// How prompts that are text are read; without it they are routed by load. Needs a restart, as
     /// everything under `tokenizer` does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -294,6 +309,35 @@ pub enum AddressFamily {
 
 fn refresh_secs() -> f64 {
     5.0
+}
+
+/// How workers are asked whether they are well.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct HealthCheck {
+    /// Path of a GET that a worker answers with a status of 200 to 299 while it is well.
+    #[schemars(regex(pattern = r"^/[!-~]{0,1023}$"))]
+    pub path: String,
+    /// Seconds between two.
+    #[schemars(range(min = 0.1, max = 3600.0))]
+    pub interval_secs: f64,
+    /// Seconds that an answer may take.
+    #[schemars(range(min = 0.01, max = 60.0))]
+    pub timeout_secs: f64,
+    /// Bad answers in a row after which a worker is left out.
+    #[schemars(range(min = 1, max = 100))]
+    pub unwell_after: u32,
+}
+
+impl Default for HealthCheck {
+    fn default() -> Self {
+        Self {
+            path: "/health".into(),
+            interval_secs: 5.0,
+            timeout_secs: 1.0,
+            unwell_after: 3,
+        }
+    }
 }
 
 /// Workers that register at run time.
@@ -388,6 +432,7 @@ impl Default for Pool {
             image_token_id: None,
             trust_hints: false,
             encoder_cuda_to_cpu_ratio: 8,
+            slow_start_secs: 0.0,
             tokenizer: None,
             workers: Vec::new(),
             dns: Vec::new(),

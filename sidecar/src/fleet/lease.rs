@@ -491,7 +491,7 @@ mod tests {
         Config::parse(&text, &[]).unwrap_or_else(|e| panic!("{e}"))
     }
 
-    fn said(id: u64, more: Value) -> Said {
+    fn said(id: u64, more: &Value) -> Said {
         let mut text = json!({"id": id, "endpoint": format!("10.0.0.{id}:80"), "ttl_secs": 5});
         let text = text.as_object_mut().unwrap();
         text.extend(more.as_object().unwrap().clone());
@@ -505,10 +505,10 @@ mod tests {
     #[test]
     fn a_lease_lasts_until_it_is_renewed_no_more() {
         let (base, mut leases) = (base(""), Leases::default());
-        let joined = leases.join(&base, said(2, json!({})), 0).unwrap();
+        let joined = leases.join(&base, said(2, &json!({})), 0).unwrap();
         assert_eq!(joined.outcome, Outcome::Joined);
         assert_eq!(ids(&leases.over(base.clone())), [1, 2]);
-        let again = leases.join(&base, said(2, json!({})), 4_000).unwrap();
+        let again = leases.join(&base, said(2, &json!({})), 4_000).unwrap();
         assert_eq!(again.outcome, Outcome::Renewed);
         assert!(leases.expire(8_999).is_empty());
         assert_eq!(leases.renew(2, 8_999).unwrap().ttl_secs, 5.0);
@@ -524,8 +524,8 @@ mod tests {
     #[test]
     fn what_a_worker_says_anew_is_a_change_and_who_leaves_is_gone() {
         let (base, mut leases) = (base(""), Leases::default());
-        leases.join(&base, said(2, json!({})), 0).unwrap();
-        let drained = leases.join(&base, said(2, json!({"draining": true})), 0);
+        leases.join(&base, said(2, &json!({})), 0).unwrap();
+        let drained = leases.join(&base, said(2, &json!({"draining": true})), 0);
         assert_eq!(drained.unwrap().outcome, Outcome::Changed);
         assert!(leases.list(1_000)[0].draining);
         assert_eq!(leases.list(1_000)[0].left_secs, 4.0);
@@ -573,16 +573,16 @@ mod tests {
             (json!({"model": "llama", "block_size": 16}), ""),
         ];
         for (more, expected) in refused {
-            let outcome = kind(said(7, more.clone())).err().unwrap_or_default();
+            let outcome = kind(said(7, &more)).err().unwrap_or_default();
             assert_eq!(outcome, expected, "{more}");
         }
         for id in [8, 9] {
-            kind(said(id, json!({}))).unwrap();
+            kind(said(id, &json!({}))).unwrap();
         }
-        assert_eq!(kind(said(10, json!({}))).err(), Some("full"));
+        assert_eq!(kind(said(10, &json!({}))).err(), Some("full"));
         let off = Config::parse("workers: []", &[]).unwrap();
         assert_eq!(
-            Leases::default().join(&off, said(7, json!({})), 0),
+            Leases::default().join(&off, said(7, &json!({})), 0),
             Err(RegisterError::Off)
         );
     }
@@ -618,9 +618,9 @@ mod tests {
         let base = base("");
         let mut leases = Leases::restore(file.clone(), &base, 0);
         leases
-            .join(&base, said(2, json!({"taints": ["spot"]})), 0)
+            .join(&base, said(2, &json!({"taints": ["spot"]})), 0)
             .unwrap();
-        leases.join(&base, said(3, json!({})), 0).unwrap();
+        leases.join(&base, said(3, &json!({})), 0).unwrap();
         leases.save();
         let restored = Leases::restore(file.clone(), &base, 1_000_000);
         assert_eq!(restored.next_expiry(), Some(1_005_000));

@@ -56,7 +56,7 @@ impl Said {
             .collect();
         let terms = serde_json::from_value(Value::Object(terms));
         let terms = terms.map_err(|e| RegisterError::Body(e.to_string()))?;
-        let worker = config::worker(Value::Object(worker));
+        let worker = config::worker(&Value::Object(worker));
         let worker = worker.map_err(|e| RegisterError::Body(e.to_string()))?;
         Ok(Self {
             worker,

@@ -45,6 +45,8 @@ pub(super) struct Worker {
     pub(super) streams: BTreeMap<u32, Stream>,
     /// Whether its events agree with what it does.
     pub(super) health: Health,
+    /// Since when it takes requests, Unix milliseconds; 0 for one that was there at the start.
+    pub(super) since_ms: u64,
     /// Owners, by rank.
     pub(super) owners: Vec<Owner>,
 }
@@ -222,6 +224,7 @@ impl Pool {
             owners,
             trusts_hints: self.config.trusts_hints,
             device_ratio: self.config.device_ratio,
+            slow_start_ms: self.config.slow_start_ms,
             stores: stores.collect(),
             text: self.config.tokenizer.as_ref().map(|t| t.budget),
         }
@@ -238,6 +241,7 @@ impl Worker {
             source: Source::default(),
             streams: BTreeMap::new(),
             health: Health::default(),
+            since_ms: 0,
             owners,
         }
     }
@@ -289,6 +293,7 @@ impl Worker {
                 traits: Traits {
                     device: self.config.device,
                     prefill_rate: owner.prefill_rate,
+                    since_ms: self.since_ms,
                 },
                 metadata: self.config.metadata.clone(),
             })

@@ -208,6 +208,7 @@ impl Registry {
                 ttl_ms: 0,
                 trusts_hints: false,
                 device_ratio: 1,
+                slow_start_ms: 0,
                 tokenizer: None,
                 media: Media::default(),
                 families: Vec::new(),
