@@ -5,6 +5,7 @@
 
 mod extension;
 mod metadata;
+mod warmth;
 
 use serde::{Deserialize, Serialize};
 

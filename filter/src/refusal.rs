@@ -1,5 +1,5 @@
 //! Requests that are answered here with an error: no pool serves their model, or the pool's mode asks
-//! for what they do not say.
+//! for what they do not say, or all workers are full.
 
 use kv_core::id::WorkerId;
 use serde_json::json;
@@ -15,11 +15,13 @@ pub enum Refusal {
     HintUntrusted,
     /// No pool serves its model.
     ModelUnknown,
+    /// All workers have as many requests as they take.
+    WorkersFull,
 }
 
 impl Refusal {
     /// Number of kinds.
-    pub const COUNT: usize = 4;
+    pub const COUNT: usize = 5;
 
     /// The kind as an index below [`Refusal::COUNT`].
     #[must_use]
@@ -29,6 +31,7 @@ impl Refusal {
             Self::WorkerUnknown(_) => 1,
             Self::HintUntrusted => 2,
             Self::ModelUnknown => 3,
+            Self::WorkersFull => 4,
         }
     }
 
@@ -41,6 +44,7 @@ impl Refusal {
             Self::HintUntrusted => "hint_untrusted",
             // As OpenAI's API has it.
             Self::ModelUnknown => "model_not_found",
+            Self::WorkersFull => "workers_full",
         }
     }
 
@@ -51,6 +55,7 @@ impl Refusal {
             Self::WorkerMissing | Self::WorkerUnknown(_) => 400,
             Self::HintUntrusted => 403,
             Self::ModelUnknown => 404,
+            Self::WorkersFull => 503,
         }
     }
 
@@ -82,7 +87,13 @@ impl Refusal {
                 "invalid_request_error",
                 "model",
             ),
+            Self::WorkersFull => (
+                "all workers have as many requests as they take".to_owned(),
+                "server_error",
+                "",
+            ),
         };
+        let param = Some(param).filter(|param| !param.is_empty());
         let code = self.name();
         let error = json!({"message": message, "type": kind, "param": param, "code": code});
         json!({"error": error}).to_string()
@@ -100,6 +111,7 @@ mod tests {
             Refusal::WorkerUnknown(u64::MAX),
             Refusal::HintUntrusted,
             Refusal::ModelUnknown,
+            Refusal::WorkersFull,
         ];
         for (i, refusal) in all.into_iter().enumerate() {
             assert_eq!(refusal.index(), i);

@@ -462,6 +462,10 @@ impl Request {
                     &published,
                     &ask,
                 );
+                if choice.is_full {
+                    let model = model.unwrap_or_default();
+                    return self.refuse(router, served.pool, Refusal::WorkersFull, model);
+                }
                 router.send_to(&served.pool.name, choice.endpoints.as_deref());
                 Routed::new(router, Rc::clone(fleet), served, &ask, choice)
             }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use http::{Method, Request};
 use kv_tests::client::{Client, json_request, uri};
-use kv_tests::rude::Rude;
+use kv_tests::rude::{Manner, Rude};
 use kv_tests::stack::{Setup, Stack};
 use kv_tests::wait;
 use serde_json::{Value, json};
@@ -231,6 +231,125 @@ async fn workers_register_over_nats_each_for_itself() {
     );
     say("kv-workers.21", String::new()).await;
     until_there(&stack, &[1]).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_draining_worker_finishes_what_it_runs_and_gets_nothing_more() {
+    let [of_file, other] = [Rude::start(1).await, Rude::start(2).await];
+    let stack = start(&[&of_file], json!({})).await;
+    assert_eq!(register(&stack, 2, other.address, 600.0).await, 201);
+    other.manner.send_replace(Manner::Hang);
+    let mut running = tokio::task::JoinSet::new();
+    for i in 0..8 {
+        let (client, port) = (stack.client.clone(), stack.envoy.port);
+        running.spawn(async move { send(&client, port, i).await });
+    }
+    let read = async || {
+        if other.read() > 0 {
+            Ok(())
+        } else {
+            Err("none")
+        }
+    };
+    wait::until("requests on the worker", read).await;
+    let said = json!({"id": 2, "endpoint": other.address, "ttl_secs": 600, "draining": true});
+    let (status, joined) = ask(&stack, Method::POST, "/v1/workers", &said).await;
+    assert_eq!((status, &joined["outcome"]), (200, &json!("changed")));
+    let there = owners(&stack, "accepting").await;
+    assert_eq!((&there[&1], &there[&2]), (&json!(true), &json!(false)));
+    // Those that hang were sent before.
+    let before = other.read();
+    for i in 0..20 {
+        assert_eq!(send(&stack.client, stack.envoy.port, i).await.0, 200);
+    }
+    assert_eq!(other.read(), before);
+    other.manner.send_replace(Manner::Serve);
+    while let Some(outcome) = running.join_next().await {
+        let (status, record) = outcome.expect("a client");
+        assert_eq!(status, 200, "{record}");
+    }
+    let said = json!({"id": 2, "endpoint": other.address, "ttl_secs": 600});
+    assert_eq!(
+        ask(&stack, Method::PUT, "/v1/workers/2", &said).await.0,
+        200
+    );
+    until_served(&stack, &other).await;
+    stack.idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn workers_get_no_more_requests_than_they_take_over_all_threads() {
+    const MOST: u64 = 3;
+    let workers = [Rude::start(1).await, Rude::start(2).await];
+    let capped = |id: u64| json!({"id": id, "endpoint": workers[id as usize - 1].address, "max_requests": MOST});
+    let stack = Stack::start(&Setup {
+        threads: 4,
+        workers: Vec::new(),
+        more: json!({"workers": [capped(1), capped(2)]}),
+    })
+    .await;
+    for worker in &workers {
+        worker.manner.send_replace(Manner::Hang);
+    }
+    let mut sent = tokio::task::JoinSet::new();
+    let (mut i, mut refused) = (0, 0);
+    while workers.iter().map(Rude::read).sum::<u64>() < 2 * MOST {
+        for _ in 0..16 {
+            i += 1;
+            // A connection of its own each: they come in on all threads.
+            let port = stack.envoy.port;
+            sent.spawn(async move { send(&Client::default(), port, i).await });
+        }
+        // Those that got no place have their answer; the others wait for theirs.
+        let settled = async || {
+            let on_workers = workers.iter().map(Rude::read).sum::<u64>();
+            while let Some(outcome) = sent.try_join_next() {
+                let (status, _) = outcome.expect("a client");
+                assert_eq!(status, 503);
+                refused += 1;
+            }
+            let waiting = sent.len() as u64;
+            if waiting == on_workers {
+                Ok(())
+            } else {
+                Err((waiting, on_workers))
+            }
+        };
+        wait::until("answers to those without a place", settled).await;
+        for worker in &workers {
+            assert!(worker.read() <= MOST, "{} requests", worker.read());
+        }
+    }
+    assert!(refused >= 10);
+    for worker in &workers {
+        worker.manner.send_replace(Manner::Serve);
+    }
+    while let Some(outcome) = sent.join_next().await {
+        assert_eq!(outcome.expect("a client").0, 200);
+    }
+    stack.idle().await;
+    assert_eq!(send(&stack.client, stack.envoy.port, 0).await.0, 200);
+    let reasons = stack.envoy.stats("kv_router_refused_total").await;
+    let reasons = reasons.expect("stats");
+    assert!(
+        reasons
+            .iter()
+            .any(|(name, n)| name.contains("workers_full") && *n == refused)
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_that_joins_gets_a_part_of_its_share_at_first() {
+    let [of_file, cold] = [Rude::start(1).await, Rude::start(2).await];
+    let more = json!({"router_mode": "round-robin", "slow_start_secs": 3600});
+    let stack = start(&[&of_file], more).await;
+    assert_eq!(register(&stack, 2, cold.address, 600.0).await, 201);
+    for i in 0..400 {
+        assert_eq!(send(&stack.client, stack.envoy.port, i).await.0, 200);
+    }
+    // By turns it takes part in a tenth of the decisions and gets half of those: 20 of 400.
+    assert!((1..=100).contains(&cold.read()), "{} requests", cold.read());
+    stack.idle().await;
 }
 
 /// What clients have seen.
