@@ -17,6 +17,7 @@
 
 pub mod approximate;
 pub mod board;
+pub mod constraint;
 pub mod cost;
 pub mod decide;
 pub mod device;

@@ -7,6 +7,7 @@ mod extension;
 mod metadata;
 mod warmth;
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::family::Scheme;
@@ -59,9 +60,12 @@ pub struct Pool {
     pub policy: Policy,
     /// The owners, by slot.
     pub owners: Vec<Owner>,
-    /// Whether any client may name its worker.
+    /// Whether any client's privileged hints count.
     #[serde(skip)]
     pub trusts_hints: bool,
+    /// Addresses whose privileged hints count.
+    #[serde(skip)]
+    pub trusted_sources: Vec<IpNet>,
     /// How many requests a worker with an accelerator takes for each of one without, in the mode
     /// device-aware-weighted; 0 counts as 1.
     #[serde(skip)]
@@ -228,6 +232,7 @@ mod tests {
                         },
                     }],
                     trusts_hints: true,
+                    trusted_sources: vec!["10.0.0.0/8".parse().unwrap()],
                     device_ratio: 8,
                     slow_start_ms: 5_000,
                     ..Pool::default()

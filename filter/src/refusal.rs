@@ -15,13 +15,17 @@ pub enum Refusal {
     HintUntrusted,
     /// No pool serves its model.
     ModelUnknown,
+    /// It names a rank and no worker.
+    RankAlone,
+    /// A hint of a trusted client can't be read: this one.
+    HintMalformed(&'static str),
     /// All workers have as many requests as they take.
     WorkersFull,
 }
 
 impl Refusal {
     /// Number of kinds.
-    pub const COUNT: usize = 5;
+    pub const COUNT: usize = 7;
 
     /// The kind as an index below [`Refusal::COUNT`].
     #[must_use]
@@ -31,7 +35,9 @@ impl Refusal {
             Self::WorkerUnknown(_) => 1,
             Self::HintUntrusted => 2,
             Self::ModelUnknown => 3,
-            Self::WorkersFull => 4,
+            Self::RankAlone => 4,
+            Self::HintMalformed(_) => 5,
+            Self::WorkersFull => 6,
         }
     }
 
@@ -44,6 +50,8 @@ impl Refusal {
             Self::HintUntrusted => "hint_untrusted",
             // As OpenAI's API has it.
             Self::ModelUnknown => "model_not_found",
+            Self::RankAlone => "rank_alone",
+            Self::HintMalformed(_) => "hint_malformed",
             Self::WorkersFull => "workers_full",
         }
     }
@@ -52,7 +60,10 @@ impl Refusal {
     #[must_use]
     pub fn status(self) -> u32 {
         match self {
-            Self::WorkerMissing | Self::WorkerUnknown(_) => 400,
+            Self::WorkerMissing
+            | Self::WorkerUnknown(_)
+            | Self::RankAlone
+            | Self::HintMalformed(_) => 400,
             Self::HintUntrusted => 403,
             Self::ModelUnknown => 404,
             Self::WorkersFull => 503,
@@ -87,6 +98,16 @@ impl Refusal {
                 "invalid_request_error",
                 "model",
             ),
+            Self::RankAlone => (
+                "nvext.dp_rank needs a worker that it is a rank of".to_owned(),
+                "invalid_request_error",
+                "nvext.dp_rank",
+            ),
+            Self::HintMalformed(hint) => (
+                format!("{hint} can't be read"),
+                "invalid_request_error",
+                hint,
+            ),
             Self::WorkersFull => (
                 "all workers have as many requests as they take".to_owned(),
                 "server_error",
@@ -111,6 +132,8 @@ mod tests {
             Refusal::WorkerUnknown(u64::MAX),
             Refusal::HintUntrusted,
             Refusal::ModelUnknown,
+            Refusal::RankAlone,
+            Refusal::HintMalformed("x-kv-required-taints"),
             Refusal::WorkersFull,
         ];
         for (i, refusal) in all.into_iter().enumerate() {

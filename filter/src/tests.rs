@@ -5,6 +5,7 @@ mod board;
 mod bridge;
 mod direct;
 mod failures;
+mod hints;
 mod load;
 mod noise;
 mod reports;

@@ -16,6 +16,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use ipnet::IpNet;
 use kv_core::id::{Device, OwnerId, Role, WorkerId};
 use kv_core::policy::Policy;
 use kv_core::table::{Metadata, Settings};
@@ -194,8 +195,10 @@ pub struct Pool {
     pub families: Vec<FamilyUse>,
     /// The model's placeholder token of images, where requests have it replaced.
     pub image_token: Option<u32>,
-    /// Whether any client may name its worker.
+    /// Whether any client's privileged hints count.
     pub trusts_hints: bool,
+    /// Addresses whose privileged hints count.
+    pub trusted_sources: Vec<IpNet>,
     /// Requests on a worker with an accelerator for each on one without.
     pub device_ratio: u32,
     /// How long the share of a worker grows that joins, milliseconds.
@@ -368,6 +371,13 @@ impl Config {
                      families, image_token_id and tokenizer";
         differs(pools, self.shape() != next.shape());
         keys
+    }
+
+    /// Whether some pool trusts clients by their addresses.
+    #[must_use]
+    pub fn trusts_sources(&self) -> bool {
+        let mut pools = self.pools.iter();
+        pools.any(|pool| !pool.trusted_sources.is_empty())
     }
 
     /// `next`, as far as a running sidecar can take it over.

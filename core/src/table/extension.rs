@@ -1,5 +1,6 @@
 //! What the worker table says besides what the first release's filter reads of it.
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use super::{Metadata, Table, Traits};
@@ -25,6 +26,7 @@ struct OfPool {
     shared_cache_multiplier: f64,
     /// By position of the owner in its pool.
     metadata: Vec<Metadata>,
+    trusted_sources: Vec<IpNet>,
     slow_start_ms: u32,
 }
 
@@ -40,6 +42,7 @@ impl Extension {
             stores: pool.stores.clone(),
             shared_cache_multiplier: pool.policy.shared_cache_multiplier,
             metadata: pool.owners.iter().map(|o| o.metadata.clone()).collect(),
+            trusted_sources: pool.trusted_sources.clone(),
             slow_start_ms: pool.slow_start_ms,
         });
         Self(pools.collect())
@@ -49,6 +52,7 @@ impl Extension {
         for (pool, more) in table.pools.iter_mut().zip(self.0) {
             pool.policy.tracking = more.tracking;
             pool.trusts_hints = more.trusts_hints;
+            pool.trusted_sources = more.trusted_sources;
             pool.device_ratio = more.device_ratio;
             pool.families = more.families;
             pool.stores = more.stores;

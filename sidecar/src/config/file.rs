@@ -225,9 +225,13 @@ pub struct Pool {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "u32")]
     pub image_token_id: Option<u32>,
-    /// In the mode `direct`: whether any client may name its worker. Otherwise only those may whose
-    /// route says so in its metadata.
+    /// Whether any client may say where its request goes and how urgent it is. Otherwise only those
+    /// may whose route says so in its metadata, and those of `trusted_sources`.
     pub trust_hints: bool,
+    /// Networks such as `10.0.0.0/8` whose clients may do that too, by the address that Envoy takes
+    /// for the client's.
+    #[schemars(length(max = 64))]
+    pub trusted_sources: Vec<String>,
     /// In the mode `device-aware-weighted`: requests on a worker with an accelerator for each on a
     /// worker without. Mirrors Dynamo's `DYN_ENCODER_CUDA_TO_CPU_RATIO`.
     #[schemars(range(min = 1, max = 1_000_000))]
@@ -431,6 +435,7 @@ impl Default for Pool {
             families: Vec::new(),
             image_token_id: None,
             trust_hints: false,
+            trusted_sources: Vec::new(),
             encoder_cuda_to_cpu_ratio: 8,
             slow_start_secs: 0.0,
             tokenizer: None,

@@ -223,6 +223,7 @@ impl Pool {
             policy: self.config.policy,
             owners,
             trusts_hints: self.config.trusts_hints,
+            trusted_sources: self.config.trusted_sources.clone(),
             device_ratio: self.config.device_ratio,
             slow_start_ms: self.config.slow_start_ms,
             stores: stores.collect(),

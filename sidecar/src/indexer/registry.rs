@@ -207,6 +207,7 @@ impl Registry {
                 kv_events: true,
                 ttl_ms: 0,
                 trusts_hints: false,
+                trusted_sources: Vec::new(),
                 device_ratio: 1,
                 slow_start_ms: 0,
                 tokenizer: None,
