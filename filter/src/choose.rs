@@ -213,6 +213,7 @@ impl Chooser {
             // What is not for generation is no load to speak of.
             is_capped: reason != Reason::Passed,
             is_full: false,
+            is_whole: ask.pin.is_some() || candidates.len() == served.accepting().len(),
             candidates,
         };
         let (weighed, booking) = self.book(host, metrics, bookings, &mut round);
@@ -246,6 +247,14 @@ impl Chooser {
         let demand = round.request.demand;
         self.read_loads(host, round, None);
         self.leave_out_full(round);
+        if round.candidates.is_empty() && round.is_full && !round.is_whole {
+            // Those that were looked at are full; others may have room.
+            let served = round.served;
+            let all = served.accepting().iter();
+            round.candidates = all.map(|o| self.candidate(served, false, *o)).collect();
+            self.read_loads(host, round, None);
+            self.leave_out_full(round);
+        }
         let mut undone = 0;
         loop {
             let (scored, chosen) =
@@ -508,6 +517,8 @@ struct Round<'a> {
     is_capped: bool,
     /// Whether some were left out for that.
     is_full: bool,
+    /// Whether no owner that could take the request is missing among the candidates.
+    is_whole: bool,
     candidates: Vec<Candidate>,
 }
 

@@ -195,7 +195,7 @@ fn files_are_rewritten_only_when_they_differ() {
 fn sources_are_trusted_by_their_connections() {
     let config = Config::parse("trusted_sources: [10.0.0.0/8]", &[]).unwrap();
     let folder = TempDir::new().unwrap();
-    let text = printed(&config, &folder);
+    let text = printed(&config, &folder, Discovery::Grpc);
     assert_eq!(check(&text, &config).unwrap(), []);
     let spoofable = text.replace("use_remote_address: true", "use_remote_address: false");
     assert_ne!(text, spoofable);
