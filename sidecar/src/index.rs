@@ -208,7 +208,7 @@ impl Service {
             tables: Vec::new(),
             accounts: Accounts::new(config.load).numbering_from(unix_ms()),
             decisions: Decisions::default(),
-            past: Past::new(Accounts::replica(config.load.tracking)),
+            past: Past::new(Accounts::replica()),
             predictions: BTreeMap::new(),
             doubts: HashMap::new(),
             strangers: strangers::Strangers::default(),
@@ -411,6 +411,10 @@ impl Service {
         self.settings = config.settings;
         self.eject_floor = config.eject_floor;
         self.looker = Looker::new(config.health_check.clone());
+        self.min_initial_workers = config.min_initial_workers;
+        self.index.resize(config.index_bytes, config.page_bytes);
+        self.accounts.track(config.load);
+        self.ejects = config.eject_workers;
         self.add_pools(config);
         let change = self.roster.update(&config.pools);
         for worker in &change.joined {

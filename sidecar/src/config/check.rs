@@ -17,7 +17,7 @@ use super::file;
 use super::file::File;
 use super::layer::Layer;
 use super::{
-    Config, DEFAULT_POOL, Dns, DynamoPlane, HealthCheck, Indexer, Nats, Pool, Registration, Source,
+    Config, Dns, DynamoPlane, HealthCheck, Indexer, Nats, Pool, Registration, Source,
     Tokenizer, Worker,
 };
 use crate::ingest::subject::{Template, TemplateError};
@@ -105,8 +105,7 @@ impl Check {
             let why = "needs eject_workers, or nothing comes of it";
             self.refuse("health_check", "{...}", why);
         }
-        // The short form has its pool's keys at the top level.
-        let is_short = matches!(file.pools.as_slice(), [only] if only.name == DEFAULT_POOL);
+        let is_short = file.is_short();
         let pools = file.pools.iter().enumerate().map(|(i, pool)| {
             let prefix = if is_short {
                 String::new()
@@ -116,6 +115,7 @@ impl Check {
             self.pool(pool, &prefix, i == 0, tracking)
         });
         Config {
+            file: file.clone(),
             pools: pools.collect(),
             listen,
             admin: self.address("admin", &file.admin, "must be ip:port"),
