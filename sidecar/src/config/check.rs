@@ -17,8 +17,8 @@ use super::file;
 use super::file::File;
 use super::layer::Layer;
 use super::{
-    Config, Dns, DynamoPlane, HealthCheck, Indexer, Nats, Pool, Registration, Source,
-    Tokenizer, Worker,
+    Config, Dns, DynamoPlane, HealthCheck, Indexer, Nats, Pool, Registration, Source, Tokenizer,
+    Worker,
 };
 use crate::ingest::subject::{Template, TemplateError};
 use crate::load;
