@@ -128,6 +128,10 @@ fuzz: preflight ## every decoder of events against changed messages, 10 minutes 
 storm: tools filter filter-chaos ## a minute of ten times the load that engines can take
 	@KV_STORM_SECONDS=60 cargo test -p kv-tests --test storm -- an_overload
 
+.PHONY: churn
+churn: tools filter ## a minute of workers that join and leave five times a second, under load
+	@KV_CHURN_SECONDS=60 cargo test -p kv-tests --test fleet -- workers_come_and_go --nocapture
+
 .PHONY: test-memory
 test-memory: preflight ## 24 million random events into an index of 256 MiB (some minutes)
 	@cargo test --quiet --release -p kv-core --test memory -- --ignored --nocapture

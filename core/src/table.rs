@@ -5,6 +5,7 @@
 
 mod extension;
 mod metadata;
+mod warmth;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
@@ -73,6 +74,10 @@ pub struct Pool {
     /// device-aware-weighted; 0 counts as 1.
     #[serde(skip)]
     pub device_ratio: u32,
+    /// How long the share of a worker grows that is there for the first time, milliseconds; 0 for
+    /// none that does.
+    #[serde(skip)]
+    pub slow_start_ms: u32,
     /// Families in which blocks are looked up besides Dynamo's.
     #[serde(skip)]
     pub families: Vec<Scheme>,
@@ -115,6 +120,8 @@ pub struct Traits {
     pub prefill_rate: u32,
     /// Nanoseconds that it takes to prefill a token, without queueing; 0 where not known.
     pub prefill_ns_per_token: u32,
+    /// Since when it takes requests, Unix milliseconds; 0 where it always has.
+    pub since_ms: u64,
 }
 
 /// Which pool serves a model, and as what.
@@ -224,6 +231,7 @@ mod tests {
                             device: Device::Cpu,
                             prefill_rate: 9_000,
                             prefill_ns_per_token: 80_000,
+                            since_ms: u64::MAX,
                         },
                         metadata: Metadata {
                             taints: vec!["spot".into()],
@@ -240,6 +248,7 @@ mod tests {
                         headers: vec!["x-chat".into()],
                     }),
                     device_ratio: 8,
+                    slow_start_ms: 5_000,
                     ..Pool::default()
                 },
             ],

@@ -99,6 +99,8 @@ pub struct Choice {
     pub second: Option<usize>,
     /// Why.
     pub reason: Reason,
+    /// Whether nobody was chosen because all have as many requests as they take.
+    pub is_full: bool,
     /// What was booked.
     pub booking: Option<Tentative>,
     /// The longest prefix of the prompt that some owner holds: its blocks, and the hash of the last.
@@ -191,11 +193,11 @@ impl Chooser {
             .then(|| Glimpse::new(host, ask.hashes))
             .flatten();
         let policy = pool.policy.trusted(trust);
-        let mut candidates = self.candidates(served, looked_up, &policy, ask);
-        for candidate in &mut candidates {
-            let owner = served.owner(candidate.owner);
-            candidate.factor = owner.map_or(1.0, |owner| ask.constraints.factor(owner));
-        }
+        let all = self.candidates(served, looked_up, &policy, ask);
+        let candidates = match ask.constraints.pin {
+            Some(_) => all,
+            None => self.warm(host, served, all),
+        };
         let bound = ask.constraints.bound.and_then(|bound| {
             let mut owners = ask.owners.iter();
             let is_it = |at: &&usize| served.owner(**at).is_some_and(|o| o.id == bound.owner);
@@ -224,6 +226,11 @@ impl Chooser {
             loads: published.loads,
             request,
             prompt,
+            // What is not for generation is no load to speak of.
+            is_capped: reason != Reason::Passed,
+            is_full: false,
+            is_whole: candidates.len() == ask.owners.len(),
+            ask,
             candidates,
         };
         let (weighed, booking) = self.book(host, metrics, bookings, &mut round);
@@ -235,6 +242,7 @@ impl Chooser {
             owner: picked,
             second,
             reason: picked.map_or(Reason::NoOwner, |_| reason),
+            is_full: picked.is_none() && round.is_full,
             booking,
             prefix: looked_up.then(|| self.prefix(ask.hashes)).flatten(),
             trust,
@@ -256,6 +264,16 @@ impl Chooser {
         let policy = &pool.policy;
         let demand = round.request.demand;
         self.read_loads(host, round, None);
+        self.leave_out_full(round);
+        if round.candidates.is_empty() && round.is_full && !round.is_whole {
+            // Those that were looked at are full; others may have room.
+            let (served, ask) = (round.served, round.ask);
+            let all = ask.owners.iter();
+            let make = |owner: &usize| self.candidate(served, false, ask, *owner);
+            round.candidates = all.map(make).collect();
+            self.read_loads(host, round, None);
+            self.leave_out_full(round);
+        }
         let mut undone = 0;
         loop {
             let (scored, chosen) =
@@ -279,6 +297,19 @@ impl Chooser {
             let Some((picked, place, booking)) = booked else {
                 return (weighed, None);
             };
+            if round.is_over(host, place, picked.owner) {
+                // Others were quicker: it has no room any more.
+                if let Some(prompt) = &mut round.prompt {
+                    prompt.again(host, booking.listing());
+                }
+                metrics.count(host, Event::Undone, 1);
+                booking.undo(bookings, host);
+                round.is_full = true;
+                round.candidates.retain(|c| c.owner != picked.owner);
+                self.read_loads(host, round, None);
+                self.leave_out_full(round);
+                continue;
+            }
             let settled = undone == MAX_UNDONE || !policy.takes_least();
             if settled || !self.was_raced(host, round, place, &picked, booking.delta()) {
                 return (weighed, Some(booking));
@@ -295,6 +326,50 @@ impl Chooser {
             booking.undo(bookings, host);
             undone += 1;
         }
+    }
+
+    /// Leaves out workers that have joined a moment ago, as often as their share is not whole yet,
+    /// unless nobody else is there.
+    fn warm(
+        &mut self,
+        host: &impl Host,
+        served: &Served<'_>,
+        candidates: Vec<Candidate>,
+    ) -> Vec<Candidate> {
+        let slow_start_ms = served.pool.slow_start_ms;
+        if slow_start_ms == 0 {
+            return candidates;
+        }
+        let now_ms = host.unix_ns() / 1_000_000;
+        let takes_part = |candidate: &&Candidate| {
+            let owner = served.owner(candidate.owner);
+            let share = owner.map_or(1.0, |o| o.traits.share(slow_start_ms, now_ms));
+            share >= 1.0 || self.rng.unit() < share
+        };
+        let taking: Vec<Candidate> = candidates.iter().filter(takes_part).copied().collect();
+        if taking.is_empty() {
+            return candidates;
+        }
+        taking
+    }
+
+    /// Takes those out of a round that have as many requests as they take. Loads have been read.
+    fn leave_out_full(&mut self, round: &mut Round<'_>) {
+        if !round.is_capped {
+            return;
+        }
+        let served = round.served;
+        let is_full = |c: &Candidate| {
+            let owner = served.owner(c.owner);
+            owner.is_some_and(|owner| owner.metadata.is_full(c.load.requests()))
+        };
+        if !round.candidates.iter().any(is_full) {
+            return;
+        }
+        round.is_full = true;
+        let read = std::mem::take(&mut self.read);
+        let candidates = std::mem::take(&mut round.candidates).into_iter().zip(read);
+        (round.candidates, self.read) = candidates.filter(|(c, _)| !is_full(c)).unzip();
     }
 
     /// Whether the lane of the chosen owner shows more than what was read and booked.
@@ -438,7 +513,7 @@ impl Chooser {
     ) -> Vec<Candidate> {
         let accepting = ask.owners;
         if accepting.len() <= SCORE_ALL || policy.mode != Mode::Kv {
-            let make = |owner: &usize| self.candidate(served, looked_up, *owner);
+            let make = |owner: &usize| self.candidate(served, looked_up, ask, *owner);
             return accepting.iter().map(make).collect();
         }
         let mut owners = Vec::with_capacity(DEEPEST + SAMPLED);
@@ -468,20 +543,26 @@ impl Chooser {
         }
         owners.sort_unstable();
         owners.dedup();
-        let make = |owner: &usize| self.candidate(served, looked_up, *owner);
+        let make = |owner: &usize| self.candidate(served, looked_up, ask, *owner);
         owners.iter().map(make).collect()
     }
 
-    fn candidate(&self, served: &Served<'_>, looked_up: bool, owner: usize) -> Candidate {
-        let slot = served.owner(owner).map(|o| o.slot);
-        let held = slot.filter(|_| looked_up);
+    fn candidate(
+        &self,
+        served: &Served<'_>,
+        looked_up: bool,
+        ask: &Ask<'_>,
+        position: usize,
+    ) -> Candidate {
+        let owner = served.owner(position);
+        let held = owner.map(|o| o.slot).filter(|_| looked_up);
         Candidate {
-            owner,
+            owner: position,
             overlap: held.map_or_else(Overlap::default, |slot| self.holdings.overlap(slot)),
             load: Load::default(),
             shared_blocks: 0,
             pace: Pace::default(),
-            factor: 1.0,
+            factor: owner.map_or(1.0, |owner| ask.constraints.factor(owner)),
         }
     }
 
@@ -496,14 +577,37 @@ impl Chooser {
 /// One decision under way.
 struct Round<'a> {
     served: &'a Served<'a>,
+    ask: &'a Ask<'a>,
     loads: Option<&'a PoolLoads>,
     request: Request,
     /// The prompt among the live ones of this process.
     prompt: Option<Glimpse>,
+    /// Whether workers take no more requests than they are said to.
+    is_capped: bool,
+    /// Whether some were left out for that.
+    is_full: bool,
+    /// Whether no owner that could take the request is missing among the candidates.
+    is_whole: bool,
     candidates: Vec<Candidate>,
 }
 
 impl Round<'_> {
+    /// Whether an owner has more requests than it takes, the one just booked among them.
+    fn is_over(&self, host: &impl Host, place: Place, owner: usize) -> bool {
+        let Some(owner) = self.served.owner(owner).filter(|_| self.is_capped) else {
+            return false;
+        };
+        let most = owner.metadata.max_requests;
+        if most == 0 {
+            return false;
+        }
+        let mut load = place.lane.read(host).load();
+        if let Some(loads) = self.loads {
+            load = loads.correction(owner.slot).apply(&load);
+        }
+        load.requests() > most
+    }
+
     /// The candidates that are compared with each other.
     fn group(&self) -> Cow<'_, [Candidate]> {
         device::group(&self.candidates, self.served.pool)

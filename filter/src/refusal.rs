@@ -1,5 +1,5 @@
 //! Requests that are answered here with an error: no pool serves their model, or the pool's mode asks
-//! for what they do not say.
+//! for what they do not say, or all workers are full.
 
 use kv_core::id::WorkerId;
 use serde_json::json;
@@ -21,6 +21,8 @@ pub enum Refusal {
     HintMalformed(&'static str),
     /// No worker that takes requests is what it asks for.
     NoWorkerFits,
+    /// All workers have as many requests as they take.
+    WorkersFull,
 }
 
 impl Refusal {
@@ -38,6 +40,7 @@ impl Refusal {
             Self::RankAlone => 4,
             Self::HintMalformed(_) => 5,
             Self::NoWorkerFits => 6,
+            Self::WorkersFull => 7,
         }
     }
 
@@ -53,6 +56,7 @@ impl Refusal {
             Self::RankAlone => "rank_alone",
             Self::HintMalformed(_) => "hint_malformed",
             Self::NoWorkerFits => "no_worker_fits",
+            Self::WorkersFull => "workers_full",
         }
     }
 
@@ -67,6 +71,7 @@ impl Refusal {
             Self::HintUntrusted => 403,
             Self::ModelUnknown => 404,
             Self::NoWorkerFits => 503,
+            Self::WorkersFull => 503,
         }
     }
 
@@ -113,7 +118,13 @@ impl Refusal {
                 "server_error",
                 "nvext.routing_constraints",
             ),
+            Self::WorkersFull => (
+                "all workers have as many requests as they take".to_owned(),
+                "server_error",
+                "",
+            ),
         };
+        let param = Some(param).filter(|param| !param.is_empty());
         let code = self.name();
         let error = json!({"message": message, "type": kind, "param": param, "code": code});
         json!({"error": error}).to_string()
@@ -134,6 +145,7 @@ mod tests {
             Refusal::RankAlone,
             Refusal::HintMalformed("x-kv-required-taints"),
             Refusal::NoWorkerFits,
+            Refusal::WorkersFull,
         ];
         for (i, refusal) in all.into_iter().enumerate() {
             assert_eq!(refusal.index(), i);

@@ -496,6 +496,10 @@ impl Request {
                     &published,
                     &ask,
                 );
+                if choice.is_full {
+                    let model = model.unwrap_or_default();
+                    return self.refuse(router, served.pool, Refusal::WorkersFull, model);
+                }
                 router.place_session(served, placed, choice.owner);
                 let rank = choice.owner.and_then(|owner| served.rank(owner));
                 router.send_to(&served.pool.name, choice.endpoints.as_deref(), rank);

@@ -4,6 +4,7 @@ mod dump;
 mod error;
 mod events;
 mod explain;
+mod fleet;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -13,12 +14,14 @@ use axum::extract::{ConnectInfo, DefaultBodyLimit, Query, RawQuery, Request, Sta
 use axum::http::{StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::decision::{DecisionsReport, Wanted};
+use crate::fleet::Ask;
+use crate::fleet::lease::Lease;
 use crate::index::{Control, IndexReport, WorkersReport};
 use crate::ingest::post::Desk;
 use crate::load::RawReport;
@@ -34,6 +37,8 @@ pub struct Admin {
     control: mpsc::Sender<Control>,
     desk: Arc<Desk>,
     metrics: Arc<Metrics>,
+    /// Takes registrations, where somebody does.
+    fleet: Option<mpsc::Sender<Ask>>,
     /// What peers of other machines show to see content.
     token: Option<Arc<str>>,
 }
@@ -46,6 +51,7 @@ impl Admin {
             control,
             desk,
             metrics,
+            fleet: None,
             token: None,
         }
     }
@@ -54,6 +60,13 @@ impl Admin {
     #[must_use]
     pub fn with_token(mut self, token: Option<String>) -> Self {
         self.token = token.map(Into::into);
+        self
+    }
+
+    /// Hands registrations of workers to `fleet`.
+    #[must_use]
+    pub fn with_fleet(mut self, fleet: mpsc::Sender<Ask>) -> Self {
+        self.fleet = Some(fleet);
         self
     }
 
@@ -74,7 +87,11 @@ impl Admin {
 /// token, but for posts of events, which show whose they are; serve it with connection info.
 pub fn router(admin: Admin) -> Router {
     let content = Router::new()
-        .route("/v1/workers", get(workers))
+        .route("/v1/workers", get(workers).post(fleet::join))
+        .route(
+            "/v1/workers/{id}",
+            put(fleet::renew).post(fleet::renew).delete(fleet::leave),
+        )
         .route("/v1/index", get(index))
         .route("/v1/index/dump", get(dump::dump))
         .route("/v1/explain", post(explain::explain))
@@ -152,6 +169,8 @@ async fn decisions(
 struct Workers {
     #[serde(flatten)]
     report: WorkersReport,
+    /// Who is registered.
+    leases: Vec<Lease>,
     #[serde(skip_serializing_if = "Option::is_none")]
     raw: Option<RawReport>,
 }
@@ -167,5 +186,10 @@ async fn workers(
     } else {
         None
     };
-    Ok(Json(Workers { report, raw }))
+    let leases = fleet::leases(&admin).await?;
+    Ok(Json(Workers {
+        report,
+        leases,
+        raw,
+    }))
 }

@@ -4,7 +4,7 @@ mod bootstrap;
 mod check;
 mod files;
 
-pub use bootstrap::bootstrap;
+pub use bootstrap::{Discovery, bootstrap};
 pub use check::{CheckError, Lack, check};
 pub use files::{Files, FilesError, endpoints_of};
 

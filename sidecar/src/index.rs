@@ -54,9 +54,10 @@ use tokio_util::sync::CancellationToken;
 use crate::config::{self, Config};
 use crate::decision::{Decisions, Past};
 use crate::dump::Line;
-use crate::ejection::Ejection;
+use crate::ejection::{Ejection, Look};
 use crate::ingest::{Arrival, Plane};
 use crate::load::{Accounts, ProxyId};
+use crate::look::Looker;
 use crate::metrics::{Kind, Metrics};
 use crate::state::{self, Restored};
 
@@ -124,8 +125,13 @@ pub struct Service {
     ejection: Ejection,
     /// Whether workers that fail are left out.
     ejects: bool,
+    /// Share of a pool's workers that stay though they fail.
+    eject_floor: f64,
+    looker: Looker,
+    /// When each worker is looked at next.
+    next_looks: HashMap<WorkerId, u64>,
     /// Looks at workers under way, at most one to each.
-    probes: JoinSet<(WorkerId, bool)>,
+    probes: JoinSet<(WorkerId, Look)>,
     peering: Option<peering::Peering>,
     loads_version: u64,
     /// When proxies are to be told about load; `None` while nothing has changed.
@@ -136,6 +142,9 @@ pub struct Service {
     epoch: u32,
     table_version: u64,
     is_restored: bool,
+    min_initial_workers: u32,
+    /// Whether so many workers have been there.
+    is_staffed: bool,
     /// Whether a peer's index was taken over.
     is_bootstrapped: bool,
     ready: bool,
@@ -212,6 +221,9 @@ impl Service {
             underway: underway::Underway::default(),
             ejection: Ejection::default(),
             ejects: config.eject_workers,
+            eject_floor: config.eject_floor,
+            looker: Looker::new(config.health_check.clone()),
+            next_looks: HashMap::new(),
             probes: JoinSet::new(),
             peering: None,
             loads_version: 0,
@@ -221,6 +233,8 @@ impl Service {
             epoch,
             table_version: 0,
             is_restored,
+            min_initial_workers: config.min_initial_workers,
+            is_staffed: false,
             is_bootstrapped: false,
             ready: false,
             started: Instant::now(),
@@ -291,8 +305,8 @@ impl Service {
                 }
                 () = at(flush_at) => self.flush(),
                 () = at(self.loads_at) => self.publish_loads(),
-                Some(Ok((worker, is_there))) = self.probes.join_next() => {
-                    self.worker_probed(worker, is_there);
+                Some(Ok((worker, look))) = self.probes.join_next() => {
+                    self.worker_looked_at(worker, look);
                 }
                 Some(arrival) = arrivals.recv() => self.arrived(arrival),
                 () = std::future::ready(()), if self.saving.is_under_way() => self.save_step(),
@@ -400,11 +414,19 @@ impl Service {
     /// Removed workers' pages go out before the table that drops them or gives their slots away.
     fn configure(&mut self, config: &Config, written: oneshot::Sender<()>) {
         self.settings = config.settings;
+        self.eject_floor = config.eject_floor;
+        self.looker = Looker::new(config.health_check.clone());
+        self.min_initial_workers = config.min_initial_workers;
         self.index.resize(config.index_bytes, config.page_bytes);
         self.accounts.track(config.load);
         self.ejects = config.eject_workers;
         self.add_pools(config);
         let change = self.roster.update(&config.pools);
+        for worker in &change.joined {
+            if let Some((_, worker)) = self.roster.worker(*worker) {
+                worker.since_ms = unix_ms();
+            }
+        }
         for (pool, slot) in &change.removed {
             self.drop_blocks(*pool, *slot);
         }
@@ -510,6 +532,8 @@ impl Service {
     /// A restored index is complete enough; a fresh one once every engine that answers has
     /// answered, or after [`RECOVERY`].
     fn check_ready(&mut self) {
+        let wanted = usize::try_from(self.min_initial_workers).unwrap_or(usize::MAX);
+        self.is_staffed = self.is_staffed || self.workers_there() >= wanted;
         if self.ready {
             return;
         }

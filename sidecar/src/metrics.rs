@@ -199,12 +199,24 @@ metrics! {
     /// `kv_router_worker_failures_total{kind}`: requests that a worker failed, kind `unreached`,
     /// `broken`, `status` ([`kv_core::report::Failure`]).
     worker_failures: Family<Kind, Counter> = Family::default(), "worker_failures", None, "Requests that a worker failed";
-    /// `kv_router_worker_changes_total{kind}`: workers left out, kind `unreachable` or `failing`
-    /// ([`crate::ejection::Why`]), taken back, kind `returned`, or kept because too few others were
+    /// `kv_router_worker_changes_total{kind}`: workers left out, kind `unreachable`, `failing` or
+    /// `unwell` ([`crate::ejection::Why`]), taken back, kind `returned`, or kept because too few others were
     /// left, kind `spared`.
     worker_changes: Family<Kind, Counter> = Family::default(), "worker_changes", None, "Workers left out and taken back";
     /// `kv_router_workers_out`: workers that take no requests because they fail.
     workers_out: Gauge = Gauge::default(), "workers_out", None, "Workers that take no requests because they fail";
+    /// `kv_router_registrations_total{kind}`: what workers said of themselves, kind `joined`,
+    /// `changed`, `renewed`, `left`, `refused`, and leases that ran out, kind `expired`.
+    registrations: Family<Kind, Counter> = Family::default(), "registrations", None, "What workers said of themselves";
+    /// `kv_router_registered_workers`: workers under a lease.
+    registered: Gauge = Gauge::default(), "registered_workers", None, "Workers under a lease";
+    /// `kv_router_dns_lookups_total{kind}`: lookups of workers' names, kind `found`, `failed`. While
+    /// they fail, the workers found before stay.
+    lookups: Family<Kind, Counter> = Family::default(), "dns_lookups", None, "Lookups of workers' names";
+    /// `kv_router_endpoint_discovery_total{kind}`: what went on between Envoys and the endpoints they
+    /// are served: streams `opened`, responses `sent`, `taken`, `refused`, requests `malformed` or
+    /// for an `other_type`.
+    discovery: Family<Kind, Counter> = Family::default(), "endpoint_discovery", None, "Endpoints served to Envoys";
     /// `kv_router_bookings`: requests booked, over all Envoys.
     bookings: Gauge = Gauge::default(), "bookings", None, "Requests booked";
     /// `kv_router_sessions_total{outcome}`: requests of sessions by what became of the binding,

@@ -117,6 +117,9 @@ fn every_metric_of_the_sidecar_is_in_the_catalogue() {
         &metrics.revivals,
         &metrics.bootstraps,
         &metrics.worker_failures,
+        &metrics.registrations,
+        &metrics.lookups,
+        &metrics.discovery,
         &metrics.worker_changes,
     ] {
         family.get_or_create(&Kind { kind }).inc();
@@ -325,11 +328,14 @@ fn every_key_is_documented_with_its_default() {
         .filter(|(_, default)| **default == "required");
     let required: Vec<&str> = required.map(|(key, _)| *key).collect();
     let expected = [
+        "dns[].name",
+        "dns[].port",
         "families[].family",
         "families[].media",
         "nats.dynamo.component",
         "nats.dynamo.namespace",
         "nats.url",
+        "registration.networks",
         "tokenizer.path",
         "workers[].endpoint",
         "workers[].events.trtllm.url",

@@ -34,6 +34,7 @@ struct OfPool {
     scoring: Scoring,
     delay: Weights,
     affinity: Option<Affinity>,
+    slow_start_ms: u32,
 }
 
 impl Extension {
@@ -53,6 +54,7 @@ impl Extension {
             scoring: pool.policy.scoring,
             delay: pool.policy.delay,
             affinity: pool.affinity.clone(),
+            slow_start_ms: pool.slow_start_ms,
         });
         Self(pools.collect())
     }
@@ -71,6 +73,7 @@ impl Extension {
             pool.stores = more.stores;
             pool.policy.shared_cache_multiplier = more.shared_cache_multiplier;
             pool.text = more.text;
+            pool.slow_start_ms = more.slow_start_ms;
             for (owner, traits) in pool.owners.iter_mut().zip(more.owners) {
                 owner.traits = traits;
             }

@@ -3,13 +3,14 @@
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::time::Duration;
 
 use ipnet::IpNet;
 use kv_core::affinity::Affinity;
 use kv_core::delay::Weights;
 use kv_core::id::{Role, Slot};
 use kv_core::policy::{Mode, Policy, Scoring};
-use kv_core::table::Settings;
+use kv_core::table::{Metadata, Settings};
 use kv_core::text::Budget;
 use kv_core::tracker::Tracking;
 
@@ -17,7 +18,10 @@ use super::error::{ConfigErrors, Problem};
 use super::file;
 use super::file::File;
 use super::layer::Layer;
-use super::{Config, DynamoPlane, Indexer, Nats, Pool, Tokenizer, Worker};
+use super::{
+    Config, Dns, DynamoPlane, HealthCheck, Indexer, Nats, Pool, Registration, Source, Tokenizer,
+    Worker,
+};
 use crate::ingest::subject::{Template, TemplateError};
 use crate::load;
 
@@ -34,19 +38,23 @@ pub(super) fn check(
     problems: Vec<Problem>,
     layers: &[Layer],
 ) -> Result<Config, ConfigErrors> {
-    let mut check = Check {
-        problems,
-        names: HashMap::new(),
-        workers: HashMap::new(),
-        endpoints: HashMap::new(),
-        streams: HashMap::new(),
-        served: HashMap::new(),
-    };
+    let mut check = Check::new(problems);
     let config = check.file(file);
     if check.problems.is_empty() {
         Ok(config)
     } else {
         Err(ConfigErrors::new(check.problems, layers))
+    }
+}
+
+/// The one worker of a file, by itself.
+pub(super) fn worker(file: &File, problems: Vec<Problem>) -> Result<Worker, ConfigErrors> {
+    let mut check = Check::new(problems);
+    let workers = file.pools.iter().flat_map(|pool| &pool.workers);
+    let worker = workers.map(|worker| check.worker(worker, "")).last();
+    match worker {
+        Some(worker) if check.problems.is_empty() => Ok(worker),
+        _ => Err(ConfigErrors::new(check.problems, &[])),
     }
 }
 
@@ -61,6 +69,17 @@ pub(super) struct Check {
 }
 
 impl Check {
+    fn new(problems: Vec<Problem>) -> Self {
+        Self {
+            problems,
+            names: HashMap::new(),
+            workers: HashMap::new(),
+            endpoints: HashMap::new(),
+            streams: HashMap::new(),
+            served: HashMap::new(),
+        }
+    }
+
     fn file(&mut self, file: &File) -> Config {
         let listen = format!("{}:{}", bracketed(&file.http_host), file.http_port);
         let listen = self.address("http_host", &listen, "must be an IP address");
@@ -78,6 +97,15 @@ impl Check {
         if tracking.output_blocks && !tracking.active_blocks {
             let why = "needs router_track_active_blocks";
             self.refuse("router_track_output_blocks", true, why);
+        }
+        let subject = file.nats.as_ref().and_then(|n| n.workers_subject.as_ref());
+        if let (Some(subject), None) = (subject, &file.registration) {
+            let why = "needs `registration`, which says who may";
+            self.refuse("nats.workers_subject", subject, why);
+        }
+        if file.health_check.is_some() && !file.eject_workers {
+            let why = "needs eject_workers, or nothing comes of it";
+            self.refuse("health_check", "{...}", why);
         }
         let is_short = file.is_short();
         let pools = file.pools.iter().enumerate().map(|(i, pool)| {
@@ -110,11 +138,38 @@ impl Check {
                 expiry_ms: milliseconds(file.active_request_expiry_secs),
             },
             eject_workers: file.eject_workers,
+            eject_floor: file.eject_floor,
+            health_check: file.health_check.as_ref().map(health_check),
+            registration: file.registration.as_ref().map(|r| self.registration(r)),
+            min_initial_workers: file.router_min_initial_workers,
             settings: Settings {
                 body_limit: file.body_limit_bytes,
                 token_limit: file.token_limit,
                 decision_header: file.decision_header,
             },
+        }
+    }
+
+    fn registration(&mut self, registration: &file::Registration) -> Registration {
+        let networks = registration.networks.iter().flatten().enumerate();
+        let network = |(i, text): (usize, &String)| {
+            let network = text.parse().ok();
+            if network.is_none() {
+                let why = "must be a network such as 10.0.0.0/8";
+                self.refuse(format!("registration.networks[{i}]"), text, why);
+            }
+            network
+        };
+        let networks = networks.filter_map(network).collect();
+        if registration.ttl_secs > registration.max_ttl_secs {
+            let why = "must be at most registration.max_ttl_secs";
+            self.refuse("registration.ttl_secs", registration.ttl_secs, why);
+        }
+        Registration {
+            networks,
+            max_workers: registration.max_workers,
+            ttl_ms: milliseconds(registration.ttl_secs),
+            max_ttl_ms: milliseconds(registration.max_ttl_secs),
         }
     }
 
@@ -165,21 +220,26 @@ impl Check {
                 );
             }
         }
-        if nats.dynamo.is_none() && nats.json_subject.is_none() {
-            let why = "needs `dynamo` or `json_subject`, or nothing is read from it";
+        let subjects = [&nats.json_subject, &nats.workers_subject];
+        if nats.dynamo.is_none() && subjects.iter().all(|subject| subject.is_none()) {
+            let why = "needs `dynamo`, `json_subject` or `workers_subject`, or nothing is read \
+                       from it";
             self.refuse("nats", url, why);
         }
         if nats.replica_sync && nats.dynamo.is_none() {
             let why = "needs nats.dynamo, whose subjects it goes over";
             self.refuse("nats.replica_sync", true, why);
         }
-        let json = nats.json_subject.as_deref().and_then(|subject| {
-            let template = Template::new(subject);
+        let mut template = |key: &str, subject: Option<&str>| {
+            let template = Template::new(subject?);
             let refuse = |why: TemplateError| {
-                self.refuse("nats.json_subject", subject, &why.to_string());
+                self.refuse(key, subject.unwrap_or_default(), &why.to_string());
             };
             template.map_err(refuse).ok()
-        });
+        };
+        let json = template("nats.json_subject", nats.json_subject.as_deref());
+        let workers = template("nats.workers_subject", nats.workers_subject.as_deref());
+        let workers = workers.map(Box::new);
         if let (Some(stream), None) = (&nats.json_stream, &nats.json_subject) {
             let why = "needs nats.json_subject, which it keeps";
             self.refuse("nats.json_stream", stream, why);
@@ -212,6 +272,7 @@ impl Check {
             }),
             json,
             json_stream: nats.json_stream.clone(),
+            workers,
             replica_sync: nats.replica_sync,
             credentials_file: nats.credentials_file.clone(),
             nkey_seed_file: nats.nkey_seed_file.clone(),
@@ -262,49 +323,9 @@ impl Check {
             let why = "must have a worker of role aggregated: requests are sent whole";
             self.refuse(path("workers"), "[...]", why);
         }
-        let workers = pool.workers.iter().enumerate().map(|(i, worker)| {
-            let path = |key: &str| format!("{prefix}workers[{i}].{key}");
-            if let Some(id) = worker.id
-                && let Some(other) = self.workers.insert(id, path("id"))
-            {
-                self.refuse(path("id"), id, &format!("is taken by {other}"));
-            }
-            let why = "must be ip:port or [v6]:port";
-            let is_store = worker.role == Role::Store;
-            let endpoint = match &worker.endpoint {
-                Some(endpoint) if is_store => {
-                    let why = "must be left out: a store takes no requests";
-                    self.refuse(path("endpoint"), endpoint, why);
-                    UNKNOWN
-                }
-                Some(endpoint) => self.address(&path("endpoint"), endpoint, why),
-                None => {
-                    let path = path("endpoint");
-                    // What the schema has cut away has been reported.
-                    let known = self.problems.iter().any(|p| p.path() == Some(&path));
-                    if !is_store && !known {
-                        self.problems.push(Problem::Missing { path });
-                    }
-                    UNKNOWN
-                }
-            };
-            if endpoint != UNKNOWN
-                && let Some(other) = self.endpoints.insert(endpoint, path("endpoint"))
-            {
-                self.refuse(path("endpoint"), endpoint, &format!("is taken by {other}"));
-            }
-            Worker {
-                id: worker.id.unwrap_or_default(),
-                endpoint: Some(endpoint).filter(|_| !is_store),
-                role: worker.role,
-                device: worker.device,
-                ranks: worker.data_parallel_size,
-                metadata: worker.metadata(),
-                events: worker.events.as_ref().and_then(|events| {
-                    self.events(events, worker.data_parallel_size, &path("events"))
-                }),
-            }
-        });
+        let workers = pool.workers.iter().enumerate();
+        let workers =
+            workers.map(|(i, worker)| self.worker(worker, &format!("{prefix}workers[{i}].")));
         let workers = workers.collect();
         let tokenizer = pool.tokenizer.as_ref();
         let tokenizer = tokenizer.map(|t| self.tokenizer(t, &path("tokenizer.path")));
@@ -315,6 +336,7 @@ impl Check {
             families: self.families(pool, &media, prefix),
             media,
             image_token: pool.image_token_id,
+            dns: pool.dns.iter().map(dns).collect(),
             name: pool.name.clone(),
             models: pool.models.clone(),
             lora_adapters: pool.lora_adapters.clone(),
@@ -330,6 +352,54 @@ impl Check {
             trusted_sources: self.trusted_sources(pool, prefix),
             affinity: affinity(pool),
             device_ratio: pool.encoder_cuda_to_cpu_ratio,
+            slow_start_ms: u32::try_from(milliseconds(pool.slow_start_secs)).unwrap_or(u32::MAX),
+        }
+    }
+
+    fn worker(&mut self, worker: &file::Worker, prefix: &str) -> Worker {
+        let path = |key: &str| format!("{prefix}{key}");
+        if let Some(id) = worker.id
+            && let Some(other) = self.workers.insert(id, path("id"))
+        {
+            self.refuse(path("id"), id, &format!("is taken by {other}"));
+        }
+        let why = "must be ip:port or [v6]:port";
+        let is_store = worker.role == Role::Store;
+        let endpoint = match &worker.endpoint {
+            Some(endpoint) if is_store => {
+                let why = "must be left out: a store takes no requests";
+                self.refuse(path("endpoint"), endpoint, why);
+                UNKNOWN
+            }
+            Some(endpoint) => self.address(&path("endpoint"), endpoint, why),
+            None => {
+                let path = path("endpoint");
+                // What the schema has cut away has been reported.
+                let known = self.problems.iter().any(|p| p.path() == Some(&path));
+                if !is_store && !known {
+                    self.problems.push(Problem::Missing { path });
+                }
+                UNKNOWN
+            }
+        };
+        if endpoint != UNKNOWN
+            && let Some(other) = self.endpoints.insert(endpoint, path("endpoint"))
+        {
+            self.refuse(path("endpoint"), endpoint, &format!("is taken by {other}"));
+        }
+        Worker {
+            id: worker.id.unwrap_or_default(),
+            endpoint: Some(endpoint).filter(|_| !is_store),
+            role: worker.role,
+            device: worker.device,
+            ranks: worker.data_parallel_size,
+            metadata: worker.metadata(),
+            draining: worker.draining,
+            source: Source::File,
+            events: worker
+                .events
+                .as_ref()
+                .and_then(|events| self.events(events, worker.data_parallel_size, &path("events"))),
         }
     }
 
@@ -459,6 +529,34 @@ fn affinity(pool: &file::Pool) -> Option<Affinity> {
         slack: is_soft.then_some(pool.session_affinity_slack),
         headers: headers.map(|name| name.to_ascii_lowercase()).collect(),
     })
+}
+
+fn health_check(check: &file::HealthCheck) -> HealthCheck {
+    HealthCheck {
+        path: check.path.clone(),
+        interval_ms: milliseconds(check.interval_secs),
+        timeout_ms: milliseconds(check.timeout_secs),
+        unwell_after: check.unwell_after,
+    }
+}
+
+/// A name; what the schema has found missing is empty.
+fn dns(dns: &file::Dns) -> Dns {
+    Dns {
+        name: dns.name.clone().unwrap_or_default(),
+        port: dns.port.unwrap_or_default(),
+        family: dns.family,
+        refresh: Duration::from_millis(milliseconds(dns.refresh_secs)),
+        ranks: dns.data_parallel_size,
+        metadata: Metadata {
+            taints: dns.taints.clone(),
+            total_kv_blocks: dns.total_kv_blocks,
+            max_requests: dns.max_requests,
+            ..Metadata::default()
+        },
+        zmq_port: dns.zmq_port,
+        zmq_replay_port: dns.zmq_replay_port,
+    }
 }
 
 /// More than the machine could address is no limit.

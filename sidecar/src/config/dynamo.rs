@@ -69,13 +69,6 @@ pub(super) static SETTINGS: &[Setting] = &[
     },
     refused(
         Kind::Number,
-        &["router-min-initial-workers"],
-        &["DYN_ROUTER_MIN_INITIAL_WORKERS"],
-        &["0"],
-        "requests are taken as soon as envoy has the table of workers",
-    ),
-    refused(
-        Kind::Number,
         &["active-decode-blocks-threshold"],
         &["DYN_ACTIVE_DECODE_BLOCKS_THRESHOLD"],
         &[],

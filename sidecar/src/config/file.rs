@@ -98,6 +98,23 @@ pub struct File {
     /// Whether workers that fail requests are left out until something listens there again. The
     /// sidecar must be able to connect to them.
     pub eject_workers: bool,
+    /// Share of a pool's workers that go on taking requests however many of them fail or are not
+    /// well. Where nothing listens, a worker is left out all the same, but for the last.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub eject_floor: f64,
+    /// How workers are asked whether they are well; without it they are only looked at when a
+    /// request did not reach them. Needs `eject_workers`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "HealthCheck")]
+    pub health_check: Option<HealthCheck>,
+    /// Workers that may register at run time. Without it none may.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Registration")]
+    pub registration: Option<Registration>,
+    /// Workers that have to be there before the sidecar counts as ready for the first time. Mirrors
+    /// Dynamo's `--router-min-initial-workers`.
+    #[schemars(range(min = 0))]
+    pub router_min_initial_workers: u32,
     /// The pools. In the short form their keys stand at the top level instead: one pool `default`.
     #[schemars(length(min = 1, max = 64))]
     pub pools: Vec<Pool>,
@@ -131,6 +148,10 @@ impl Default for File {
             router_assume_kv_reuse: true,
             active_request_expiry_secs: 300.0,
             eject_workers: true,
+            eject_floor: 0.5,
+            health_check: None,
+            registration: None,
+            router_min_initial_workers: 0,
             pools: Vec::new(),
         }
     }
@@ -258,6 +279,10 @@ pub struct Pool {
     /// worker without. Mirrors Dynamo's `DYN_ENCODER_CUDA_TO_CPU_RATIO`.
     #[schemars(range(min = 1, max = 1_000_000))]
     pub encoder_cuda_to_cpu_ratio: u32,
+    /// Seconds for which the share of requests grows that a worker gets which joins or comes back,
+    /// from a tenth of its usual share; 0 gives it all at once.
+    #[schemars(range(min = 0.0, max = 3600.0))]
+    pub slow_start_secs: f64,
     /// How prompts that are text are read; without it they are routed by load. Needs a restart, as
     /// everything under `tokenizer` does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -265,6 +290,134 @@ pub struct Pool {
     pub tokenizer: Option<Tokenizer>,
     /// The workers.
     pub workers: Vec<Worker>,
+    /// DNS names of further workers.
+    #[schemars(length(max = 64))]
+    pub dns: Vec<Dns>,
+}
+
+/// A DNS name that stands for workers, each address for one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Dns {
+    /// Name to look up: A and AAAA records, by the system's resolver.
+    #[schemars(required, length(min = 1, max = 253))]
+    pub name: Option<String>,
+    /// Port at which the workers take requests.
+    #[schemars(required, range(min = 1))]
+    pub port: Option<u16>,
+    /// Which addresses count.
+    #[serde(default)]
+    pub family: AddressFamily,
+    /// Seconds between lookups.
+    #[serde(default = "refresh_secs")]
+    #[schemars(range(min = 0.1, max = 86_400.0))]
+    pub refresh_secs: f64,
+    /// Data-parallel ranks of each worker.
+    #[serde(default = "one")]
+    #[schemars(range(min = 1, max = 1024))]
+    pub data_parallel_size: u32,
+    /// Taints of each worker.
+    #[serde(default)]
+    #[schemars(length(max = 64), inner(length(min = 1, max = 256)))]
+    pub taints: Vec<String>,
+    /// KV blocks that each rank can hold; 0 where not known.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub total_kv_blocks: u32,
+    /// Requests that each rank takes at a time; 0 for any number.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 32_768))]
+    pub max_requests: u32,
+    /// Port of each worker's ZMQ socket of events, rank 0's. Without it the events are what NATS
+    /// brings for the worker's id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "u16", range(min = 1))]
+    pub zmq_port: Option<u16>,
+    /// Port of each worker's ZMQ socket of replays, rank 0's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "u16", range(min = 1))]
+    pub zmq_replay_port: Option<u16>,
+}
+
+/// Addresses by their kind.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum AddressFamily {
+    /// Both.
+    #[default]
+    Any,
+    /// A records.
+    Ipv4,
+    /// AAAA records.
+    Ipv6,
+}
+
+fn refresh_secs() -> f64 {
+    5.0
+}
+
+/// How workers are asked whether they are well.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct HealthCheck {
+    /// Path of a GET that a worker answers with a status of 200 to 299 while it is well.
+    #[schemars(regex(pattern = r"^/[!-~]{0,1023}$"))]
+    pub path: String,
+    /// Seconds between two.
+    #[schemars(range(min = 0.1, max = 3600.0))]
+    pub interval_secs: f64,
+    /// Seconds that an answer may take.
+    #[schemars(range(min = 0.01, max = 60.0))]
+    pub timeout_secs: f64,
+    /// Bad answers in a row after which a worker is left out.
+    #[schemars(range(min = 1, max = 100))]
+    pub unwell_after: u32,
+}
+
+impl Default for HealthCheck {
+    fn default() -> Self {
+        Self {
+            path: "/health".into(),
+            interval_secs: 5.0,
+            timeout_secs: 1.0,
+            unwell_after: 3,
+        }
+    }
+}
+
+/// Workers that register at run time.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Registration {
+    /// Networks, such as `10.0.0.0/8`, inside which their endpoints must be.
+    #[schemars(required, length(min = 1, max = 64))]
+    pub networks: Option<Vec<String>>,
+    /// Workers at a time.
+    #[serde(default = "max_workers")]
+    #[schemars(range(min = 1, max = 65_536))]
+    pub max_workers: usize,
+    /// Seconds for which one counts that does not say for how long.
+    #[serde(default = "ttl_secs")]
+    #[schemars(range(min = 1.0, max = 86_400.0))]
+    pub ttl_secs: f64,
+    /// Longest time that one may ask for, in seconds.
+    #[serde(default = "max_ttl_secs")]
+    #[schemars(range(min = 1.0, max = 86_400.0))]
+    pub max_ttl_secs: f64,
+}
+
+fn max_workers() -> usize {
+    1024
+}
+
+fn ttl_secs() -> f64 {
+    30.0
+}
+
+fn max_ttl_secs() -> f64 {
+    600.0
 }
 
 /// How firmly a session stays on its worker.
@@ -344,8 +497,10 @@ impl Default for Pool {
             session_affinity_slack: 2.0,
             session_headers: Vec::new(),
             encoder_cuda_to_cpu_ratio: 8,
+            slow_start_secs: 0.0,
             tokenizer: None,
             workers: Vec::new(),
+            dns: Vec::new(),
         }
     }
 }
@@ -431,6 +586,9 @@ pub struct Worker {
     #[serde(default)]
     #[schemars(range(min = 0, max = 32_768))]
     pub max_requests: u32,
+    /// Whether it is to get no more requests; those that it has run on.
+    #[serde(default)]
+    pub draining: bool,
     /// The stream of events that it publishes itself. Without it the worker's events are what NATS
     /// brings for its id.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -586,6 +744,11 @@ pub struct Nats {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "String", length(min = 1))]
     pub json_stream: Option<String>,
+    /// Subject on which workers register, with `{worker_id}` as one of its tokens; needs
+    /// `registration`. An empty message is a farewell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "String")]
+    pub workers_subject: Option<String>,
     /// Whether load is exchanged with other sidecars, and with Dynamo's routers; needs `dynamo`,
     /// whose subjects it goes over. Mirrors Dynamo's `--router-replica-sync`.
     #[serde(default)]

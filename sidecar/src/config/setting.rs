@@ -89,6 +89,14 @@ pub(super) static SETTINGS: &[Setting] = &[
         "Port Envoy listens on for requests",
     ),
     setting(
+        "router_min_initial_workers",
+        false,
+        Kind::Number,
+        &["router-min-initial-workers"],
+        &["DYN_ROUTER_MIN_INITIAL_WORKERS"],
+        "Workers that have to be there before the sidecar counts as ready",
+    ),
+    setting(
         "router_mode",
         true,
         Kind::Text,

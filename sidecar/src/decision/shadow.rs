@@ -197,6 +197,7 @@ fn scored(field: &Field, evidence: &Evidence) -> Vec<Scored> {
     let demand = demand(field, evidence);
     let policy = &field.pool.policy;
     let mut candidates = field.candidates(&evidence.constraints);
+    leave_out(&mut candidates, field, evidence);
     if !field.pool.families.is_empty() {
         take_overlaps_as_seen(&mut candidates, field, evidence);
     }
@@ -211,6 +212,24 @@ fn scored(field: &Field, evidence: &Evidence) -> Vec<Scored> {
         candidate,
     };
     candidates.into_iter().map(score).collect()
+}
+
+/// An owner that takes so many requests and no more, or gets a part of its share yet, may have been
+/// left out by the filter: then it was no choice.
+fn leave_out(candidates: &mut Vec<Candidate>, field: &Field, evidence: &Evidence) {
+    let pool = &field.pool;
+    candidates.retain(|candidate| {
+        let Some(owner) = pool.owners.get(candidate.owner) else {
+            return false;
+        };
+        let is_warming = pool.slow_start_ms > 0 && owner.traits.since_ms > 0;
+        let may_be_left_out = is_warming || owner.metadata.max_requests > 0;
+        !may_be_left_out
+            || evidence
+                .candidates
+                .iter()
+                .any(|seen| seen.owner == owner.id)
+    });
 }
 
 /// Bookings name a prompt's blocks in Dynamo's family alone: where others count too, the filter's

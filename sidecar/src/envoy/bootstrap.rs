@@ -10,16 +10,34 @@ use crate::config::{Config, Pool};
 /// How long a stream may be silent; above the time a request may be held.
 const STREAM_IDLE: &str = "300s";
 
-/// YAML for `envoy -c`. The workers and the filter's configuration are in `files`.
+/// Where Envoy has the workers' endpoints from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Discovery {
+    /// The sidecar, over its socket.
+    #[default]
+    Grpc,
+    /// Files that the sidecar writes; Envoy starts from them without one.
+    Files,
+}
+
+/// YAML for `envoy -c`. The filter's configuration is in `files`.
 #[must_use]
-pub fn bootstrap(config: &Config, files: &Files) -> String {
+pub fn bootstrap(config: &Config, files: &Files, discovery: Discovery) -> String {
     let admin = address(&config.envoy_admin);
     let listen = address(&config.listen);
     let socket = std::path::absolute(&config.socket).unwrap_or_else(|_| config.socket.clone());
     let socket = quoted(&socket.to_string_lossy());
     let ecds = quoted(&files.filter().to_string_lossy());
     let routes: String = routes(&config.pools);
-    let clusters: String = config.pools.iter().map(|p| clusters(p, files)).collect();
+    let clusters: String = config
+        .pools
+        .iter()
+        .map(|p| clusters(p, files, discovery))
+        .collect();
+    let ads = match discovery {
+        Discovery::Grpc => ads(),
+        Discovery::Files => String::new(),
+    };
     let tag = |label: &&str| {
         let regex = quoted(&label_regex(label));
         format!("  - {{tag_name: {label}, regex: {regex}}}\n")
@@ -42,7 +60,7 @@ stats_config:
 {tags}  histogram_bucket_settings:
   - match: {{safe_regex: {{regex: ".*kv_router_.*_us"}}}}
     buckets: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 100000, 1000000]
-static_resources:
+{ads}static_resources:
   listeners:
   - name: kv_router
     address: {listen}
@@ -83,6 +101,22 @@ static_resources:
       cluster_name: {SIDECAR_CLUSTER}
       endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{pipe: {{path: {socket}}}}}}}}}]}}]
 {clusters}"#
+    )
+}
+
+/// One stream for the endpoints of all pools, from the sidecar.
+fn ads() -> String {
+    format!(
+        r#"dynamic_resources:
+  ads_config:
+    api_type: GRPC
+    transport_api_version: V3
+    grpc_services:
+    - envoy_grpc:
+        cluster_name: {SIDECAR_CLUSTER}
+        # A sidecar that was restarted is asked again within a second.
+        retry_policy: {{retry_back_off: {{base_interval: 0.1s, max_interval: 1s}}}}
+"#
     )
 }
 
@@ -132,8 +166,15 @@ fn route(pool: &Pool, suffix: &str, matched: &str) -> String {
     )
 }
 
-fn clusters(pool: &Pool, files: &Files) -> String {
-    let eds = quoted(&files.endpoints(&pool.name).to_string_lossy());
+fn clusters(pool: &Pool, files: &Files, discovery: Discovery) -> String {
+    let eds = match discovery {
+        // Without a sidecar Envoy starts with no endpoints after this time.
+        Discovery::Grpc => "ads: {}, initial_fetch_timeout: 5s".to_owned(),
+        Discovery::Files => {
+            let file = quoted(&files.endpoints(&pool.name).to_string_lossy());
+            format!("path_config_source: {{path: {file}}}")
+        }
+    };
     let service = quoted(&cluster(&pool.name));
     let one = |(suffix, protocol, _): (&str, &str, &str)| {
         let name = quoted(&format!("{}{suffix}", cluster(&pool.name)));
@@ -143,7 +184,7 @@ fn clusters(pool: &Pool, files: &Files) -> String {
     connect_timeout: 2s
     eds_cluster_config:
       service_name: {service}
-      eds_config: {{path_config_source: {{path: {eds}}}, resource_api_version: V3}}
+      eds_config: {{{eds}, resource_api_version: V3}}
     typed_extension_protocol_options:
       envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
         "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions

@@ -45,6 +45,8 @@ pub(super) struct Worker {
     pub(super) streams: BTreeMap<u32, Stream>,
     /// Whether its events agree with what it does.
     pub(super) health: Health,
+    /// Since when it takes requests, Unix milliseconds; 0 for one that was there at the start.
+    pub(super) since_ms: u64,
     /// Owners, by rank.
     pub(super) owners: Vec<Owner>,
 }
@@ -215,7 +217,10 @@ impl Pool {
     #[must_use]
     pub(super) fn table(&self, ejection: &Ejection) -> table::Pool {
         let workers = self.workers.values();
-        let owners = workers.flat_map(|worker| worker.table(ejection.is_in(worker.config.id)));
+        let owners = workers.flat_map(|worker| {
+            let is_in = ejection.is_in(worker.config.id);
+            worker.table(is_in && !worker.config.draining)
+        });
         let mut owners: Vec<table::Owner> = owners.collect();
         owners.sort_unstable_by_key(|owner| owner.slot);
         let is_store = |worker: &&Worker| worker.config.role == Role::Store;
@@ -239,6 +244,7 @@ impl Pool {
             trusted_sources: self.config.trusted_sources.clone(),
             affinity: self.config.affinity.clone(),
             device_ratio: self.config.device_ratio,
+            slow_start_ms: self.config.slow_start_ms,
             stores: stores.collect(),
             text: self.config.tokenizer.as_ref().map(|t| t.budget),
         }
@@ -255,6 +261,7 @@ impl Worker {
             source: Source::default(),
             streams: BTreeMap::new(),
             health: Health::default(),
+            since_ms: 0,
             owners,
         }
     }
@@ -307,6 +314,7 @@ impl Worker {
                     device: self.config.device,
                     prefill_rate: owner.prefill_rate,
                     prefill_ns_per_token: owner.prefill_ns_per_token,
+                    since_ms: self.since_ms,
                 },
                 metadata: self.config.metadata.clone(),
             })
