@@ -17,7 +17,7 @@ use crate::config::Config;
 use crate::decision::{DecisionsReport, Wanted};
 use crate::dump::Line;
 use crate::load::RawReport;
-use crate::peers;
+use crate::{peers, select};
 
 /// Anything but events.
 #[derive(Debug)]
@@ -100,4 +100,6 @@ pub enum Control {
         /// The stores.
         reply: oneshot::Sender<Vec<RouterEvent>>,
     },
+    /// What the select service asks.
+    Select(select::Ask),
 }
