@@ -17,11 +17,13 @@
 
 pub mod approximate;
 pub mod board;
+pub mod chunk;
 pub mod cost;
 pub mod decide;
 pub mod device;
 pub mod event;
 pub mod family;
+pub mod handover;
 pub mod hash;
 pub mod head;
 pub mod holdings;

@@ -4,7 +4,7 @@
 //! answers with batches of shared-data writes, which the bridge copies in order and acknowledges.
 //! Each message is the protocol's version byte and the postcard form of its struct.
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 
 /// Version of these messages. Version 2 has reports without times, see
 /// [`crate::report::Report::decode`], and knows no steps but the first four of
@@ -80,10 +80,10 @@ pub struct Batch<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Write<'a> {
     /// A key for which [`crate::key::is_published`] holds.
-    #[serde(borrow)]
+    #[serde(borrow, serialize_with = "at_once")]
     pub key: &'a [u8],
     /// Its value.
-    #[serde(borrow)]
+    #[serde(borrow, serialize_with = "at_once")]
     pub value: &'a [u8],
 }
 
@@ -124,6 +124,14 @@ pub fn encode<T: Serialize>(message: &T) -> Vec<u8> {
 pub fn encode_for<T: Serialize>(version: u8, message: &T) -> Vec<u8> {
     // Serialising to a growing vector cannot fail for the types of this module.
     postcard::to_extend(message, vec![version]).unwrap_or_default()
+}
+
+/// Writes bytes in one piece; a slice is written element by element otherwise, to the same effect.
+///
+/// # Errors
+/// None of its own.
+pub fn at_once<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_bytes(bytes)
 }
 
 /// Version of a message.

@@ -15,6 +15,7 @@ mod setting;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use kv_core::handover::Handover;
 use kv_core::id::{Device, OwnerId, Role, WorkerId};
 use kv_core::policy::Policy;
 use kv_core::table::Settings;
@@ -26,7 +27,7 @@ use crate::load;
 
 pub use error::{ConfigErrors, Problem};
 pub use events::{Events, FamilyUse, Socket, ZmqAddress};
-pub use file::{File, Tls};
+pub use file::{EngineFace, File, Tls};
 pub use layer::{Layer, Origin};
 pub use schema::schema;
 pub use setting::{Flags, from_environment};
@@ -169,12 +170,23 @@ pub struct Pool {
 /// How prompts that are text are read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tokenizer {
-    /// The model's folder.
-    pub path: PathBuf,
+    /// Who knows.
+    pub from: TokenizerFrom,
     /// Bytes of token ids that are remembered.
     pub cache_bytes: u64,
     /// How long reading may take.
     pub budget: Budget,
+    /// How workers get the token ids.
+    pub handover: Handover,
+}
+
+/// Who knows the token ids of a text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TokenizerFrom {
+    /// The model's folder.
+    Folder(PathBuf),
+    /// The pool's workers.
+    Engine(EngineFace),
 }
 
 /// One engine instance.

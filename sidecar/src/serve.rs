@@ -135,8 +135,9 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
         Ok(())
     });
     let (bridge_control, bridge_metrics) = (control.clone(), Arc::clone(&metrics));
+    let bridge_reader = Arc::clone(&reader);
     tasks.spawn(async move {
-        let served = bridge.run(bridge_control, bridge_metrics, reader, bridge_cancel);
+        let served = bridge.run(bridge_control, bridge_metrics, bridge_reader, bridge_cancel);
         served.await.context("the bridge's socket failed")
     });
     let api = admin::Admin::new(control.clone(), doors.desk(), Arc::clone(&metrics));
@@ -161,6 +162,7 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
         files,
         control,
         doors,
+        reader,
         metrics,
         silence,
     };
@@ -287,6 +289,7 @@ struct Reloader {
     files: Option<Files>,
     control: mpsc::Sender<Control>,
     doors: Doors,
+    reader: Arc<Reader>,
     metrics: Arc<Metrics>,
     silence: Arc<Notify>,
 }
@@ -438,6 +441,7 @@ impl Reloader {
             tracing::warn!("not every envoy has the worker table yet, endpoints go ahead");
         }
         self.doors.configure(&self.registry.over(&next));
+        self.reader.configure(&next);
         self.write_endpoints(&next, |_, after| endpoints_of(after))?;
         self.config = next;
         Ok(())

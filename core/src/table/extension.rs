@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Table, Traits};
 use crate::family::Scheme;
+use crate::handover::Handover;
 use crate::id::Slot;
 use crate::text::Budget;
 use crate::tracker::Tracking;
@@ -23,6 +24,8 @@ struct OfPool {
     families: Vec<Scheme>,
     stores: Vec<Slot>,
     shared_cache_multiplier: f64,
+    chunks: bool,
+    handover: Handover,
 }
 
 impl Extension {
@@ -36,6 +39,8 @@ impl Extension {
             families: pool.families.clone(),
             stores: pool.stores.clone(),
             shared_cache_multiplier: pool.policy.shared_cache_multiplier,
+            chunks: pool.chunks,
+            handover: pool.handover,
         });
         Self(pools.collect())
     }
@@ -49,6 +54,8 @@ impl Extension {
             pool.stores = more.stores;
             pool.policy.shared_cache_multiplier = more.shared_cache_multiplier;
             pool.text = more.text;
+            pool.chunks = more.chunks;
+            pool.handover = more.handover;
             for (owner, traits) in pool.owners.iter_mut().zip(more.owners) {
                 owner.traits = traits;
             }
