@@ -277,7 +277,7 @@ impl<'a> Record<'a> {
 mod tests {
     use super::*;
     use crate::id::{OwnerId, Role, Slot};
-    use crate::table::{Owner, Traits};
+    use crate::table::{Metadata, Owner, Traits};
 
     fn candidates(overlaps: &[u32]) -> Vec<Candidate> {
         let make = |(owner, depth): (usize, &u32)| Candidate {
@@ -387,6 +387,7 @@ mod tests {
             endpoint: format!("10.0.0.{i}:8000"),
             accepting: true,
             traits: Traits::default(),
+            metadata: Metadata::default(),
         });
         let pool = Pool {
             name: "p".into(),

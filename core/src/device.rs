@@ -49,7 +49,7 @@ mod tests {
     use crate::load::Load;
     use crate::overlap::Overlap;
     use crate::policy::Policy;
-    use crate::table::{Owner, Traits};
+    use crate::table::{Metadata, Owner, Traits};
 
     /// A pool of workers by device, and candidates with so many requests each.
     fn field(workers: &[(Device, u16)]) -> (Pool, Vec<Candidate>) {
@@ -66,6 +66,7 @@ mod tests {
                 device: *device,
                 ..Traits::default()
             },
+            metadata: Metadata::default(),
         });
         let pool = Pool {
             owners: owners.collect(),

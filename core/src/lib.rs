@@ -18,6 +18,7 @@
 pub mod approximate;
 pub mod board;
 pub mod chunk;
+pub mod constraint;
 pub mod cost;
 pub mod decide;
 pub mod device;

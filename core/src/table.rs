@@ -4,7 +4,9 @@
 //! an earlier filter reads a later sidecar's table.
 
 mod extension;
+mod metadata;
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::family::Scheme;
@@ -14,6 +16,8 @@ use crate::key;
 use crate::policy::Policy;
 use crate::text::Budget;
 use extension::Extension;
+
+pub use metadata::Metadata;
 
 /// Everything a decision needs besides pages, load and the request.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -56,9 +60,12 @@ pub struct Pool {
     pub policy: Policy,
     /// The owners, by slot.
     pub owners: Vec<Owner>,
-    /// Whether any client may name its worker.
+    /// Whether any client's privileged hints count.
     #[serde(skip)]
     pub trusts_hints: bool,
+    /// Addresses whose privileged hints count.
+    #[serde(skip)]
+    pub trusted_sources: Vec<IpNet>,
     /// How many requests a worker with an accelerator takes for each of one without, in the mode
     /// device-aware-weighted; 0 counts as 1.
     #[serde(skip)]
@@ -97,6 +104,9 @@ pub struct Owner {
     /// What else is known of it.
     #[serde(skip)]
     pub traits: Traits,
+    /// What it is said to be.
+    #[serde(skip)]
+    pub metadata: Metadata,
 }
 
 /// What a worker is, and what has been learned of it.
@@ -180,7 +190,7 @@ impl Pool {
 
 #[cfg(test)]
 mod tests {
-    use super::{Owner, Pool, Served, Table, Traits};
+    use super::{Metadata, Owner, Pool, Served, Table, Traits};
     use crate::family::Scheme;
     use crate::handover::Handover;
     use crate::id::{Device, Family, OwnerId, Role, Slot};
@@ -214,8 +224,15 @@ mod tests {
                             device: Device::Cpu,
                             prefill_rate: 9_000,
                         },
+                        metadata: Metadata {
+                            taints: vec!["spot".into()],
+                            labels: [("zone".into(), "a".into())].into(),
+                            max_requests: 7,
+                            ..Metadata::default()
+                        },
                     }],
                     trusts_hints: true,
+                    trusted_sources: vec!["10.0.0.0/8".parse().unwrap()],
                     device_ratio: 8,
                     ..Pool::default()
                 },

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 
+use kv_core::constraint::Pin;
 use kv_core::cost::Demand;
 use kv_core::decide::{self, Candidate, Request, Scored};
 use kv_core::device;
@@ -18,7 +19,6 @@ use kv_core::rng::Rng;
 use crate::board::Glimpse;
 use crate::bookings::{Bookings, Place, Tentative};
 use crate::fleet::Served;
-use crate::hints::Pin;
 use crate::host::Host;
 use crate::metrics::{Event, Metrics, Timing};
 use crate::reason::Reason;

@@ -1,6 +1,7 @@
 //! The worker table with what this VM derives from it once per version.
 
 use hashbrown::HashMap;
+use kv_core::constraint::Pin;
 use kv_core::family::Namespace;
 use kv_core::hash::{Hashing, Seed};
 use kv_core::holdings::{self, Named};
@@ -11,7 +12,6 @@ use kv_core::scan::Scan;
 use kv_core::table::{Owner, Pool, Table};
 
 use crate::bookings::Place;
-use crate::hints::Pin;
 use crate::host::{Host, MetricId, MetricKind};
 use crate::lanes::Lanes;
 use crate::metrics::{Fault, Metrics, labelled};

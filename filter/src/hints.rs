@@ -1,137 +1,184 @@
-//! What a client says about where its request should go, and how long its answer will be.
+//! What a request says about where it should go and how much work it is.
 //!
-//! Naming a worker is privileged: it counts only where the route's metadata says
-//! `kv: {trust: hints}` or the pool trusts all its clients. The length of an answer is anybody's.
+//! The length of an answer is anybody's to say. Everything else is privileged: whoever chooses a
+//! worker can overload it, and whoever chooses a tenant reads along in its cache. It counts only
+//! where the client is [trusted](trust). Elsewhere it is taken out of the headers, not read in the
+//! body, and counted.
 
-use kv_core::id::{DpRank, WorkerId};
-use serde::Deserialize;
+mod said;
+mod trust;
 
+use kv_core::constraint::{Constraints, Pin};
+use kv_core::table::Pool;
+
+use crate::header_map::HeaderMap;
 use crate::host::{Headers, Host};
+use crate::metrics::Metrics;
 
-/// Headers that name the worker, Dynamo's; the first that can be read counts.
-pub const WORKER: [&str; 2] = ["x-dynamo-worker-instance-id", "x-worker-instance-id"];
-/// Headers that name its data-parallel rank, Dynamo's.
-pub const RANK: [&str; 3] = ["x-dynamo-dp-rank", "x-dp-rank", "x-data-parallel-rank"];
-/// The body's key with Dynamo's extensions.
-pub const NVEXT: &str = "nvext";
+pub use said::{Malformed, NVEXT, Nvext, RANK, Said};
+pub use trust::is_trusted;
 
-/// Property of the route's metadata that says whom to trust, and the value that trusts the client.
-const TRUST: (&[u8], &[u8]) = (b"xds\0route_metadata\0filter_metadata\0kv\0trust", b"hints");
-
-/// Longest value of [`NVEXT`] that is read, in bytes.
-pub const MAX_NVEXT: usize = 16 << 10;
-
-/// The worker that a request names.
+/// The kinds of privileged hints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Pin {
+pub enum Kind {
     /// The worker.
-    pub worker: WorkerId,
-    /// Its data-parallel rank; without it any of the worker's.
-    pub rank: Option<DpRank>,
+    Worker,
+    /// Its data-parallel rank.
+    Rank,
+    /// The workers among which one is chosen.
+    AllowedWorkers,
+    /// The endpoints among which one is chosen.
+    Endpoints,
+    /// Taints that the worker must have.
+    RequiredTaints,
+    /// Taints that make workers better or worse.
+    PreferredTaints,
+    /// The tenant, in a header.
+    Tenant,
+    /// The class in the queue.
+    PolicyClass,
+    /// A priority above 0.
+    Priority,
+    /// The tier in the queue.
+    StrictPriority,
 }
 
-/// The parts of [`NVEXT`] that are read.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default)]
-pub struct Nvext {
-    backend_instance_id: Option<WorkerId>,
-    decode_worker_id: Option<WorkerId>,
-    dp_rank: Option<DpRank>,
-    agent_hints: Option<AgentHints>,
-}
+impl Kind {
+    /// All of them, in order.
+    pub const ALL: [Self; 10] = [
+        Self::Worker,
+        Self::Rank,
+        Self::AllowedWorkers,
+        Self::Endpoints,
+        Self::RequiredTaints,
+        Self::PreferredTaints,
+        Self::Tenant,
+        Self::PolicyClass,
+        Self::Priority,
+        Self::StrictPriority,
+    ];
+    /// Number of kinds.
+    pub const COUNT: usize = Self::ALL.len();
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(default)]
-struct AgentHints {
-    osl: Option<u32>,
-}
-
-impl Nvext {
-    /// Reads it; nothing where it makes no sense, which is for the worker to judge.
+    /// Metric label.
     #[must_use]
-    pub fn parse(json: &[u8]) -> Self {
-        serde_json::from_slice(json).unwrap_or_default()
-    }
-
-    /// Tokens of the answer that the client expects; 0 where it does not say.
-    #[must_use]
-    pub fn expected_output(&self) -> u32 {
-        self.agent_hints.and_then(|hints| hints.osl).unwrap_or(0)
-    }
-}
-
-/// The worker that the current request names: by its headers, else in its body.
-#[must_use]
-pub fn pin(host: &impl Host, nvext: &Nvext) -> Option<Pin> {
-    let worker = number(host, &WORKER);
-    let worker = worker
-        .or(nvext.decode_worker_id)
-        .or(nvext.backend_instance_id)?;
-    let rank = number(host, &RANK).and_then(|rank| DpRank::try_from(rank).ok());
-    Some(Pin {
-        worker,
-        rank: rank.or(nvext.dp_rank),
-    })
-}
-
-/// Whether the current request's route lets its clients name workers.
-#[must_use]
-pub fn route_trusts(host: &impl Host) -> bool {
-    let (path, value) = TRUST;
-    host.property(path).as_deref() == Some(value)
-}
-
-/// The first header that is a decimal number.
-fn number(host: &impl Host, names: &[&str]) -> Option<u64> {
-    names.iter().find_map(|name| {
-        let value = host.header(Headers::Request, name)?;
-        std::str::from_utf8(&value).ok()?.trim().parse().ok()
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::fake::Fake;
-
-    #[test]
-    fn headers_name_the_worker_before_the_body_does() {
-        let host = Fake::default();
-        let nvext = Nvext::parse(br#"{"backend_instance_id": 7, "dp_rank": 2, "other": [1]}"#);
-        let pin = || pin(&host, &nvext).map(|pin| (pin.worker, pin.rank));
-        assert_eq!(pin(), Some((7, Some(2))));
-        host.client_header("x-worker-instance-id", b" 9 ");
-        assert_eq!(pin(), Some((9, Some(2))));
-        host.client_header("x-dynamo-worker-instance-id", b"18446744073709551615");
-        host.client_header("x-data-parallel-rank", b"1");
-        assert_eq!(pin(), Some((u64::MAX, Some(1))));
-        host.client_header("x-dynamo-worker-instance-id", b"-1");
-        assert_eq!(pin(), Some((9, Some(1))));
-    }
-
-    #[test]
-    fn what_makes_no_sense_says_nothing() {
-        let host = Fake::default();
-        for json in [
-            &b"7"[..],
-            b"",
-            b"{\"dp_rank\":1}",
-            b"{\"backend_instance_id\":\"x\"}",
-        ] {
-            assert_eq!(pin(&host, &Nvext::parse(json)), None);
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Worker => "worker",
+            Self::Rank => "rank",
+            Self::AllowedWorkers => "allowed_workers",
+            Self::Endpoints => "endpoints",
+            Self::RequiredTaints => "required_taints",
+            Self::PreferredTaints => "preferred_taints",
+            Self::Tenant => "tenant",
+            Self::PolicyClass => "policy_class",
+            Self::Priority => "priority",
+            Self::StrictPriority => "strict_priority",
         }
-        let osl = |json: &[u8]| Nvext::parse(json).expected_output();
-        assert_eq!(
-            osl(br#"{"agent_hints": {"osl": 300, "priority": -1}}"#),
-            300
-        );
-        assert_eq!(osl(br#"{"agent_hints": {"osl": null}}"#), 0);
+    }
+}
+
+/// What counts of all that a request says.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Hints {
+    /// Tokens of the answer that the client expects; 0 where it does not say.
+    pub expected_output: u32,
+    /// Seconds by which the request counts as having come earlier to the queue, from its priority;
+    /// never below 0.
+    pub priority_jump: f64,
+    /// Its tier in the queue.
+    pub strict_priority: u32,
+    /// Its class in the queue.
+    pub policy_class: Option<String>,
+    /// What keeps its blocks apart from others', in place of the body's `cache_salt`.
+    pub salt: Option<String>,
+    /// What it asks of its worker.
+    pub constraints: Constraints,
+    /// Whether it names a worker and may not.
+    pub is_untrusted_pin: bool,
+    /// Whether it names a rank and no worker.
+    pub is_rank_alone: bool,
+    /// Something privileged of a trusted client that can't be read.
+    pub malformed: Option<Malformed>,
+}
+
+impl Hints {
+    /// What counts for the current request. What does not is removed from its headers and counted;
+    /// without a pool nobody but the route says whom to trust.
+    pub fn gather(
+        host: &impl Host,
+        metrics: &mut Metrics,
+        pool: Option<&Pool>,
+        headers: &HeaderMap,
+        nvext: &Nvext,
+    ) -> Self {
+        let said = Said::of(headers);
+        let cosmetic = Self {
+            expected_output: nvext.agent.osl.unwrap_or(0),
+            salt: nvext.cache_salt.clone(),
+            ..Self::default()
+        };
+        let in_headers = said.names().filter(|(_, kind)| {
+            // One that does not put the request forward is no privilege.
+            *kind != Kind::Priority || said.priority().is_some_and(|p| p > 0)
+        });
+        let in_body = nvext.privileged();
+        let is_said =
+            |kind: &Kind| in_headers.clone().any(|(_, k)| k == *kind) || in_body.contains(kind);
+        if in_headers.clone().next().is_none() && in_body.is_empty() && nvext.malformed.is_none() {
+            return cosmetic;
+        }
+        if is_trusted(host, pool) {
+            return cosmetic.with_privileged(&said, nvext);
+        }
+        for kind in Kind::ALL.into_iter().filter(is_said) {
+            metrics.hint_ignored(host, kind);
+        }
+        for (name, _) in in_headers {
+            host.remove_header(Headers::Request, name);
+        }
+        Self {
+            is_untrusted_pin: said.worker().or(nvext.worker).is_some(),
+            ..cosmetic
+        }
     }
 
-    #[test]
-    fn decode_worker_wins_over_backend_instance() {
-        let host = Fake::default();
-        let nvext = Nvext::parse(br#"{"backend_instance_id": 7, "decode_worker_id": 8}"#);
-        assert_eq!(pin(&host, &nvext).unwrap().worker, 8);
+    fn with_privileged(mut self, said: &Said<'_>, nvext: &Nvext) -> Self {
+        let mut faults = Faults(nvext.malformed);
+        let worker = said.worker().or(nvext.worker);
+        let rank = said.rank().or(nvext.rank);
+        let tenant = faults.take(said.tenant()).map(str::to_owned);
+        self.salt = tenant.or(self.salt);
+        let workers = faults.take(said.allowed_workers());
+        let required = faults.take(said.required_taints());
+        let preferred = faults.take(said.preferred_taints());
+        self.constraints = Constraints {
+            pin: worker.map(|worker| Pin { worker, rank }),
+            workers: workers.or_else(|| nvext.allowed_workers.clone()),
+            endpoints: faults.take(said.endpoints()),
+            required_taints: required.unwrap_or_else(|| nvext.required_taints.clone()),
+            preferred_taints: preferred.unwrap_or_else(|| nvext.preferred_taints.clone()),
+        };
+        let jump = said.priority().or(nvext.agent.priority).map(f64::from);
+        let jump = jump.or(nvext.agent.latency_sensitivity);
+        self.priority_jump = jump.filter(|jump| jump.is_finite()).unwrap_or(0.0).max(0.0);
+        let strict = said.strict_priority().or(nvext.agent.strict_priority);
+        self.strict_priority = strict.unwrap_or(0);
+        self.policy_class = said.policy_class().map(str::to_owned);
+        self.is_rank_alone = worker.is_none() && rank.is_some();
+        self.malformed = faults.0;
+        self
+    }
+}
+
+/// The first thing that could not be read.
+struct Faults(Option<Malformed>);
+
+impl Faults {
+    fn take<T>(&mut self, read: Result<Option<T>, Malformed>) -> Option<T> {
+        read.unwrap_or_else(|fault| {
+            self.0.get_or_insert(fault);
+            None
+        })
     }
 }

@@ -125,6 +125,7 @@ mod tests {
                     endpoint: String::new(),
                     accepting: true,
                     traits: kv_core::table::Traits::default(),
+                    metadata: kv_core::table::Metadata::default(),
                 }],
                 ..Pool::default()
             }],

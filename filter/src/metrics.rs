@@ -9,6 +9,7 @@
 use hashbrown::HashMap;
 use kv_core::wire::WireError;
 
+use crate::hints::Kind as Hint;
 use crate::host::{Host, MetricId, MetricKind};
 use crate::reason::Reason;
 use crate::refusal::Refusal;
@@ -31,6 +32,10 @@ pub const MISSED: &str = "kv_router_missed_total";
 /// Counter of requests that were answered with an error, by `reason` ([`Refusal::name`]).
 /// *Action*: each reason says what the client lacks.
 pub const REFUSED: &str = "kv_router_refused_total";
+
+/// Counter of requests with privileged hints that did not count, by `kind` ([`Hint::name`]).
+/// *Action*: the route or the pool must trust the client, or clients are trying.
+pub const HINTS_IGNORED: &str = "kv_router_hints_ignored_total";
 
 /// Counter of things that went wrong, by `kind` ([`Fault::kind`]). *Action*: each kind says what;
 /// all should stand still.
@@ -74,9 +79,6 @@ pub enum Event {
     Raced,
     /// `kv_router_bookings_undone_total`: bookings undone because that made another worker better.
     Undone,
-    /// `kv_router_hints_ignored_total`: requests that named a worker and were routed otherwise,
-    /// because their route does not let them.
-    HintIgnored,
     /// `kv_router_worker_failures_total`: times a worker was not reached, broke off or answered
     /// with a status of 500 or above.
     Failure,
@@ -95,7 +97,7 @@ pub enum Event {
 }
 
 impl Event {
-    const COUNT: usize = 17;
+    const COUNT: usize = 16;
 
     fn name(self) -> &'static str {
         match self {
@@ -110,7 +112,6 @@ impl Event {
             Self::Complete => "kv_router_reports_complete_total",
             Self::Raced => "kv_router_bookings_raced_total",
             Self::Undone => "kv_router_bookings_undone_total",
-            Self::HintIgnored => "kv_router_hints_ignored_total",
             Self::Failure => "kv_router_worker_failures_total",
             Self::WrittenOff => "kv_router_written_off_total",
             Self::Estimated => "kv_router_prefills_estimated_total",
@@ -244,6 +245,7 @@ pub struct Metrics {
     requests: HashMap<String, ByPool>,
     missed: [Option<MetricId>; Miss::COUNT],
     refused: [Option<MetricId>; Refusal::COUNT],
+    hints_ignored: [Option<MetricId>; Hint::COUNT],
     stale: Option<MetricId>,
 }
 
@@ -304,6 +306,17 @@ impl Metrics {
         let (pool, slots) = self.pool(pool);
         if let Some(slot) = slots.intended.get_mut(reason.index()) {
             count(host, slot, INTENDED, pool, reason);
+        }
+    }
+
+    /// Counts a privileged hint that does not count.
+    pub fn hint_ignored(&mut self, host: &impl Host, hint: Hint) {
+        let define = || {
+            let labels = [("kind", hint.name())];
+            host.define(MetricKind::Counter, &labelled(HINTS_IGNORED, &labels))
+        };
+        if let Some(slot) = self.hints_ignored.get_mut(hint as usize) {
+            add(host, slot, 1, define);
         }
     }
 

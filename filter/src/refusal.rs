@@ -15,11 +15,15 @@ pub enum Refusal {
     HintUntrusted,
     /// No pool serves its model.
     ModelUnknown,
+    /// It names a rank and no worker.
+    RankAlone,
+    /// A hint of a trusted client can't be read: this one.
+    HintMalformed(&'static str),
 }
 
 impl Refusal {
     /// Number of kinds.
-    pub const COUNT: usize = 4;
+    pub const COUNT: usize = 6;
 
     /// The kind as an index below [`Refusal::COUNT`].
     #[must_use]
@@ -29,6 +33,8 @@ impl Refusal {
             Self::WorkerUnknown(_) => 1,
             Self::HintUntrusted => 2,
             Self::ModelUnknown => 3,
+            Self::RankAlone => 4,
+            Self::HintMalformed(_) => 5,
         }
     }
 
@@ -41,6 +47,8 @@ impl Refusal {
             Self::HintUntrusted => "hint_untrusted",
             // As OpenAI's API has it.
             Self::ModelUnknown => "model_not_found",
+            Self::RankAlone => "rank_alone",
+            Self::HintMalformed(_) => "hint_malformed",
         }
     }
 
@@ -48,7 +56,10 @@ impl Refusal {
     #[must_use]
     pub fn status(self) -> u32 {
         match self {
-            Self::WorkerMissing | Self::WorkerUnknown(_) => 400,
+            Self::WorkerMissing
+            | Self::WorkerUnknown(_)
+            | Self::RankAlone
+            | Self::HintMalformed(_) => 400,
             Self::HintUntrusted => 403,
             Self::ModelUnknown => 404,
         }
@@ -82,6 +93,16 @@ impl Refusal {
                 "invalid_request_error",
                 "model",
             ),
+            Self::RankAlone => (
+                "nvext.dp_rank needs a worker that it is a rank of".to_owned(),
+                "invalid_request_error",
+                "nvext.dp_rank",
+            ),
+            Self::HintMalformed(hint) => (
+                format!("{hint} can't be read"),
+                "invalid_request_error",
+                hint,
+            ),
         };
         let code = self.name();
         let error = json!({"message": message, "type": kind, "param": param, "code": code});
@@ -100,6 +121,8 @@ mod tests {
             Refusal::WorkerUnknown(u64::MAX),
             Refusal::HintUntrusted,
             Refusal::ModelUnknown,
+            Refusal::RankAlone,
+            Refusal::HintMalformed("x-kv-required-taints"),
         ];
         for (i, refusal) in all.into_iter().enumerate() {
             assert_eq!(refusal.index(), i);

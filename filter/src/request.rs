@@ -10,6 +10,7 @@
 
 use std::rc::Rc;
 
+use kv_core::constraint::Pin;
 use kv_core::holdings::Named;
 use kv_core::policy::Mode;
 use kv_core::scan::{Field, Prompt, Scan, Scanner};
@@ -19,7 +20,7 @@ use kv_core::table::Pool;
 use crate::choose::{Answer, Ask, Published};
 use crate::fleet::Served;
 use crate::header_map::HeaderMap;
-use crate::hints::{self, Nvext, Pin};
+use crate::hints::{self, Hints, Malformed, Nvext};
 use crate::hold;
 use crate::host::{Headers, Host, Token};
 use crate::metrics::{Event, Fault, Miss, Timing};
@@ -79,6 +80,7 @@ struct Held {
     taken: usize,
     /// Whether Envoy handed out all bytes it announced.
     whole: bool,
+    headers: HeaderMap,
 }
 
 /// A request whose prompt the sidecar reads.
@@ -106,23 +108,32 @@ struct Read {
     families: Vec<Named>,
     /// Whether the body was read to its end.
     is_complete: bool,
+    headers: HeaderMap,
+    /// The body's extensions.
+    nvext: Nvext,
+    /// What counts of headers and extensions, once it is known.
+    hints: Option<Hints>,
 }
 
 impl Read {
-    /// The body's extensions, where they are short enough and Envoy has them still.
-    fn nvext(&self, host: &impl Host) -> Nvext {
-        let place = self.scan.members.get(hints::NVEXT);
-        let place = place.filter(|place| place.len() <= hints::MAX_NVEXT);
-        place.map_or_else(Nvext::default, |place| {
-            Nvext::parse(&host.body(place.start, place.len()))
+    /// What counts of what the request says about its routing. Settled once, with the table as it
+    /// is then.
+    fn hints<H: Host>(&mut self, router: &mut Router<H>) -> &Hints {
+        self.hints.get_or_insert_with(|| {
+            let fleet = router.world.fleet();
+            let model = self.scan.model.value().map(String::as_str);
+            let served = fleet.as_ref().and_then(|fleet| fleet.serve(model));
+            let pool = served.map(|served| served.pool);
+            let Router { host, metrics, .. } = router;
+            Hints::gather(host, metrics, pool, &self.headers, &self.nvext)
         })
     }
 
     /// What answer the body asks for.
-    fn answer(&self, host: &impl Host, nvext: &Nvext) -> Answer {
+    fn answer(&self, host: &impl Host, expected: u32) -> Answer {
         match self.scan.stream {
             Field::Value(true) => Answer::Streamed {
-                expected: nvext.expected_output(),
+                expected,
                 tells_usage: self.wants_usage(host),
             },
             _ if self.is_complete => Answer::Whole,
@@ -139,8 +150,8 @@ impl Read {
         })
     }
 
-    /// Nothing.
-    fn nothing(reason: Reason) -> Self {
+    /// Nothing but the headers.
+    fn nothing(reason: Reason, headers: HeaderMap) -> Self {
         Self {
             reason,
             tokens: 0,
@@ -148,8 +159,17 @@ impl Read {
             hashes: Vec::new(),
             families: Vec::new(),
             is_complete: false,
+            headers,
+            nvext: Nvext::default(),
+            hints: None,
         }
     }
+}
+
+/// What keeps a prompt's blocks apart from others': what the hints say, else the body.
+fn salt<'a>(hints: Option<&'a Hints>, body: &'a Field<String>) -> &'a str {
+    let said = hints.and_then(|hints| hints.salt.as_ref());
+    said.or(body.value()).map_or("", String::as_str)
 }
 
 impl Request {
@@ -182,11 +202,14 @@ impl Request {
         let now_ns = router.host.now_ns();
         match self.hold(router, &headers, end, now_ns) {
             Ok(held) => {
-                self.state = State::Held(Box::new(held));
+                self.state = State::Held(Box::new(Held { headers, ..held }));
                 Action::Pause
             }
-            Err(_) if end && hold::asks_for_models(&headers) => self.list(router, now_ns),
-            Err(reason) => self.route(router, Read::nothing(reason), now_ns, now_ns),
+            Err(_) if end && hold::asks_for_models(&headers) => self.list(router, headers, now_ns),
+            Err(reason) => {
+                let read = Read::nothing(reason, headers);
+                self.route(router, read, now_ns, now_ns)
+            }
         }
     }
 
@@ -335,6 +358,7 @@ impl Request {
             scanner: Scanner::of(tokens, surface.ids_key()),
             taken: 0,
             whole: true,
+            headers: HeaderMap::default(),
         })
     }
 
@@ -371,11 +395,13 @@ impl Request {
         part_ns: u64,
     ) -> Action {
         router.refresh(part_ns);
+        read.hints(router);
         let question = Question {
             contexts: (self.context, self.root),
             surface,
             bytes,
             scan: &read.scan,
+            salt: salt(read.hints.as_ref(), &read.scan.cache_salt),
         };
         if let Some(chunks) = router.chunks(&question) {
             read.reason = Reason::KvText;
@@ -403,10 +429,11 @@ impl Request {
     }
 
     /// Answers with the list of models, where it is known here.
-    fn list<H: Host>(&mut self, router: &mut Router<H>, now_ns: u64) -> Action {
+    fn list<H: Host>(&mut self, router: &mut Router<H>, headers: HeaderMap, now_ns: u64) -> Action {
         let fleet = router.world.fleet();
         let Some(list) = fleet.and_then(|fleet| models::list(&fleet.table)) else {
-            return self.route(router, Read::nothing(Reason::Passed), now_ns, now_ns);
+            let read = Read::nothing(Reason::Passed, headers);
+            return self.route(router, read, now_ns, now_ns);
         };
         let Router { host, metrics, .. } = router;
         metrics.request(host, NO_POOL, Reason::Answered);
@@ -426,6 +453,8 @@ impl Request {
         part_ns: u64,
     ) -> Action {
         router.refresh(part_ns);
+        read.hints(router);
+        let hints = read.hints.take().unwrap_or_default();
         let model = read.scan.model.value().map(String::as_str);
         let fleet = router.world.fleet();
         let served = fleet.as_ref().and_then(|fleet| {
@@ -443,22 +472,15 @@ impl Request {
                         return self.refuse(router, served.pool, refusal, model);
                     }
                 }
-                let policy = &served.pool.policy;
-                let wants_nvext = policy.mode == Mode::Direct || policy.tracking.output_blocks;
-                let nvext = if wants_nvext {
-                    read.nvext(&router.host)
-                } else {
-                    Nvext::default()
-                };
-                let answer = read.answer(&router.host, &nvext);
-                let pin = match router.pin(served, read.reason, &nvext) {
+                let answer = read.answer(&router.host, hints.expected_output);
+                let pin = match hinted(served, read.reason, &hints) {
                     Ok(pin) => pin,
                     Err(refusal) => {
                         let model = model.unwrap_or_default();
                         return self.refuse(router, served.pool, refusal, model);
                     }
                 };
-                let salt = read.scan.cache_salt.value().map_or("", String::as_str);
+                let salt = salt(Some(&hints), &read.scan.cache_salt);
                 let hashing = served.hashing(salt);
                 let (hashes, families) = match &mut read.scan.prompt {
                     Prompt::Tokens(tokens) if read.reason == Reason::Kv => {
@@ -527,40 +549,29 @@ impl Request {
     }
 }
 
-impl<H: Host> Router<H> {
-    /// The worker that a request is to go to, in a pool of the mode direct. A request that is not
-    /// for generation need not name one.
-    fn pin(
-        &mut self,
-        served: &Served<'_>,
-        reason: Reason,
-        nvext: &Nvext,
-    ) -> Result<Option<Pin>, Refusal> {
-        if served.pool.policy.mode != Mode::Direct {
-            return Ok(None);
-        }
-        let is_needed = reason != Reason::Passed;
-        let Some(pin) = hints::pin(&self.host, nvext) else {
-            return if is_needed {
-                Err(Refusal::WorkerMissing)
-            } else {
-                Ok(None)
-            };
-        };
-        if !served.pool.trusts_hints && !hints::route_trusts(&self.host) {
-            self.metrics.count(&self.host, Event::HintIgnored, 1);
-            return if is_needed {
-                Err(Refusal::HintUntrusted)
-            } else {
-                Ok(None)
-            };
-        }
-        if served.pinned(pin).next().is_none() {
-            return Err(Refusal::WorkerUnknown(pin.worker));
-        }
-        Ok(Some(pin))
+/// The worker that a request is to go to, in a pool of the mode direct. A request that is not
+/// for generation need not name one.
+fn hinted(served: &Served<'_>, reason: Reason, hints: &Hints) -> Result<Option<Pin>, Refusal> {
+    if let Some(Malformed(hint)) = hints.malformed {
+        return Err(Refusal::HintMalformed(hint));
     }
+    if hints.is_rank_alone {
+        return Err(Refusal::RankAlone);
+    }
+    if served.pool.policy.mode != Mode::Direct {
+        return Ok(None);
+    }
+    let is_needed = reason != Reason::Passed;
+    match hints.constraints.pin {
+        None if is_needed && hints.is_untrusted_pin => Err(Refusal::HintUntrusted),
+        None if is_needed => Err(Refusal::WorkerMissing),
+        None => Ok(None),
+        Some(pin) if served.pinned(pin).next().is_none() => Err(Refusal::WorkerUnknown(pin.worker)),
+        Some(pin) => Ok(Some(pin)),
+    }
+}
 
+impl<H: Host> Router<H> {
     /// The request's headers. Those that only this filter may set are removed.
     fn headers(&mut self) -> HeaderMap {
         let headers = self.host.headers(Headers::Request);
@@ -637,8 +648,8 @@ impl Held {
     }
 
     /// What a body that was not read to its end said: at most the pool.
-    fn cut(&self, reason: Reason) -> Read {
-        let mut read = Read::nothing(reason);
+    fn cut(self, reason: Reason) -> Read {
+        let mut read = Read::nothing(reason, self.headers);
         read.scan.model = self.scanner.so_far().model.clone();
         read
     }
@@ -648,13 +659,20 @@ impl Held {
         let limit = self.scanner.limit();
         let scan = self.scanner.finish();
         let (true, Ok(mut scan)) = (self.whole, scan) else {
-            return Read::nothing(Reason::BadJson);
+            return Read::nothing(Reason::BadJson, self.headers);
         };
-        if self.surface.takes_token_data()
-            && let Some(place) = scan.members.get(hints::NVEXT)
-            && let Some(prompt) = token_data(&host.body(place.start, place.len()), limit)
-        {
-            scan.prompt = prompt;
+        let mut nvext = Nvext::default();
+        if let Some(place) = scan.members.get(hints::NVEXT) {
+            let json = host.body(place.start, place.len());
+            let mut scanner = Scanner::of(limit, Some("token_data"));
+            scanner.feed(&json);
+            // Where it makes no sense, that is for the worker to judge.
+            let within = scanner.finish().unwrap_or_default();
+            nvext = Nvext::read(&json, &within.members);
+            let is_prompt = matches!(within.prompt, Prompt::Tokens(_) | Prompt::TooManyTokens);
+            if is_prompt && self.surface.takes_token_data() {
+                scan.prompt = within.prompt;
+            }
         }
         let text_key = self.surface.text_key();
         let has_text = text_key.is_some_and(|key| scan.members.get(key).is_some());
@@ -683,14 +701,9 @@ impl Held {
             hashes: Vec::new(),
             families: Vec::new(),
             is_complete: true,
+            headers: self.headers,
+            nvext,
+            hints: None,
         }
     }
-}
-
-/// The token ids that Dynamo's extensions hold, if any.
-fn token_data(nvext: &[u8], limit: usize) -> Option<Prompt> {
-    let mut scanner = Scanner::of(limit, Some("token_data"));
-    scanner.feed(nvext);
-    let prompt = scanner.finish().ok()?.prompt;
-    matches!(prompt, Prompt::Tokens(_) | Prompt::TooManyTokens).then_some(prompt)
 }

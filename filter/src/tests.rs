@@ -5,6 +5,7 @@ mod board;
 mod bridge;
 mod direct;
 mod failures;
+mod hints;
 mod load;
 mod noise;
 mod reports;
@@ -227,6 +228,7 @@ fn owner(slot: u16) -> Owner {
         endpoint: endpoint(slot),
         accepting: true,
         traits: Traits::default(),
+        metadata: kv_core::table::Metadata::default(),
     }
 }
 

@@ -44,15 +44,13 @@ pub struct Question<'a> {
     pub bytes: usize,
     /// What it said.
     pub scan: &'a Scan,
+    /// Its cache salt.
+    pub salt: &'a str,
 }
 
 impl<'a> Question<'a> {
     fn model(&self) -> Option<&'a str> {
         self.scan.model.value().map(String::as_str)
-    }
-
-    fn salt(&self) -> &'a str {
-        self.scan.cache_salt.value().map_or("", String::as_str)
     }
 }
 
@@ -108,7 +106,7 @@ impl<H: Host> Router<H> {
         };
         let text = value(question.surface.prompt_key()?, LONGEST_BODY);
         let beside = BESIDE.map(|key| value(key, LONGEST_BODY));
-        let seed = served.hashing(question.salt()).seed;
+        let seed = served.hashing(question.salt).seed;
         Some(Chunks::of(&text, &beside, served.pool.block_size, seed))
     }
 
@@ -137,14 +135,14 @@ impl<H: Host> Router<H> {
             pool: &served.pool.name,
             surface: question.surface,
             block_size: served.pool.block_size,
-            seed: served.hashing(question.salt()).seed.0,
+            seed: served.hashing(question.salt).seed.0,
             budget_us,
             body: &body,
         };
         let message = ask.encode(&Wanted {
             families: Cow::Borrowed(&served.pool.families),
             lora: served.lora,
-            salt: question.salt(),
+            salt: question.salt,
             ids: served.pool.handover.takes(question.surface),
         });
         let since_ns = host.now_ns();

@@ -15,10 +15,11 @@ mod setting;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use ipnet::IpNet;
 use kv_core::handover::Handover;
 use kv_core::id::{Device, OwnerId, Role, WorkerId};
 use kv_core::policy::Policy;
-use kv_core::table::Settings;
+use kv_core::table::{Metadata, Settings};
 use kv_core::text::Budget;
 
 use crate::ingest::engine::{self, media::Media};
@@ -155,8 +156,10 @@ pub struct Pool {
     pub families: Vec<FamilyUse>,
     /// The model's placeholder token of images, where requests have it replaced.
     pub image_token: Option<u32>,
-    /// Whether any client may name its worker.
+    /// Whether any client's privileged hints count.
     pub trusts_hints: bool,
+    /// Addresses whose privileged hints count.
+    pub trusted_sources: Vec<IpNet>,
     /// Requests on a worker with an accelerator for each on one without.
     pub device_ratio: u32,
     /// How prompts that are text are read.
@@ -203,6 +206,8 @@ pub struct Worker {
     pub device: Device,
     /// Its data-parallel ranks.
     pub ranks: u32,
+    /// What it is said to be.
+    pub metadata: Metadata,
     /// The stream of events that it publishes itself.
     pub events: Option<Events>,
 }
@@ -281,6 +286,13 @@ impl Config {
                      families, image_token_id and tokenizer";
         differs(pools, self.shape() != next.shape());
         keys
+    }
+
+    /// Whether some pool trusts clients by their addresses.
+    #[must_use]
+    pub fn trusts_sources(&self) -> bool {
+        let mut pools = self.pools.iter();
+        pools.any(|pool| !pool.trusted_sources.is_empty())
     }
 
     /// `next`, as far as a running sidecar can take it over.

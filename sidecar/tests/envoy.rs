@@ -179,3 +179,21 @@ fn files_are_rewritten_only_when_they_differ() {
         "kv_router_pool_default"
     );
 }
+
+#[test]
+fn sources_are_trusted_by_their_connections() {
+    let config = Config::parse("trusted_sources: [10.0.0.0/8]", &[]).unwrap();
+    let folder = TempDir::new().unwrap();
+    let text = printed(&config, &folder);
+    assert_eq!(check(&text, &config).unwrap(), []);
+    let spoofable = text.replace("use_remote_address: true", "use_remote_address: false");
+    assert_ne!(text, spoofable);
+    let lacks = check(&spoofable, &config).unwrap();
+    let lacks: Vec<String> = lacks.iter().map(ToString::to_string).collect();
+    assert!(
+        lacks.len() == 1 && lacks[0].contains("x-forwarded-for"),
+        "{lacks:?}"
+    );
+    let wrong = Config::parse("trusted_sources: [10.0.0.0/33]", &[]).unwrap_err();
+    assert!(wrong.to_string().contains("trusted_sources[0]"), "{wrong}");
+}

@@ -242,8 +242,7 @@ impl Growth {
     }
 }
 
-/// Requests for prompts of which one worker is known to hold a part, one after the other, until
-/// told to stop.
+/// Requests for prompts that one worker is known to hold, one after the other, until told to stop.
 struct Lookups {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<anyhow::Result<Credits>>,
@@ -289,13 +288,14 @@ impl Lookups {
     }
 }
 
-/// Prompts of which a worker holds a part: request, worker, blocks.
+/// Prompts that a worker holds: request, worker, blocks. It holds them whole, for it never says that
+/// it stored what it was asked for, and one that says nothing of it is soon taken not to publish.
 async fn known(feed: &mut Feed, fleet: &Fleet) -> anyhow::Result<Vec<(Vec<u8>, u64, u64)>> {
     let mut rng = Rng::new(17);
     let mut known = Vec::new();
     for i in 0..256 {
-        let prompt = Prompt::new(Case::Miss, 2048, 1, &mut rng);
-        let (worker, depth) = (1 + i % OWNERS as u64, 1 + rng.below(prompt.chain.len()));
+        let (worker, depth) = (1 + i % OWNERS as u64, 1 + rng.below(128));
+        let prompt = Prompt::new(Case::Miss, 16 * depth, 1, &mut rng);
         let stores = prompt.chain.stores(worker, StorageTier::Device, 0, depth);
         feed.add(fleet, stores.collect::<Vec<_>>()).await?;
         known.push((request(&prompt.body()), worker, depth as u64));

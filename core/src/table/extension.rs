@@ -1,8 +1,9 @@
 //! What the worker table says besides what the first release's filter reads of it.
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
-use super::{Table, Traits};
+use super::{Metadata, Table, Traits};
 use crate::family::Scheme;
 use crate::handover::Handover;
 use crate::id::Slot;
@@ -24,6 +25,9 @@ struct OfPool {
     families: Vec<Scheme>,
     stores: Vec<Slot>,
     shared_cache_multiplier: f64,
+    /// By position of the owner in its pool.
+    metadata: Vec<Metadata>,
+    trusted_sources: Vec<IpNet>,
     chunks: bool,
     handover: Handover,
 }
@@ -39,6 +43,8 @@ impl Extension {
             families: pool.families.clone(),
             stores: pool.stores.clone(),
             shared_cache_multiplier: pool.policy.shared_cache_multiplier,
+            metadata: pool.owners.iter().map(|o| o.metadata.clone()).collect(),
+            trusted_sources: pool.trusted_sources.clone(),
             chunks: pool.chunks,
             handover: pool.handover,
         });
@@ -49,6 +55,7 @@ impl Extension {
         for (pool, more) in table.pools.iter_mut().zip(self.0) {
             pool.policy.tracking = more.tracking;
             pool.trusts_hints = more.trusts_hints;
+            pool.trusted_sources = more.trusted_sources;
             pool.device_ratio = more.device_ratio;
             pool.families = more.families;
             pool.stores = more.stores;
@@ -58,6 +65,9 @@ impl Extension {
             pool.handover = more.handover;
             for (owner, traits) in pool.owners.iter_mut().zip(more.owners) {
                 owner.traits = traits;
+            }
+            for (owner, metadata) in pool.owners.iter_mut().zip(more.metadata) {
+                owner.metadata = metadata;
             }
         }
     }

@@ -16,7 +16,7 @@ fn send(site: &mut Site, trust: &[u8], header: Option<&[u8]>, body: &[u8]) -> (u
     let context = site.request(&GENERATE);
     site.host.say(TRUST, trust);
     if let Some(header) = header {
-        let name = crate::hints::WORKER[0];
+        let name = "x-dynamo-worker-instance-id";
         site.host.client_header(name, header);
     }
     assert_eq!(site.vm.on_request_headers(context, false), Action::Pause);
@@ -69,7 +69,11 @@ fn requests_that_name_no_worker_or_may_not_are_answered_with_an_error() {
         site.over(context);
     }
     assert_eq!(site.routed("default", "refused"), 4);
-    assert_eq!(site.host.named("kv_router_hints_ignored_total"), 2);
+    assert_eq!(
+        site.host
+            .named("kv_router_hints_ignored_total_kind=.=worker;.;"),
+        2
+    );
     site.assert_idle();
 }
 

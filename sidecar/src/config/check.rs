@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
+use ipnet::IpNet;
 use kv_core::id::{Role, Slot};
 use kv_core::policy::Policy;
 use kv_core::table::Settings;
@@ -298,6 +299,7 @@ impl Check {
                 role: worker.role,
                 device: worker.device,
                 ranks: worker.data_parallel_size,
+                metadata: worker.metadata(),
                 events: worker.events.as_ref().and_then(|events| {
                     self.events(events, worker.data_parallel_size, &path("events"))
                 }),
@@ -325,8 +327,23 @@ impl Check {
             ttl_ms: milliseconds(pool.router_ttl_secs),
             routing_group: None,
             trusts_hints: pool.trust_hints,
+            trusted_sources: self.trusted_sources(pool, prefix),
             device_ratio: pool.encoder_cuda_to_cpu_ratio,
         }
+    }
+
+    fn trusted_sources(&mut self, pool: &file::Pool, prefix: &str) -> Vec<IpNet> {
+        let mut networks = Vec::new();
+        for (i, source) in pool.trusted_sources.iter().enumerate() {
+            match source.parse::<IpNet>() {
+                Ok(network) => networks.push(network.trunc()),
+                Err(_) => {
+                    let at = format!("{prefix}trusted_sources[{i}]");
+                    self.refuse(at, source, "must be a network such as 10.0.0.0/8");
+                }
+            }
+        }
+        networks
     }
 
     fn tokenizer(&mut self, tokenizer: &file::Tokenizer, at: &str) -> Tokenizer {

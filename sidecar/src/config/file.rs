@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use kv_core::handover::Handover;
 use kv_core::id::{Device, Family, Role, Tier};
 use kv_core::policy::Mode;
+use kv_core::table::Metadata;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -204,9 +205,13 @@ pub struct Pool {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "u32")]
     pub image_token_id: Option<u32>,
-    /// In the mode `direct`: whether any client may name its worker. Otherwise only those may whose
-    /// route says so in its metadata.
+    /// Whether any client may say where its request goes and how urgent it is. Otherwise only those
+    /// may whose route says so in its metadata, and those of `trusted_sources`.
     pub trust_hints: bool,
+    /// Networks such as `10.0.0.0/8` whose clients may do that too, by the address that Envoy takes
+    /// for the client's.
+    #[schemars(length(max = 64))]
+    pub trusted_sources: Vec<String>,
     /// In the mode `device-aware-weighted`: requests on a worker with an accelerator for each on a
     /// worker without. Mirrors Dynamo's `DYN_ENCODER_CUDA_TO_CPU_RATIO`.
     #[schemars(range(min = 1, max = 1_000_000))]
@@ -301,6 +306,7 @@ impl Default for Pool {
             families: Vec::new(),
             image_token_id: None,
             trust_hints: false,
+            trusted_sources: Vec::new(),
             encoder_cuda_to_cpu_ratio: 8,
             tokenizer: None,
             workers: Vec::new(),
@@ -331,11 +337,44 @@ pub struct Worker {
     #[serde(default = "one")]
     #[schemars(range(min = 1, max = 1024))]
     pub data_parallel_size: u32,
+    /// LoRA adapters that it has loaded, of the pool's; all of them unless given.
+    #[serde(default)]
+    #[schemars(length(max = 1024), inner(length(min = 1, max = 256)))]
+    pub lora: Vec<String>,
+    /// Taints, which requests can require or prefer.
+    #[serde(default)]
+    #[schemars(length(max = 64), inner(length(min = 1, max = 256)))]
+    pub taints: Vec<String>,
+    /// Labels, its place in the topology among them.
+    #[serde(default)]
+    #[schemars(extend("maxProperties" = 64))]
+    pub labels: BTreeMap<String, String>,
+    /// KV blocks that each rank can hold; 0 where not known.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub total_kv_blocks: u32,
+    /// Requests that each rank takes at a time; 0 for any number.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 32_768))]
+    pub max_requests: u32,
     /// The stream of events that it publishes itself. Without it the worker's events are what NATS
     /// brings for its id.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Events")]
     pub events: Option<Events>,
+}
+
+impl Worker {
+    /// What it is said to be.
+    pub(super) fn metadata(&self) -> Metadata {
+        Metadata {
+            lora: self.lora.clone(),
+            taints: self.taints.clone(),
+            labels: self.labels.clone(),
+            total_kv_blocks: self.total_kv_blocks,
+            max_requests: self.max_requests,
+        }
+    }
 }
 
 fn one() -> u32 {

@@ -25,6 +25,7 @@ fn field(mode: Mode, workers: &[(u32, u64)]) -> Field {
         endpoint: String::new(),
         accepting: true,
         traits: table::Traits::default(),
+        metadata: table::Metadata::default(),
     });
     let standing = |(held, blocks): &(u32, u64)| Standing {
         overlap: Overlap::new([*held; 4]),

@@ -25,6 +25,12 @@ pub fn bootstrap(config: &Config, files: &Files) -> String {
         format!("  - {{tag_name: {label}, regex: {regex}}}\n")
     };
     let tags: String = LABELS.iter().map(tag).collect();
+    let remote = if config.trusts_sources() {
+        "          # Clients are known by their connections, not by what they say in a header.\n          \
+         use_remote_address: true\n"
+    } else {
+        ""
+    };
     format!(
         r#"# Printed by `kv-router envoy`.
 node: {{id: kv-router, cluster: kv-router}}
@@ -49,7 +55,7 @@ static_resources:
           "@type": type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager
           stat_prefix: kv_router
           stream_idle_timeout: {STREAM_IDLE}
-          upgrade_configs: [{{upgrade_type: websocket}}]
+{remote}          upgrade_configs: [{{upgrade_type: websocket}}]
           # WebSockets over HTTP/2 begin with a CONNECT.
           http2_protocol_options: {{allow_connect: true}}
           route_config:

@@ -152,6 +152,13 @@ impl Checker<'_> {
             let what = format!("stream_idle_timeout {idle} s cuts off slow prefills, set 300s");
             self.lack(&part, what);
         }
+        if self.config.trusts_sources()
+            && manager.get("use_remote_address") != Some(&Value::Bool(true))
+        {
+            let what = "use_remote_address is not true: a client may pass for one of \
+                        trusted_sources by sending x-forwarded-for";
+            self.lack(&part, what);
+        }
         if routed.is_empty() {
             self.lack(&part, "no route leads to an override_host cluster");
         }

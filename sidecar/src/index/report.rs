@@ -6,6 +6,7 @@ use kv_core::id::{DpRank, Role, WorkerId};
 use kv_core::index::{Applied, IndexStats};
 use kv_core::policy::Policy;
 use kv_core::report::OwnerKey;
+use kv_core::table::Metadata;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use serde::Serialize;
@@ -174,6 +175,8 @@ pub struct OwnerReport {
     pub endpoint: Option<String>,
     /// What it does.
     pub role: Role,
+    /// What it is said to be.
+    pub metadata: Metadata,
     /// Whether it takes requests.
     pub accepting: bool,
     /// Blocks that it holds.
@@ -280,6 +283,7 @@ impl Service {
                     slot: owner.slot.0,
                     endpoint: worker.config.endpoint.map(|e| e.to_string()),
                     role: worker.config.role,
+                    metadata: worker.config.metadata.clone(),
                     accepting: worker.config.endpoint.is_some() && self.ejection.is_in(id.worker),
                     blocks: self.index.owner_blocks(number.into(), owner.slot),
                     last_event_id: owner.dynamo.last.max(worker.json.last),

@@ -218,6 +218,7 @@ impl Pool {
             policy: self.config.policy,
             owners,
             trusts_hints: self.config.trusts_hints,
+            trusted_sources: self.config.trusted_sources.clone(),
             device_ratio: self.config.device_ratio,
             stores: stores.collect(),
             text: self.config.tokenizer.as_ref().map(|t| t.budget),
@@ -295,6 +296,7 @@ impl Worker {
                     device: self.config.device,
                     prefill_rate: owner.prefill_rate,
                 },
+                metadata: self.config.metadata.clone(),
             })
         })
     }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use kv_core::id::{Device, DpRank, Role, Slot, WorkerId};
 use kv_core::policy::Policy;
+use kv_core::table::Metadata;
 use serde::Serialize;
 use tokio::sync::oneshot;
 
@@ -206,6 +207,7 @@ impl Registry {
                 kv_events: true,
                 ttl_ms: 0,
                 trusts_hints: false,
+                trusted_sources: Vec::new(),
                 device_ratio: 1,
                 tokenizer: None,
                 media: Media::default(),
@@ -230,6 +232,7 @@ impl Registry {
                     role: Role::Aggregated,
                     device: Device::default(),
                     ranks: registered.ranks(),
+                    metadata: Metadata::default(),
                     events: Some(Events::Sockets(registered.sockets.clone())),
                 });
             }
