@@ -82,18 +82,21 @@ impl Handover {
     }
 }
 
-/// Extensions with token ids among them.
+/// Extensions with token ids behind them.
 fn extended(nvext: &[u8], ids: &[u8]) -> Option<Vec<u8>> {
-    let start = format!("{{\"{TOKEN_DATA}\":");
-    if nvext == b"null" {
-        return Some([start.as_bytes(), ids, b"}"].concat());
-    }
     let quoted = format!("\"{TOKEN_DATA}\"");
     let is_taken = nvext.windows(quoted.len()).any(|w| w == quoted.as_bytes());
-    let rest = nvext.strip_prefix(b"{").filter(|_| !is_taken)?;
-    let is_empty = rest.trim_ascii_start().starts_with(b"}");
-    let comma: &[u8] = if is_empty { b"" } else { b"," };
-    Some([start.as_bytes(), ids, comma, rest].concat())
+    let inner: &[u8] = match nvext {
+        b"null" => b"",
+        _ => nvext.strip_prefix(b"{")?.strip_suffix(b"}")?,
+    };
+    let comma: &[u8] = if inner.trim_ascii().is_empty() {
+        b""
+    } else {
+        b","
+    };
+    let more = [quoted.as_bytes(), b":", ids, b"}"].concat();
+    (!is_taken).then(|| [b"{", inner, comma, &more].concat())
 }
 
 /// A body with ranges of it, ascending, replaced.

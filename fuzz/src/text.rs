@@ -18,6 +18,8 @@ use tokenizers::{AddedToken, Tokenizer};
 
 /// Token ids that the scanner keeps.
 const MAX_IDS: usize = 1_000;
+/// Bytes of a rendered text that are tokenized.
+const MAX_TEXT: usize = 600;
 
 /// The input's first byte chooses; the rest is for the target.
 fn split(bytes: &[u8]) -> Option<(usize, &[u8])> {
@@ -95,7 +97,7 @@ static MODEL: LazyLock<Model> = LazyLock::new(|| {
     let model = Model::load(&folder, 1 << 20, 7).expect("a model");
     std::fs::remove_dir_all(&folder).expect("a folder");
     assert!(model.tokens.encoder().cuts().any());
-    model.with_window(24)
+    model.with_window(64)
 });
 
 /// Bodies as the sidecar reads them: refused or rendered, and tokenized alike as a whole and in
@@ -117,9 +119,12 @@ pub fn prompt(bytes: &[u8]) {
             text
         }
     };
-    let whole = MODEL.tokens.encoder().whole(&text).expect("ids");
+    // What follows is found in short texts too.
+    let short = text.floor_char_boundary(MAX_TEXT);
+    let text = &text[..short];
+    let whole = MODEL.tokens.encoder().whole(text).expect("ids");
     for _ in 0..2 {
-        let encoded = MODEL.tokens.encode(&text, None).expect("ids");
+        let encoded = MODEL.tokens.encode(text, None).expect("ids");
         assert!(encoded.complete);
         assert_eq!(encoded.ids, whole);
     }
