@@ -323,7 +323,6 @@ fn every_key_is_documented_with_its_default() {
         "nats.dynamo.component",
         "nats.dynamo.namespace",
         "nats.url",
-        "tokenizer.path",
         "workers[].endpoint",
         "workers[].events.trtllm.url",
         "workers[].events.zmq.endpoint",
