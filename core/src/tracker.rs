@@ -189,6 +189,11 @@ impl Tracker {
         }
     }
 
+    /// Tracks what is booked from here on in another way.
+    pub fn track(&mut self, tracking: Tracking) {
+        self.tracking = tracking;
+    }
+
     /// Keeps a journal of changes from here on.
     #[must_use]
     pub fn with_journal(mut self) -> Self {

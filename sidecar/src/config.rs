@@ -5,10 +5,16 @@
 //! that everything wrong is reported at once.
 
 mod check;
+mod compat;
+mod dynamo;
+mod effective;
 mod error;
 mod events;
 mod file;
+mod guide;
 mod layer;
+mod lines;
+mod restart;
 mod schema;
 mod setting;
 
@@ -26,10 +32,13 @@ use crate::ingest::engine::{self, media::Media};
 use crate::ingest::subject::Template;
 use crate::load;
 
+pub use effective::{Effective, From, Key};
 pub use error::{ConfigErrors, Problem};
 pub use events::{Events, FamilyUse, Socket, ZmqAddress};
 pub use file::{EngineFace, File, Tls};
-pub use layer::{Layer, Origin};
+pub use guide::dynamo_settings;
+pub use layer::{Layer, Note, Origin};
+pub use restart::{Restart, restart};
 pub use schema::schema;
 pub use setting::{Flags, from_environment};
 
@@ -75,6 +84,8 @@ pub struct Config {
     pub settings: Settings,
     /// The pools, at least one; the first serves requests that name no known model.
     pub pools: Vec<Pool>,
+    /// What it was made of, with the layers in it.
+    file: File,
 }
 
 /// The standalone indexer.
@@ -170,6 +181,15 @@ pub struct Pool {
     pub routing_group: Option<String>,
 }
 
+impl Pool {
+    /// Whether events or prompts come to other blocks in `next`.
+    #[must_use]
+    pub fn reads_otherwise(&self, next: &Self) -> bool {
+        let settings = engine::Settings::of;
+        self.kv_events != next.kv_events || settings(self) != settings(next)
+    }
+}
+
 /// How prompts that are text are read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tokenizer {
@@ -226,13 +246,7 @@ impl Config {
     /// # Errors
     /// Everything that is wrong, each with its key path and the offending value.
     pub fn load(file: &Path, layers: &[Layer]) -> Result<Self, ConfigErrors> {
-        let text = std::fs::read_to_string(file).map_err(|e| {
-            ConfigErrors::from(Problem::Unreadable {
-                file: file.into(),
-                why: e.to_string(),
-            })
-        })?;
-        Self::parse(&text, layers)
+        Self::parse(&read(file)?, layers)
     }
 
     /// Reads YAML text and puts the layers over it, the last one on top.
@@ -245,7 +259,9 @@ impl Config {
             layer.put(&mut root);
         }
         let mut problems = schema::prune(&mut root);
+        problems.extend(layers.iter().filter_map(Layer::refusal));
         problems.extend(layer::to_long_form(&mut root));
+        compat::put(&mut root);
         match serde_json::from_value::<File>(root) {
             Ok(file) => check::check(&file, problems, layers),
             Err(e) => {
@@ -257,37 +273,6 @@ impl Config {
         }
     }
 
-    /// What a running sidecar would need a restart for, by key, if `next` replaced this.
-    #[must_use]
-    pub fn restart_needed(&self, next: &Self) -> Vec<&'static str> {
-        let mut keys = Vec::new();
-        let mut differs = |key, differs: bool| {
-            if differs {
-                keys.push(key);
-            }
-        };
-        differs("http_host, http_port", self.listen != next.listen);
-        differs("admin", self.admin != next.admin);
-        let differs_token = self.admin_token_file != next.admin_token_file;
-        differs("admin_token_file", differs_token);
-        differs("peers", self.peers != next.peers);
-        differs("socket", self.socket != next.socket);
-        differs("state_dir", self.state_dir != next.state_dir);
-        differs("filter_wasm", self.filter_wasm != next.filter_wasm);
-        differs("nats", self.nats != next.nats);
-        differs("indexer", self.indexer != next.indexer);
-        differs("dynamo_zmq", self.dynamo_zmq != next.dynamo_zmq);
-        let quota = self.event_bytes_per_second != next.event_bytes_per_second;
-        differs("event_bytes_per_second", quota);
-        let load = "router_track_*, router_assume_kv_reuse, active_request_expiry_secs";
-        differs(load, self.load != next.load);
-        differs("eject_workers", self.eject_workers != next.eject_workers);
-        let pools = "pools: their names, order, kv_cache_block_size, kv_events, media, \
-                     families, image_token_id and tokenizer";
-        differs(pools, self.shape() != next.shape());
-        keys
-    }
-
     /// Whether some pool trusts clients by their addresses.
     #[must_use]
     pub fn trusts_sources(&self) -> bool {
@@ -295,33 +280,28 @@ impl Config {
         pools.any(|pool| !pool.trusted_sources.is_empty())
     }
 
-    /// `next`, as far as a running sidecar can take it over.
-    #[must_use]
-    pub fn reloaded(&self, next: Self) -> Self {
-        let is_same_shape = self.shape() == next.shape();
-        let tracked = |mut pool: Pool| {
-            // Filters are to track what the sidecar does.
-            pool.policy.tracking = self.load.tracking;
-            pool
+    /// `next`, as far as a running sidecar can take it over, and the keys that need a restart.
+    ///
+    /// # Errors
+    /// When what is taken over doesn't go with what stays.
+    pub fn reloaded(&self, next: &Self) -> Result<(Self, Vec<String>), ConfigErrors> {
+        let syntax = |why: String| ConfigErrors::from(Problem::Syntax { why });
+        let (file, kept) = restart::taken_over(&self.file, &next.file).map_err(syntax)?;
+        let config = check::check(&file, Vec::new(), &[])?;
+        let is_short = next.file.is_short();
+        let shown = |path: String| match path.strip_prefix("pools[0].") {
+            Some(key) if is_short => key.to_owned(),
+            _ => path,
         };
-        Self {
-            settings: next.settings,
-            pools: if is_same_shape {
-                next.pools.into_iter().map(tracked).collect()
-            } else {
-                self.pools.clone()
-            },
-            ..self.clone()
-        }
+        Ok((config, kept.into_iter().map(shown).collect()))
     }
+}
 
-    fn shape(&self) -> Vec<(&str, bool, engine::Settings, Option<&Tokenizer>)> {
-        let pools = self.pools.iter();
-        pools
-            .map(|p| {
-                let settings = engine::Settings::of(p);
-                (&*p.name, p.kv_events, settings, p.tokenizer.as_ref())
-            })
-            .collect()
-    }
+fn read(file: &Path) -> Result<String, ConfigErrors> {
+    std::fs::read_to_string(file).map_err(|e| {
+        ConfigErrors::from(Problem::Unreadable {
+            file: file.into(),
+            why: e.to_string(),
+        })
+    })
 }

@@ -199,7 +199,7 @@ impl Service {
             tables: Vec::new(),
             accounts: Accounts::new(config.load).numbering_from(unix_ms()),
             decisions: Decisions::default(),
-            past: Past::new(Accounts::replica(config.load.tracking)),
+            past: Past::new(Accounts::replica()),
             predictions: BTreeMap::new(),
             doubts: HashMap::new(),
             strangers: strangers::Strangers::default(),
@@ -395,6 +395,9 @@ impl Service {
     /// Removed workers' pages go out before the table that drops them or gives their slots away.
     fn configure(&mut self, config: &Config, written: oneshot::Sender<()>) {
         self.settings = config.settings;
+        self.index.resize(config.index_bytes, config.page_bytes);
+        self.accounts.track(config.load);
+        self.ejects = config.eject_workers;
         self.add_pools(config);
         let change = self.roster.update(&config.pools);
         for (pool, slot) in &change.removed {

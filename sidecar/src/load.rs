@@ -170,6 +170,13 @@ impl Accounts {
         self
     }
 
+    /// Tracks what is booked from here on in another way.
+    pub fn track(&mut self, settings: Settings) {
+        self.tracker.track(settings.tracking);
+        self.expiry_ms = settings.expiry_ms;
+        self.counts_distinct = settings.tracking.active_blocks && settings.tracking.kv_reuse;
+    }
+
     /// The owners of the worker table, by pool; those of a pool ascending by slot.
     pub fn serve(&mut self, owners: Vec<Vec<(Slot, OwnerId)>>) {
         self.owners = owners;
@@ -418,10 +425,14 @@ impl Accounts {
         self.tracker.take_journal()
     }
 
-    /// A tracker to make the same changes in.
+    /// A tracker to make the same changes in: what does not count is not among them.
     #[must_use]
-    pub fn replica(tracking: Tracking) -> Tracker {
-        Tracker::new(tracking, MAX_BOOKINGS)
+    pub fn replica() -> Tracker {
+        let all = Tracking {
+            output_blocks: true,
+            ..Tracking::default()
+        };
+        Tracker::new(all, MAX_BOOKINGS)
     }
 
     /// All bookings.

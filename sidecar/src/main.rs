@@ -6,7 +6,7 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand, ValueEnum};
-use kv_router::config::{Config, Flags, Layer, from_environment, schema};
+use kv_router::config::{Config, ConfigErrors, Effective, Flags, Layer, from_environment, schema};
 use kv_router::ingest::post;
 use kv_router::{check_events, envoy, serve};
 use tokio_util::sync::CancellationToken;
@@ -54,9 +54,25 @@ enum Command {
         #[arg(long, value_name = "BOOTSTRAP")]
         check: Option<PathBuf>,
     },
+    /// Questions about the configuration.
+    #[command(subcommand)]
+    Config(ConfigCommand),
     /// Says what an engine's events look like and what the index makes of them. Fails if they are
     /// not understood.
     CheckEvents(check_events::command::Command),
+}
+
+#[derive(Debug, Subcommand)]
+enum ConfigCommand {
+    /// Prints every key with its value, where that comes from, and what a change of it restarts.
+    /// Fails with everything that is wrong.
+    Check {
+        #[command(flatten)]
+        source: Source,
+        /// Prints JSON.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 #[derive(Debug, clap::Args)]
@@ -77,19 +93,25 @@ enum LogFormat {
 impl Source {
     /// The layers over the file, the last one on top.
     fn layers(&self) -> Vec<Layer> {
-        let mut layers = from_environment(|name| std::env::var(name).ok());
+        let mut layers = from_environment(environment());
         layers.extend(self.flags.layers.iter().cloned());
         layers
     }
 
     fn load(&self) -> anyhow::Result<Config> {
-        Config::load(&self.config, &self.layers()).map_err(|errors| {
-            anyhow::anyhow!(
-                "{} is not a valid configuration\n{errors}",
-                self.config.display()
-            )
-        })
+        Config::load(&self.config, &self.layers()).map_err(|errors| self.refuse(&errors))
     }
+
+    fn refuse(&self, errors: &ConfigErrors) -> anyhow::Error {
+        let file = self.config.display();
+        anyhow::anyhow!("{file} is not a valid configuration\n{errors}")
+    }
+}
+
+/// The variables that are text.
+fn environment() -> impl Iterator<Item = (String, String)> {
+    let text = |text: std::ffi::OsString| text.into_string().ok();
+    std::env::vars_os().filter_map(move |(name, value)| Some((text(name)?, text(value)?)))
 }
 
 fn main() -> ExitCode {
@@ -111,6 +133,9 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
         } => {
             log(log_format);
             let config = source.load()?;
+            for note in source.layers().iter().filter_map(Layer::note) {
+                tracing::warn!("{note}");
+            }
             serve(&source, files, config)?;
         }
         Command::Schema { events: false } => print(&format!("{:#}\n", schema()))?,
@@ -128,9 +153,18 @@ fn run(cli: Cli) -> anyhow::Result<ExitCode> {
             files.write(&config)?;
             print(&envoy::bootstrap(&config, &files))?;
         }
+        Command::Config(ConfigCommand::Check { source, json }) => {
+            let effective = Effective::load(&source.config, &source.layers());
+            let effective = effective.map_err(|errors| source.refuse(&errors))?;
+            if json {
+                print(&format!("{:#}\n", serde_json::to_value(&effective)?))?;
+            } else {
+                print(&effective.to_string())?;
+            }
+        }
         Command::CheckEvents(command) => {
             let as_json = command.json;
-            let report = command.run(&from_environment(|name| std::env::var(name).ok()))?;
+            let report = command.run(&from_environment(environment()))?;
             if as_json {
                 print(&format!("{:#}\n", serde_json::to_value(&report)?))?;
             } else {

@@ -259,6 +259,8 @@ metrics! {
     /// `kv_router_filter_revivals_total{kind}`: filter configurations rewritten because a VM had
     /// trapped, kind `replaced`, `failed`. A trap is a defect: Envoy's log has its message.
     revivals: Family<Kind, Counter> = Family::default(), "filter_revivals", None, "Rewritten filter configurations";
+    /// `kv_router_configuration_pending`: whether the file says something that is not in effect.
+    configuration_pending: Gauge = Gauge::default(), "configuration_pending", None, "Whether the configuration file says something that is not in effect";
     /// `kv_router_config_reloads_total{kind}`: changes of the file, kind `applied`, `refused`,
     /// `restart_needed`.
     reloads: Family<Kind, Counter> = Family::default(), "config_reloads", None, "Configuration changes";

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::bridge::Bridge;
-use crate::config::{self, Config, Layer, Pool};
+use crate::config::{self, Config, ConfigErrors, Layer, Pool};
 use crate::envoy::{Files, FilesError, endpoints_of};
 use crate::index::{Control, Service, state_file};
 use crate::indexer::{self, Ask, Registry};
@@ -278,6 +278,12 @@ async fn silence(silence: &Notify, replaced_at: Option<Instant>) {
     silence.notified().await;
 }
 
+fn refuse(errors: &ConfigErrors) {
+    for line in errors.to_string().lines() {
+        tracing::error!("configuration refused: {line}");
+    }
+}
+
 /// Keeps the running sidecar in line with its file.
 struct Reloader {
     /// As the file has it.
@@ -396,21 +402,29 @@ impl Reloader {
         let kind = match Config::load(&self.source.file, &self.source.layers) {
             Ok(next) => self.take(next).await,
             Err(errors) => {
-                for line in errors.to_string().lines() {
-                    tracing::error!("configuration refused: {line}");
-                }
+                refuse(&errors);
                 "refused"
             }
         };
         self.metrics.reloads.get_or_create(&Kind { kind }).inc();
+        let is_pending = i64::from(kind != "applied");
+        self.metrics.configuration_pending.set(is_pending);
     }
 
     async fn take(&mut self, next: Config) -> &'static str {
-        let restart = self.config.restart_needed(&next);
+        let (next, restart) = match self.config.reloaded(&next) {
+            Ok(taken) => taken,
+            Err(errors) => {
+                refuse(&errors);
+                return "refused";
+            }
+        };
         for key in &restart {
-            tracing::warn!("configuration: a change of {key} needs a restart and is not applied");
+            let why = config::restart(key).map_or("", |(_, why)| why);
+            tracing::warn!(
+                "configuration: a change of {key} needs a restart and is not applied: {why}"
+            );
         }
-        let next = self.config.reloaded(next);
         if next != self.config
             && let Err(error) = self.apply(next).await
         {

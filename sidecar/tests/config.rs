@@ -13,8 +13,7 @@ fn flags(arguments: &[&str]) -> Vec<Layer> {
 }
 
 fn variables(set: &[(&str, &str)]) -> Vec<Layer> {
-    let find = |name: &str| set.iter().find(|(n, _)| *n == name);
-    from_environment(|name| find(name).map(|(_, value)| (*value).to_owned()))
+    from_environment(set.iter().map(|(n, v)| ((*n).to_owned(), (*v).to_owned())))
 }
 
 fn refused(text: &str, layers: &[Layer]) -> Vec<String> {
@@ -239,23 +238,36 @@ fn the_schema_describes_every_key_and_refuses_others() {
 
 #[test]
 fn a_reload_takes_workers_and_policies_and_names_what_needs_a_restart() {
-    let before = Config::parse("workers: [{id: 1, endpoint: '1.1.1.1:1'}]", &[]).unwrap();
-    let text = "http_port: 9\nrouter_mode: random\nworkers: [{id: 2, endpoint: '1.1.1.1:2'}]";
+    let before = "state_dir: /a\nworkers: [{id: 1, endpoint: '1.1.1.1:1'}]";
+    let before = Config::parse(before, &[]).unwrap();
+    let text = "http_port: 9\nrouter_mode: random\nrouter_track_prefill_tokens: false\n\
+                kv_cache_block_size: 64\nkv_events: false\nindexer: {}\n\
+                workers: [{id: 2, endpoint: '1.1.1.1:2'}]";
     let next = Config::parse(text, &[]).unwrap();
-    assert_eq!(before.restart_needed(&next), ["http_host, http_port"]);
-    let taken = before.reloaded(next.clone());
-    assert_eq!(taken.pools, next.pools);
-    assert_eq!(taken.listen, before.listen);
+    let (taken, restart) = before.reloaded(&next).unwrap();
+    assert_eq!(restart, ["http_port", "indexer", "state_dir"]);
+    assert_eq!((&taken.pools, taken.load), (&next.pools, next.load));
+    let kept = (taken.listen, &taken.indexer, &taken.state_dir);
+    assert_eq!(kept, (before.listen, &None, &before.state_dir));
+    assert_eq!(before.reloaded(&before).unwrap(), (before, Vec::new()));
+}
 
-    let resized = Config::parse("kv_cache_block_size: 64", &[]).unwrap();
-    let needed = before.restart_needed(&resized);
-    assert_eq!(
-        needed,
-        [
-            "pools: their names, order, kv_cache_block_size, kv_events, media, families, image_token_id and tokenizer"
-        ]
-    );
-    assert_eq!(before.reloaded(resized).pools, before.pools);
+#[test]
+fn a_reload_keeps_pools_whose_names_have_changed() {
+    let pools = |names: &[&str], mode: &str| {
+        let pool = |name: &&str| format!("{{name: {name}, models: [{name}], router_mode: {mode}}}");
+        let pools: Vec<String> = names.iter().map(pool).collect();
+        let text = format!("pools: [{}]", pools.join(","));
+        Config::parse(&text, &[]).unwrap()
+    };
+    let before = pools(&["a", "b"], "kv");
+    let next = pools(&["a", "b"], "random");
+    assert_eq!(before.reloaded(&next).unwrap(), (next, Vec::new()));
+    for names in [["b", "a"].as_slice(), &["a"], &["a", "b", "c"]] {
+        let (taken, restart) = before.reloaded(&pools(names, "random")).unwrap();
+        assert_eq!(restart, ["pools[].name"]);
+        assert_eq!(taken, before);
+    }
 }
 
 #[test]
@@ -288,8 +300,7 @@ fn load_is_tracked_as_in_dynamo_unless_flags_say_otherwise() {
     assert_eq!(config.pools[0].ttl_ms, 30_000);
 
     let before = Config::parse("", &[]).unwrap();
-    assert_eq!(before.restart_needed(&config).len(), 1);
-    assert_eq!(before.reloaded(config).load, before.load);
+    assert_eq!(before.reloaded(&config).unwrap(), (config, Vec::new()));
 }
 
 const WITH_EVENTS: &str = r#"
@@ -346,14 +357,13 @@ fn a_worker_may_have_a_stream_of_its_own() {
 }
 
 #[test]
-fn media_and_families_of_a_running_sidecar_stay() {
+fn a_pool_whose_media_change_reads_its_events_anew() {
     let before = Config::parse(WITH_EVENTS, &[]).unwrap();
     let after = Config::parse(&WITH_EVENTS.replace("external", "disk"), &[]).unwrap();
-    let keys = [
-        "pools: their names, order, kv_cache_block_size, kv_events, media, families, image_token_id and tokenizer",
-    ];
-    assert_eq!(before.restart_needed(&after), keys);
-    assert_eq!(before.reloaded(after), before);
+    let (taken, restart) = before.reloaded(&after).unwrap();
+    assert_eq!((&taken, restart), (&after, Vec::new()));
+    assert!(before.pools[0].reads_otherwise(&taken.pools[0]));
+    assert!(!before.pools[0].reads_otherwise(&before.pools[0]));
 }
 
 #[test]

@@ -199,9 +199,8 @@ fn load_is_exchanged_only_where_there_are_subjects_for_it() {
             .replica_sync
     );
     let name = "DYN_ROUTER_REPLICA_SYNC";
-    let set = |text: &'static str| {
-        kv_router::config::from_environment(move |n| (n == name).then(|| text.to_owned()))
-    };
+    let set =
+        |text: &str| kv_router::config::from_environment([(name.to_owned(), text.to_owned())]);
     for (text, expected) in [("true", true), ("false", false)] {
         let nats = Config::parse(dynamo, &set(text)).unwrap().nats.unwrap();
         assert_eq!(nats.replica_sync, expected);

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use kv_router::config::{Config, Flags, schema};
+use kv_router::config::{Config, Flags, dynamo_settings, restart, schema};
 use kv_router::metrics::{InPool, Kind, Metrics, OfOwner, OfWorker, Outcome, PlaneKind};
 use serde_json::Value;
 
@@ -332,10 +332,54 @@ fn every_key_is_documented_with_its_default() {
 }
 
 #[test]
+fn what_a_change_restarts_is_documented() {
+    for row in rows(section(CONFIGURATION, "## Keys for the whole installation")) {
+        let key = codes(row[0])[0];
+        let needed = restart(key).map_or("–", |(needed, _)| needed.name());
+        assert_eq!(row[4], needed, "{key}");
+    }
+    for heading in ["## Keys of `nats`", "## Keys of `indexer`"] {
+        for row in rows(section(CONFIGURATION, heading)) {
+            assert!(restart(codes(row[0])[0]).is_some(), "{row:?}");
+        }
+    }
+    let of_pools = rows(section(CONFIGURATION, "## Keys of a pool"));
+    let keys = of_pools.iter().map(|row| codes(row[0])[0]);
+    let restarting: BTreeSet<&str> = keys.filter(|key| restart(key).is_some()).collect();
+    let is_restarting =
+        |key: &&str| ["name", "trusted_sources"].contains(key) || key.starts_with("tokenizer");
+    let expected = of_pools.iter().map(|row| codes(row[0])[0]);
+    let expected = expected.filter(is_restarting).collect();
+    assert_eq!(restarting, expected);
+}
+
+/// With `UPDATE_DOCS` set, the page is written.
+#[test]
+fn the_guide_has_dynamos_settings_as_the_program_has_them() {
+    let path = root().join("docs/guide/dynamo.md");
+    let page = read(&path);
+    let table = dynamo_settings();
+    let head = table.lines().next().expect("a heading");
+    let (before, rest) = page.split_once(head).expect("the table");
+    let (_, after) = rest.split_once("\n\n").expect("something after the table");
+    let right = format!("{before}{table}\n{after}");
+    if std::env::var_os("UPDATE_DOCS").is_some() {
+        std::fs::write(&path, &right).expect("a writable page");
+    } else {
+        let hint = "UPDATE_DOCS=1 makes this test write the table of docs/guide/dynamo.md";
+        assert!(page == right, "{hint}");
+    }
+}
+
+#[test]
 fn every_flag_and_variable_is_documented() {
     let command = <Flags as clap::Args>::augment_args(clap::Command::new("serve"));
     let mut names = BTreeSet::new();
-    for argument in command.get_arguments() {
+    // What is refused is in the table of Dynamo's settings, and what stands for several keys.
+    let has_key = |argument: &&clap::Arg| {
+        !argument.is_hide_set() && !argument.get_id().as_str().ends_with("load-aware")
+    };
+    for argument in command.get_arguments().filter(has_key) {
         let aliases = argument.get_visible_aliases().unwrap_or_default();
         let flags = argument.get_long().into_iter().chain(aliases);
         names.extend(flags.map(|flag| format!("--{flag}")));

@@ -60,6 +60,12 @@ impl Index {
         self.tree.used_bytes() + owners + queue
     }
 
+    /// Bounds what is held from the next change on.
+    pub fn resize(&mut self, max_bytes: usize, max_page_bytes: usize) {
+        self.max_bytes = max_bytes;
+        self.max_page_bytes = max_page_bytes;
+    }
+
     /// Drops stores that have waited longest while too many wait.
     pub(super) fn bound_orphans(&mut self, applied: &mut Applied) {
         let most = (self.max_bytes / ORPHAN_SHARE / ORPHAN_BYTES).min(self.max_orphans);

@@ -15,9 +15,7 @@ use super::error::{ConfigErrors, Problem};
 use super::file;
 use super::file::File;
 use super::layer::Layer;
-use super::{
-    Config, DEFAULT_POOL, DynamoPlane, Indexer, Nats, Pool, Tokenizer, TokenizerFrom, Worker,
-};
+use super::{Config, DynamoPlane, Indexer, Nats, Pool, Tokenizer, TokenizerFrom, Worker};
 use crate::ingest::subject::{Template, TemplateError};
 use crate::load;
 
@@ -79,8 +77,7 @@ impl Check {
             let why = "needs router_track_active_blocks";
             self.refuse("router_track_output_blocks", true, why);
         }
-        // The short form has its pool's keys at the top level.
-        let is_short = matches!(file.pools.as_slice(), [only] if only.name == DEFAULT_POOL);
+        let is_short = file.is_short();
         let pools = file.pools.iter().enumerate().map(|(i, pool)| {
             let prefix = if is_short {
                 String::new()
@@ -90,6 +87,7 @@ impl Check {
             self.pool(pool, &prefix, i == 0, tracking)
         });
         Config {
+            file: file.clone(),
             pools: pools.collect(),
             listen,
             admin: self.address("admin", &file.admin, "must be ip:port"),

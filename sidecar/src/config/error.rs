@@ -40,6 +40,16 @@ pub enum Problem {
         /// Its value.
         value: String,
     },
+    /// A variable or a flag that isn't taken.
+    #[error("{name}: {why}, got {value}")]
+    Setting {
+        /// The variable, or the flag with dashes.
+        name: String,
+        /// Its value.
+        value: String,
+        /// What stands in its place.
+        why: String,
+    },
     /// A key that must be there.
     #[error("{path}: missing")]
     Missing {
@@ -59,7 +69,7 @@ impl Problem {
 
     pub(super) fn path(&self) -> Option<&str> {
         match self {
-            Self::Unreadable { .. } | Self::Syntax { .. } => None,
+            Self::Unreadable { .. } | Self::Syntax { .. } | Self::Setting { .. } => None,
             Self::Value { path, .. } | Self::UnknownKey { path, .. } | Self::Missing { path } => {
                 Some(path)
             }

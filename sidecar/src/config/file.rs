@@ -62,7 +62,7 @@ pub struct File {
     #[schemars(range(min = 65_536))]
     pub event_bytes_per_second: u64,
     /// Memory of the index, in bytes. When it is full, what has not been used for longest goes
-    /// first. Needs a restart.
+    /// first.
     #[schemars(range(min = 1_048_576))]
     pub index_bytes: u64,
     /// Memory of the pages in each Envoy, in bytes, likewise.
@@ -77,7 +77,7 @@ pub struct File {
     /// Whether the answer carries `x-kv-router-decision`, which tells why a worker was chosen.
     pub decision_header: bool,
     /// Whether prompt tokens count as load until the first token of the answer. Mirrors Dynamo's
-    /// `--router-track-prefill-tokens`. Needs a restart, as all keys about load do.
+    /// `--router-track-prefill-tokens`.
     pub router_track_prefill_tokens: bool,
     /// Whether the blocks of live requests count as load. Mirrors Dynamo's
     /// `--router-track-active-blocks`.
@@ -93,7 +93,7 @@ pub struct File {
     #[schemars(range(min = 1.0, max = 86_400.0))]
     pub active_request_expiry_secs: f64,
     /// Whether workers that fail requests are left out until something listens there again. The
-    /// sidecar must be able to connect to them. Needs a restart.
+    /// sidecar must be able to connect to them.
     pub eject_workers: bool,
     /// The pools. In the short form their keys stand at the top level instead: one pool `default`.
     #[schemars(length(min = 1, max = 64))]
@@ -129,6 +129,13 @@ impl Default for File {
             eject_workers: true,
             pools: Vec::new(),
         }
+    }
+}
+
+impl File {
+    /// Whether its one pool's keys stand at the top level.
+    pub(super) fn is_short(&self) -> bool {
+        matches!(self.pools.as_slice(), [only] if only.name == super::DEFAULT_POOL)
     }
 }
 
@@ -194,14 +201,14 @@ pub struct Pool {
     #[schemars(range(min = 0.0, max = 1_000_000.0))]
     pub decode_active_request_weight: f64,
     /// Names of media in engines' events, beyond the usual ones, and the tiers they stand for.
-    /// Upper and lower case are the same. Needs a restart.
+    /// Upper and lower case are the same.
     #[schemars(extend("maxProperties" = 64))]
     pub media: BTreeMap<String, Tier>,
-    /// What the hashes are in events without token ids. Needs a restart.
+    /// What the hashes are in events without token ids.
     #[schemars(length(max = 8))]
     pub families: Vec<FamilyUse>,
     /// The model's placeholder token of images, where requests have another id in its place that
-    /// stands for the image, as Dynamo's frontend puts there. Needs a restart.
+    /// stands for the image, as Dynamo's frontend puts there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "u32")]
     pub image_token_id: Option<u32>,

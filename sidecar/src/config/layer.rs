@@ -2,17 +2,18 @@
 
 use std::fmt;
 
+use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::error::{ConfigErrors, Problem};
 use super::schema::pool_keys;
-use super::setting::Setting;
+use super::setting::{Effect, Setting};
 
 /// Where a value over the file comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Origin {
     /// An environment variable.
-    Variable(&'static str),
+    Variable(String),
     /// A flag, without its dashes.
     Flag(&'static str),
 }
@@ -36,8 +37,50 @@ pub struct Layer {
 }
 
 impl Layer {
+    /// Why the value can't be taken.
+    pub(super) fn refusal(&self) -> Option<Problem> {
+        let (unless, why) = match self.setting.effect {
+            Effect::Refused { unless, why } => (unless, why),
+            // It would have become layers of keys.
+            Effect::Preset(_) => (["false"].as_slice(), "must be true or false"),
+            Effect::Key | Effect::Elsewhere(_) => return None,
+        };
+        let text = self.text();
+        let is_taken = unless.contains(&text.to_ascii_lowercase().as_str());
+        (!is_taken).then(|| Problem::Setting {
+            name: self.origin.to_string(),
+            value: text,
+            why: why.into(),
+        })
+    }
+
+    /// That the value does nothing, and why.
+    #[must_use]
+    pub fn note(&self) -> Option<Note> {
+        let why = match self.setting.effect {
+            Effect::Elsewhere(why) => why,
+            // Refused otherwise.
+            Effect::Refused { .. } => "it is so without being said",
+            Effect::Key | Effect::Preset(_) => return None,
+        };
+        Some(Note {
+            name: self.origin.to_string(),
+            why,
+        })
+    }
+
+    fn text(&self) -> String {
+        match &self.value {
+            Value::String(text) => text.clone(),
+            other => other.to_string(),
+        }
+    }
+
     /// Puts the value in place; a pool's key goes into every pool.
     pub(super) fn put(&self, root: &mut Value) {
+        if self.setting.effect != Effect::Key {
+            return;
+        }
         let Setting { key, pool, .. } = self.setting;
         match root.get_mut("pools").and_then(Value::as_array_mut) {
             Some(pools) if *pool => {
@@ -69,10 +112,28 @@ impl Layer {
 
     /// Whether the value at a key path is this layer's.
     pub(super) fn reaches(&self, path: &str) -> bool {
+        if self.setting.effect != Effect::Key {
+            return false;
+        }
         let in_pool = path
             .strip_prefix("pools[")
             .and_then(|p| Some(p.split_once("].")?.1));
         path == self.setting.key || (self.setting.pool && in_pool == Some(self.setting.key))
+    }
+}
+
+/// A setting that is taken and does nothing.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Note {
+    /// Its variable, or its flag with dashes.
+    pub name: String,
+    /// Why it does nothing.
+    pub why: &'static str,
+}
+
+impl fmt::Display for Note {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} does nothing: {}", self.name, self.why)
     }
 }
 

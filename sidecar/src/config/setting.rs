@@ -1,32 +1,54 @@
-//! Keys that a flag or a variable can set. The names are Dynamo's where Dynamo has the knob.
+//! Keys that a flag or a variable can set. The names are Dynamo's where Dynamo has the knob; those
+//! of Dynamo's that no key stands for are in [`super::dynamo`].
 
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use serde_json::Value;
 
+use super::dynamo;
 use super::layer::{Layer, Origin};
 
 /// What a value's text stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub(super) enum Kind {
     Text,
     Number,
     /// Has flags of its own for "no".
     Switch(&'static [&'static str]),
 }
 
-/// A key with its flag and variables.
+/// What a setting does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Effect {
+    /// Its value becomes a key's.
+    Key,
+    /// Switched on, it gives several keys values that everything else may replace.
+    Preset(&'static [(&'static str, &'static str)]),
+    /// Only these values are taken, which say what is so anyway.
+    Refused {
+        /// In lower case.
+        unless: &'static [&'static str],
+        /// What stands in its place.
+        why: &'static str,
+    },
+    /// It is for another part of an installation, which may share its variables: it is let be, and
+    /// told of.
+    Elsewhere(&'static str),
+}
+
+/// A flag and variables, and what they do.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Setting {
-    /// Key path in the file.
+    /// Key path in the file; empty without one.
     pub(super) key: &'static str,
     /// Whether the key is a pool's.
     pub(super) pool: bool,
-    kind: Kind,
+    pub(super) kind: Kind,
     /// The flag and further names for it.
-    flags: &'static [&'static str],
-    /// Its variables, the first that is set counts.
-    variables: &'static [&'static str],
-    help: &'static str,
+    pub(super) flags: &'static [&'static str],
+    /// Its variables, the first that is set counts. `*` stands for any end of a name.
+    pub(super) variables: &'static [&'static str],
+    pub(super) help: &'static str,
+    pub(super) effect: Effect,
 }
 
 const fn setting(
@@ -44,11 +66,12 @@ const fn setting(
         flags,
         variables,
         help,
+        effect: Effect::Key,
     }
 }
 
-/// All of them.
-static SETTINGS: &[Setting] = &[
+/// Those that set a key.
+pub(super) static SETTINGS: &[Setting] = &[
     setting(
         "http_host",
         false,
@@ -282,6 +305,16 @@ static SETTINGS: &[Setting] = &[
     ),
 ];
 
+/// All of them, presets first: what is given by itself lies over them. What sets a key is not
+/// refused.
+pub(super) fn all() -> impl Iterator<Item = &'static Setting> {
+    let sets_a_key = |other: &&Setting| SETTINGS.iter().any(|s| s.has_a_name_of(other));
+    let others = dynamo::SETTINGS.iter();
+    others
+        .filter(move |other| !sets_a_key(other))
+        .chain(SETTINGS)
+}
+
 impl Setting {
     fn value(&self, text: &str) -> Value {
         let number = || {
@@ -302,8 +335,23 @@ impl Setting {
         parsed.unwrap_or_else(|| Value::from(text))
     }
 
-    fn flag(&self) -> &'static str {
-        self.flags.first().copied().unwrap_or(self.key)
+    pub(super) fn flag(&self) -> Option<&'static str> {
+        self.flags.first().copied()
+    }
+
+    fn has_a_name_of(&self, other: &Self) -> bool {
+        let is_flag = self.flags.iter().any(|flag| other.flags.contains(flag));
+        let mut variables = self.variables.iter();
+        is_flag || variables.any(|name| other.variables.contains(name))
+    }
+
+    /// Name among the arguments.
+    fn id(&self) -> &'static str {
+        if self.key.is_empty() {
+            self.flag().unwrap_or_default()
+        } else {
+            self.key
+        }
     }
 
     /// The flags that say "no": the first and further names for it.
@@ -313,21 +361,70 @@ impl Setting {
             _ => None,
         }
     }
+
+    /// What a value comes to: a layer to a key, lowest first.
+    fn layers(&'static self, origin: &Origin, value: &Value) -> Vec<Layer> {
+        let as_it_is = || Layer {
+            origin: origin.clone(),
+            setting: self,
+            value: value.clone(),
+        };
+        let Effect::Preset(keys) = self.effect else {
+            return vec![as_it_is()];
+        };
+        let keys = match value {
+            Value::Bool(true) => keys,
+            Value::Bool(false) => &[],
+            _ => return vec![as_it_is()],
+        };
+        let of = |key: &str| SETTINGS.iter().find(|setting| setting.key == key);
+        let given = keys.iter().filter_map(|(key, text)| Some((of(key)?, text)));
+        given
+            .map(|(setting, text)| Layer {
+                origin: origin.clone(),
+                setting,
+                value: setting.value(text),
+            })
+            .collect()
+    }
 }
 
-/// The layer of variables. `lookup` gives a variable's value; an empty one counts as not set.
-pub fn from_environment(lookup: impl Fn(&str) -> Option<String>) -> Vec<Layer> {
-    let set = |setting: &'static Setting| {
-        setting.variables.iter().find_map(|name| {
-            let text = lookup(name).filter(|text| !text.is_empty())?;
-            Some(Layer {
-                origin: Origin::Variable(name),
-                value: setting.value(&text),
-                setting,
-            })
-        })
+/// Whether a variable has a name, of which `*` may be the end.
+fn is_named(name: &str, variable: &str) -> bool {
+    match name.strip_suffix('*') {
+        Some(beginning) => variable.starts_with(beginning),
+        None => name == variable,
+    }
+}
+
+/// The layers of variables, given as names with values. An empty one counts as not set.
+pub fn from_environment(variables: impl IntoIterator<Item = (String, String)>) -> Vec<Layer> {
+    let is_set = |(_, text): &(String, String)| !text.is_empty();
+    let variables: Vec<(String, String)> = variables.into_iter().filter(is_set).collect();
+    let mut layers = Vec::new();
+    for setting in all() {
+        // Those that count less lie lower.
+        for name in setting.variables.iter().rev() {
+            let given = variables.iter().filter(|(given, _)| is_named(name, given));
+            for (name, text) in given {
+                let origin = Origin::Variable(name.clone());
+                layers.extend(setting.layers(&origin, &setting.value(text)));
+            }
+        }
+    }
+    let is_known = |given: &str| {
+        let mut names = all().flat_map(|setting| setting.variables);
+        names.any(|name| is_named(name, given))
     };
-    SETTINGS.iter().filter_map(set).collect()
+    let unknown = variables
+        .iter()
+        .filter(|(name, _)| dynamo::is_of_router(name) && !is_known(name));
+    layers.extend(unknown.map(|(name, text)| Layer {
+        origin: Origin::Variable(name.clone()),
+        setting: &dynamo::UNKNOWN,
+        value: Value::from(text.as_str()),
+    }));
+    layers
 }
 
 /// The layer of flags, for use with `#[command(flatten)]`.
@@ -340,26 +437,22 @@ pub struct Flags {
 impl clap::FromArgMatches for Flags {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
         let given = |setting: &'static Setting| {
-            let layer = |value| Layer {
-                origin: Origin::Flag(setting.flag()),
-                setting,
-                value,
-            };
-            match setting.negative() {
-                Some((negative, _)) if matches.get_flag(negative) => Some(Layer {
-                    origin: Origin::Flag(negative),
-                    ..layer(Value::from(false))
-                }),
-                Some(_) if matches.get_flag(setting.key) => Some(layer(Value::from(true))),
-                Some(_) => None,
-                None => {
-                    let text = matches.get_one::<String>(setting.key)?;
-                    Some(layer(setting.value(text)))
+            let flag = setting.flag()?;
+            let (flag, value) = match (setting.kind, setting.negative()) {
+                (_, Some((negative, _))) if matches.get_flag(negative) => {
+                    (negative, Value::from(false))
                 }
-            }
+                (Kind::Switch(_), _) if matches.get_flag(setting.id()) => (flag, Value::from(true)),
+                (Kind::Switch(_), _) => return None,
+                _ => {
+                    let text = matches.get_one::<String>(setting.id())?;
+                    (flag, setting.value(text))
+                }
+            };
+            Some(setting.layers(&Origin::Flag(flag), &value))
         };
         Ok(Self {
-            layers: SETTINGS.iter().filter_map(given).collect(),
+            layers: all().filter_map(given).flatten().collect(),
         })
     }
 
@@ -371,24 +464,31 @@ impl clap::FromArgMatches for Flags {
 
 impl clap::Args for Flags {
     fn augment_args(command: Command) -> Command {
-        SETTINGS.iter().fold(command, |command, setting| {
+        let with_flag = all().filter_map(|setting| Some((setting, setting.flag()?)));
+        with_flag.fold(command, |command, (setting, flag)| {
             let help = format!("{} [env: {}]", setting.help, setting.variables.join(", "));
-            let arg = Arg::new(setting.key)
-                .long(setting.flag())
+            // What is refused is parsed to be told why.
+            let is_hidden = !matches!(setting.effect, Effect::Key | Effect::Preset(_));
+            let arg = Arg::new(setting.id())
+                .long(flag)
                 .visible_aliases(setting.flags.iter().skip(1).copied().collect::<Vec<_>>())
-                .help(help);
-            let Some((negative, others)) = setting.negative() else {
+                .help(help)
+                .hide(is_hidden);
+            if !matches!(setting.kind, Kind::Switch(_)) {
                 return command.arg(arg.action(ArgAction::Set));
+            }
+            let arg = arg.action(ArgAction::SetTrue);
+            let Some((negative, others)) = setting.negative() else {
+                return command.arg(arg);
             };
             let no = Arg::new(negative)
                 .long(negative)
                 .visible_aliases(others.to_vec())
-                .help(format!("The opposite of --{}", setting.flag()))
+                .help(format!("The opposite of --{flag}"))
+                .hide(is_hidden)
                 .action(ArgAction::SetTrue)
-                .overrides_with(setting.key);
-            command
-                .arg(arg.action(ArgAction::SetTrue).overrides_with(negative))
-                .arg(no)
+                .overrides_with(setting.id());
+            command.arg(arg.overrides_with(negative)).arg(no)
         })
     }
 

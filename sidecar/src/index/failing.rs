@@ -45,12 +45,14 @@ impl Service {
         self.metrics.workers_out.set(out);
     }
 
-    /// Workers have joined or left.
+    /// Workers have joined or left, or none is left out any more.
     pub(super) fn reconfigure_health(&mut self) {
         let roster = &mut self.roster;
         let known: std::collections::HashSet<WorkerId> =
             roster.workers().map(|w| w.config.id).collect();
-        self.ejection.keep(|worker| known.contains(&worker));
+        let ejects = self.ejects;
+        self.ejection
+            .keep(|worker| ejects && known.contains(&worker));
     }
 
     /// Somebody has looked whether a worker is there.

@@ -113,6 +113,9 @@ impl Roster {
     pub(super) fn update(&mut self, pools: &[config::Pool]) -> Change {
         let mut change = Change::default();
         for (number, (pool, config)) in self.pools.iter_mut().zip(pools).enumerate() {
+            if pool.config.reads_otherwise(config) {
+                pool.forget(number, &mut change);
+            }
             pool.config = config.clone();
             pool.update(number, &mut change);
         }
@@ -150,6 +153,18 @@ impl Roster {
 }
 
 impl Pool {
+    /// Lets all workers leave: what is known of their blocks no longer holds.
+    fn forget(&mut self, number: usize, change: &mut Change) {
+        let mut gone: Vec<OwnerId> = self.slots.owners().collect();
+        gone.sort_unstable();
+        for owner in gone {
+            change
+                .removed
+                .extend(self.slots.free(owner).map(|slot| (number, slot)));
+        }
+        self.workers.clear();
+    }
+
     fn update(&mut self, number: usize, change: &mut Change) {
         let wanted: HashMap<OwnerId, ()> = self
             .config

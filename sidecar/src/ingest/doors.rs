@@ -1,7 +1,7 @@
 //! Which doors are open: one task to each stream that is read, opened and closed as workers come
 //! and go.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 
@@ -65,7 +65,8 @@ impl Door {
 /// The reader of a stream of all workers.
 #[derive(Debug)]
 struct Stored {
-    workers: BTreeSet<WorkerId>,
+    /// With what their events are read.
+    workers: BTreeMap<WorkerId, Settings>,
     changes: mpsc::Sender<jetstream::Change>,
     _task: Task,
 }
@@ -251,16 +252,20 @@ impl Doors {
         let mut before = std::mem::take(&mut stored.workers);
         for pool in config.pools.iter().filter(|pool| pool.kv_events) {
             for worker in pool.workers.iter().filter(|w| w.events.is_none()) {
-                stored.workers.insert(worker.id);
-                if before.remove(&worker.id) {
-                    continue;
+                let settings = Settings::of(pool);
+                let known = before.remove(&worker.id);
+                stored.workers.insert(worker.id, settings.clone());
+                match known {
+                    Some(known) if known == settings => continue,
+                    Some(_) => stored.tell(jetstream::Change::Remove(worker.id)),
+                    None => {}
                 }
-                let outlet = self.outlet(worker.id, 0, Plane::JetStream, &Settings::of(pool));
+                let outlet = self.outlet(worker.id, 0, Plane::JetStream, &settings);
                 let resume = self.resumes.remove(&outlet.origin());
                 stored.tell(jetstream::Change::Add(Box::new(outlet), resume));
             }
         }
-        for worker in before {
+        for worker in before.into_keys() {
             stored.tell(jetstream::Change::Remove(worker));
         }
         self.stored = Some(stored);
@@ -271,7 +276,7 @@ impl Stored {
     fn new(source: jetstream::Source, hall: Hall) -> Self {
         let (changes, changed) = mpsc::channel(CHANGES);
         Self {
-            workers: BTreeSet::new(),
+            workers: BTreeMap::new(),
             changes,
             _task: spawn(jetstream::run(source, hall, changed)),
         }
