@@ -112,7 +112,7 @@ CARGO_FUZZ := 0.13.1
 FUZZ_TARGETS = $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
 
 .PHONY: fuzz
-fuzz: preflight ## every decoder of events against changed messages, 10 minutes each
+fuzz: preflight ## every decoder of events, requests and answers against changed messages, 10 minutes each
 	@[ "$$(cargo fuzz --version 2>/dev/null)" = "cargo-fuzz $(CARGO_FUZZ)" ] || { \
 		echo '==> building cargo-fuzz (a minute or two)'; \
 		cargo install --quiet --locked --root .tools --version $(CARGO_FUZZ) cargo-fuzz; }

@@ -18,6 +18,7 @@
 pub mod affinity;
 pub mod approximate;
 pub mod board;
+pub mod chunk;
 pub mod constraint;
 pub mod cost;
 pub mod decide;
@@ -25,6 +26,7 @@ pub mod delay;
 pub mod device;
 pub mod event;
 pub mod family;
+pub mod handover;
 pub mod hash;
 pub mod head;
 pub mod holdings;

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::affinity::Affinity;
 use crate::family::Scheme;
+use crate::handover::Handover;
 use crate::id::{Device, OwnerId, Role, Slot};
 use crate::key;
 use crate::policy::Policy;
@@ -88,6 +89,12 @@ pub struct Pool {
     /// for this pool.
     #[serde(skip)]
     pub text: Option<Budget>,
+    /// Whether prompts that are text are found by chunks of it where they are not tokenized.
+    #[serde(skip)]
+    pub chunks: bool,
+    /// How workers get the token ids of prompts that came as text.
+    #[serde(skip)]
+    pub handover: Handover,
 }
 
 /// A (worker, dp rank) of a pool.
@@ -199,6 +206,7 @@ mod tests {
     use super::{Metadata, Owner, Pool, Served, Table, Traits};
     use crate::affinity::Affinity;
     use crate::family::Scheme;
+    use crate::handover::Handover;
     use crate::id::{Device, Family, OwnerId, Role, Slot};
     use crate::key;
     use crate::policy::Scoring;
@@ -272,6 +280,8 @@ mod tests {
         table.pools[1].policy.tracking.prefill_tokens = false;
         table.pools[1].policy.shared_cache_multiplier = 0.3;
         table.pools[1].stores = vec![Slot(7)];
+        table.pools[1].chunks = true;
+        table.pools[1].handover = Handover::Nvext;
         table.pools[1].families = vec![Scheme {
             family: Family::LmCache,
             block_size: 256,

@@ -104,10 +104,13 @@ pub enum Event {
     /// room. Their blocks count in full until the sidecar has corrected that. *Action*: some
     /// hundred requests at a time share their first block; nothing is wrong but for the delay.
     Unlisted,
+    /// `kv_router_handed_over_total`: requests whose worker got the token ids of a prompt that came
+    /// as text.
+    HandedOver,
 }
 
 impl Event {
-    const COUNT: usize = 20;
+    const COUNT: usize = 21;
 
     fn name(self) -> &'static str {
         match self {
@@ -131,6 +134,7 @@ impl Event {
             Self::WrittenOff => "kv_router_written_off_total",
             Self::Estimated => "kv_router_prefills_estimated_total",
             Self::Unlisted => "kv_router_bookings_unlisted_total",
+            Self::HandedOver => "kv_router_handed_over_total",
         }
     }
 }

@@ -12,6 +12,7 @@ use std::rc::Rc;
 
 use kv_core::affinity::Session;
 use kv_core::constraint::{Bound, Constraints, Narrowed, pinned};
+use kv_core::holdings::Named;
 use kv_core::id::DpRank;
 use kv_core::policy::Mode;
 use kv_core::scan::{Field, Prompt, Scan, Scanner};
@@ -43,6 +44,8 @@ pub const DECISION: &str = "x-kv-router-decision";
 
 /// Tells Envoy how often to send a request again.
 const MAX_RETRIES: &str = "x-envoy-max-retries";
+/// Size of the body.
+const LENGTH: &str = "content-length";
 
 /// Headers that only this filter may set on a request.
 const OURS: [&str; 3] = [DESTINATION, POOL, DECISION];
@@ -91,6 +94,9 @@ struct Waiting {
     since_ns: u64,
     /// When the last body part came.
     part_ns: u64,
+    /// The API, and bytes of the body.
+    surface: Surface,
+    bytes: usize,
     asked: Asked,
     read: Read,
 }
@@ -103,6 +109,8 @@ struct Read {
     scan: Scan,
     /// Sequence hashes of a prompt that is text.
     hashes: Vec<u64>,
+    /// Its blocks in the pool's further families.
+    families: Vec<Named>,
     /// Whether the body was read to its end.
     is_complete: bool,
     headers: HeaderMap,
@@ -154,6 +162,7 @@ impl Read {
             tokens: 0,
             scan: Scan::default(),
             hashes: Vec::new(),
+            families: Vec::new(),
             is_complete: false,
             headers,
             nvext: Nvext::default(),
@@ -248,6 +257,8 @@ impl Request {
         let Waiting {
             since_ns,
             part_ns,
+            surface,
+            bytes,
             asked,
             mut read,
         } = *waiting;
@@ -259,9 +270,16 @@ impl Request {
         read.reason = told.reason;
         read.tokens = told.tokens;
         read.hashes = told.hashes;
-        if self.route(router, read, since_ns, part_ns) == Action::Continue
-            && !router.host.resume_request()
-        {
+        read.families = told.families;
+        let changed = (!told.ids.is_empty())
+            .then(|| router.with_ids(surface, bytes, &read.scan, &told.ids))
+            .flatten();
+        let action = self.route(router, read, since_ns, part_ns);
+        // What routing reads of the body has been read.
+        if let Some(body) = changed.filter(|_| matches!(self.state, State::Routed(_))) {
+            router.hand_over(bytes, &body);
+        }
+        if action == Action::Continue && !router.host.resume_request() {
             router.metrics.fault(&router.host, Fault::Resume);
         }
     }
@@ -383,18 +401,26 @@ impl Request {
     ) -> Action {
         router.refresh(part_ns);
         read.hints(router);
-        let asked = router.ask(&Question {
+        let question = Question {
             contexts: (self.context, self.root),
             surface,
             bytes,
-            model: read.scan.model.value().map(String::as_str),
+            scan: &read.scan,
             salt: salt(read.hints.as_ref(), &read.scan.cache_salt),
-        });
-        match asked {
+        };
+        if let Some(chunks) = router.chunks(&question) {
+            read.reason = Reason::KvText;
+            read.tokens = chunks.tokens;
+            read.hashes = chunks.hashes;
+            return self.route(router, read, since_ns, part_ns);
+        }
+        match router.ask(&question) {
             Ok(asked) => {
                 self.state = State::Asked(Box::new(Waiting {
                     since_ns,
                     part_ns,
+                    surface,
+                    bytes,
                     asked,
                     read,
                 }));
@@ -471,7 +497,7 @@ impl Request {
                         let families = served.named(tokens.ids(), salt);
                         (tokens.hashes(hashing), families)
                     }
-                    _ => (&read.hashes[..], Vec::new()),
+                    _ => (&read.hashes[..], std::mem::take(&mut read.families)),
                 };
                 let ask = Ask {
                     reason: read.reason,
@@ -662,6 +688,31 @@ impl<H: Host> Router<H> {
         headers.unwrap_or_default()
     }
 
+    /// The body with its prompt's token ids, as the pool hands them over.
+    fn with_ids(&self, surface: Surface, bytes: usize, scan: &Scan, ids: &[u8]) -> Option<Vec<u8>> {
+        let fleet = self.world.fleet()?;
+        let served = fleet.serve(scan.model.value().map(String::as_str))?;
+        let body = self.host.body(0, bytes);
+        let handover = served.pool.handover;
+        handover.body(surface, &body, &scan.members, ids)
+    }
+
+    /// Sends this body instead of the one that came.
+    fn hand_over(&mut self, bytes: usize, body: &[u8]) {
+        if !self.host.replace_body(bytes, body) {
+            self.metrics.fault(&self.host, Fault::Body);
+            return;
+        }
+        self.metrics.count(&self.host, Event::HandedOver, 1);
+        // One that is given must be true; without one the body goes in chunks.
+        let length = body.len().to_string();
+        let host = &self.host;
+        let is_given = host.header(Headers::Request, LENGTH).is_some();
+        if is_given && !host.set_header(Headers::Request, LENGTH, length.as_bytes()) {
+            self.metrics.fault(&self.host, Fault::Header);
+        }
+    }
+
     /// Tells Envoy where to send the request: to the first of the endpoints that takes it.
     /// Its engine is told the rank, where it has several.
     fn send_to(&mut self, pool: &str, endpoints: Option<&str>, rank: Option<DpRank>) {
@@ -751,6 +802,7 @@ impl Held {
             tokens,
             scan,
             hashes: Vec::new(),
+            families: Vec::new(),
             is_complete: true,
             headers: self.headers,
             nvext,

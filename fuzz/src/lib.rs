@@ -1,5 +1,8 @@
-//! What the fuzz targets do with bytes: every decoder of events, each holding the promise that
-//! nothing in a message makes it panic, and that what comes out is bounded.
+//! What the fuzz targets do with bytes: every decoder of events and every reader of requests and
+//! answers, each holding the promise that nothing in a message makes it panic, and that what comes
+//! out is bounded.
+
+mod text;
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
@@ -22,6 +25,8 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio_util::codec::{Decoder as _, Encoder as _};
 
+pub use text::{answer_stream, prompt, request_body};
+
 /// One way in for bytes from outside.
 #[derive(Clone, Copy, Debug)]
 pub struct Target {
@@ -34,7 +39,7 @@ pub struct Target {
 }
 
 /// The targets.
-pub const TARGETS: [Target; 7] = [
+pub const TARGETS: [Target; 10] = [
     bare("engine_msgpack", engine_msgpack),
     bare("engine_json", engine_json),
     bare("dynamo_plane", dynamo_plane),
@@ -49,6 +54,21 @@ pub const TARGETS: [Target; 7] = [
         name: "zmtp",
         run: zmtp,
         wrap: published,
+    },
+    Target {
+        name: "request_body",
+        run: request_body,
+        wrap: text::chat,
+    },
+    Target {
+        name: "prompt",
+        run: prompt,
+        wrap: text::chat,
+    },
+    Target {
+        name: "answer_stream",
+        run: answer_stream,
+        wrap: text::streamed,
     },
 ];
 

@@ -24,6 +24,7 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use kv_core::affinity::Affinity;
+use kv_core::handover::Handover;
 use kv_core::id::{Device, OwnerId, Role, WorkerId};
 use kv_core::policy::Policy;
 use kv_core::table::{Metadata, Settings};
@@ -38,7 +39,7 @@ use crate::load;
 pub use effective::{Effective, From, Key};
 pub use error::{ConfigErrors, Problem};
 pub use events::{Events, FamilyUse, Socket, ZmqAddress};
-pub use file::{AddressFamily, CachePolicy, File, Tls};
+pub use file::{AddressFamily, CachePolicy, EngineFace, File, Tls};
 pub use guide::dynamo_settings;
 pub use layer::{Layer, Note, Origin};
 pub use restart::{Restart, restart};
@@ -246,12 +247,23 @@ impl Pool {
 /// How prompts that are text are read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tokenizer {
-    /// The model's folder.
-    pub path: PathBuf,
+    /// Who knows.
+    pub from: TokenizerFrom,
     /// Bytes of token ids that are remembered.
     pub cache_bytes: u64,
     /// How long reading may take.
     pub budget: Budget,
+    /// How workers get the token ids.
+    pub handover: Handover,
+}
+
+/// Who knows the token ids of a text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TokenizerFrom {
+    /// The model's folder.
+    Folder(PathBuf),
+    /// The pool's workers.
+    Engine(EngineFace),
 }
 
 /// A DNS name that stands for workers.

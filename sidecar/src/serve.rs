@@ -148,12 +148,12 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
         Ok(())
     });
     let (bridge_control, bridge_metrics) = (control.clone(), Arc::clone(&metrics));
-    let served_endpoints = endpoints.clone();
+    let (bridge_reader, served_endpoints) = (Arc::clone(&reader), endpoints.clone());
     tasks.spawn(async move {
         let served = bridge.run(
             bridge_control,
             bridge_metrics,
-            reader,
+            bridge_reader,
             served_endpoints,
             bridge_cancel,
         );
@@ -192,6 +192,7 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
         control,
         doors,
         events,
+        reader,
         metrics,
         silence,
     };
@@ -306,6 +307,7 @@ struct Reloader {
     control: mpsc::Sender<Control>,
     doors: Doors,
     events: Events,
+    reader: Arc<Reader>,
     metrics: Arc<Metrics>,
     silence: Arc<Notify>,
 }
@@ -502,6 +504,7 @@ impl Reloader {
             tracing::warn!("not every envoy has the worker table yet, endpoints go ahead");
         }
         self.doors.configure(&served);
+        self.reader.configure(&served);
         let after = fleet::assignments(&served);
         self.config = next;
         self.served = served;

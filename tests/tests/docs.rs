@@ -338,7 +338,6 @@ fn every_key_is_documented_with_its_default() {
         "nats.dynamo.namespace",
         "nats.url",
         "registration.networks",
-        "tokenizer.path",
         "workers[].endpoint",
         "workers[].events.trtllm.url",
         "workers[].events.zmq.endpoint",

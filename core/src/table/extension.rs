@@ -7,6 +7,7 @@ use super::{Metadata, Table, Traits};
 use crate::affinity::Affinity;
 use crate::delay::Weights;
 use crate::family::Scheme;
+use crate::handover::Handover;
 use crate::id::Slot;
 use crate::policy::Scoring;
 use crate::text::Budget;
@@ -35,6 +36,8 @@ struct OfPool {
     delay: Weights,
     affinity: Option<Affinity>,
     slow_start_ms: u32,
+    chunks: bool,
+    handover: Handover,
 }
 
 impl Extension {
@@ -55,6 +58,8 @@ impl Extension {
             delay: pool.policy.delay,
             affinity: pool.affinity.clone(),
             slow_start_ms: pool.slow_start_ms,
+            chunks: pool.chunks,
+            handover: pool.handover,
         });
         Self(pools.collect())
     }
@@ -74,6 +79,8 @@ impl Extension {
             pool.policy.shared_cache_multiplier = more.shared_cache_multiplier;
             pool.text = more.text;
             pool.slow_start_ms = more.slow_start_ms;
+            pool.chunks = more.chunks;
+            pool.handover = more.handover;
             for (owner, traits) in pool.owners.iter_mut().zip(more.owners) {
                 owner.traits = traits;
             }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -20,7 +20,7 @@ use super::file::File;
 use super::layer::Layer;
 use super::{
     Api, CachePolicy, Config, Dns, DynamoPlane, HealthCheck, Nats, Pool, Registration, Source,
-    Tokenizer, Worker,
+    Tokenizer, TokenizerFrom, Worker,
 };
 use crate::ingest::subject::{Template, TemplateError};
 use crate::load;
@@ -452,16 +452,29 @@ impl Check {
     }
 
     fn tokenizer(&mut self, tokenizer: &file::Tokenizer, at: &str) -> Tokenizer {
-        let folder = tokenizer.path.as_deref();
-        let file = folder.map(|folder| folder.join("tokenizer.json"));
-        self.readable(at, file.as_deref());
+        let from = match (&tokenizer.path, tokenizer.engine) {
+            (Some(folder), engine) => {
+                self.readable(at, Some(&folder.join("tokenizer.json")));
+                if engine.is_some() {
+                    self.refuse(at, folder.display(), "excludes engine");
+                }
+                TokenizerFrom::Folder(folder.clone())
+            }
+            (None, Some(engine)) => TokenizerFrom::Engine(engine),
+            (None, None) => {
+                let path = at.to_owned();
+                self.problems.push(Problem::Missing { path });
+                TokenizerFrom::Folder(PathBuf::new())
+            }
+        };
         Tokenizer {
-            path: tokenizer.path.clone().unwrap_or_default(),
+            from,
             cache_bytes: tokenizer.cache_bytes,
             budget: Budget {
                 base_ms: tokenizer.budget_ms,
                 per_thousand_words_ms: tokenizer.budget_ms_per_1000_words,
             },
+            handover: tokenizer.hand_over,
         }
     }
 

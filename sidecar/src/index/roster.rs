@@ -279,6 +279,14 @@ impl Pool {
             slow_start_ms: self.config.slow_start_ms,
             stores: stores.collect(),
             text: self.config.tokenizer.as_ref().map(|t| t.budget),
+            // Chunks are what is predicted, and events tell of none.
+            chunks: self.config.tokenizer.is_none() && !self.config.kv_events,
+            handover: self
+                .config
+                .tokenizer
+                .as_ref()
+                .map(|t| t.handover)
+                .unwrap_or_default(),
         }
     }
 }
