@@ -33,6 +33,8 @@ impl Refusal {
             Self::WorkerUnknown(_) => 1,
             Self::HintUntrusted => 2,
             Self::ModelUnknown => 3,
+            Self::BodyBroken => 4,
+            Self::BodyTooLong => 5,
             Self::RankAlone => 4,
             Self::HintMalformed(_) => 5,
         }
@@ -47,6 +49,8 @@ impl Refusal {
             Self::HintUntrusted => "hint_untrusted",
             // As OpenAI's API has it.
             Self::ModelUnknown => "model_not_found",
+            Self::BodyBroken => "body_broken",
+            Self::BodyTooLong => "body_too_long",
             Self::RankAlone => "rank_alone",
             Self::HintMalformed(_) => "hint_malformed",
         }
@@ -62,6 +66,7 @@ impl Refusal {
             | Self::HintMalformed(_) => 400,
             Self::HintUntrusted => 403,
             Self::ModelUnknown => 404,
+            Self::BodyTooLong => 413,
         }
     }
 
