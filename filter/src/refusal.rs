@@ -19,11 +19,15 @@ pub enum Refusal {
     RankAlone,
     /// A hint of a trusted client can't be read: this one.
     HintMalformed(&'static str),
+    /// Its body was packed and did not unpack to JSON: it is broken, or grows too much.
+    BodyBroken,
+    /// Its body was packed and is too long.
+    BodyTooLong,
 }
 
 impl Refusal {
     /// Number of kinds.
-    pub const COUNT: usize = 6;
+    pub const COUNT: usize = 8;
 
     /// The kind as an index below [`Refusal::COUNT`].
     #[must_use]
@@ -33,10 +37,10 @@ impl Refusal {
             Self::WorkerUnknown(_) => 1,
             Self::HintUntrusted => 2,
             Self::ModelUnknown => 3,
-            Self::BodyBroken => 4,
-            Self::BodyTooLong => 5,
             Self::RankAlone => 4,
             Self::HintMalformed(_) => 5,
+            Self::BodyBroken => 6,
+            Self::BodyTooLong => 7,
         }
     }
 
@@ -63,7 +67,8 @@ impl Refusal {
             Self::WorkerMissing
             | Self::WorkerUnknown(_)
             | Self::RankAlone
-            | Self::HintMalformed(_) => 400,
+            | Self::HintMalformed(_)
+            | Self::BodyBroken => 400,
             Self::HintUntrusted => 403,
             Self::ModelUnknown => 404,
             Self::BodyTooLong => 413,
@@ -108,6 +113,16 @@ impl Refusal {
                 "invalid_request_error",
                 hint,
             ),
+            Self::BodyBroken => (
+                "the compressed body is broken, or grows too much when it is unpacked".to_owned(),
+                "invalid_request_error",
+                "body",
+            ),
+            Self::BodyTooLong => (
+                "the compressed body is too long when it is unpacked".to_owned(),
+                "invalid_request_error",
+                "body",
+            ),
         };
         let code = self.name();
         let error = json!({"message": message, "type": kind, "param": param, "code": code});
@@ -128,6 +143,8 @@ mod tests {
             Refusal::ModelUnknown,
             Refusal::RankAlone,
             Refusal::HintMalformed("x-kv-required-taints"),
+            Refusal::BodyBroken,
+            Refusal::BodyTooLong,
         ];
         for (i, refusal) in all.into_iter().enumerate() {
             assert_eq!(refusal.index(), i);

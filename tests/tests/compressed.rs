@@ -131,7 +131,11 @@ async fn a_compressed_chat_is_routed_by_its_prefix_and_reaches_its_worker_unpack
     let seen: Value = serde_json::from_slice(answer.body()).expect("JSON");
     let kept = (&seen["bytes"], &seen["headers"]["content-encoding"]);
     assert_eq!(kept, (&json!(2), &json!("compress")));
-    let counted = async || match stack.envoy.total("requests_total.*reason=.=compressed").await {
+    let counted = async || match stack
+        .envoy
+        .total("requests_total.*reason=.=compressed")
+        .await
+    {
         1 => Ok(()),
         n => Err(n),
     };
@@ -150,7 +154,13 @@ async fn what_does_not_unpack_whole_is_refused_within_bounded_memory() {
     // 16 MiB in 16 KiB.
     let bomb = gzip(format!(r#"{{"prompt": "{}"}}"#, "a".repeat(16 << 20)).as_bytes());
     // A prompt that grows thirty times, beyond what is held.
-    let line = |i: u32| format!("{:032x}{}", u128::from(i).wrapping_mul(0x9e37_79b9_7f4a_7c15), "b".repeat(900));
+    let line = |i: u32| {
+        format!(
+            "{:032x}{}",
+            u128::from(i).wrapping_mul(0x9e37_79b9_7f4a_7c15),
+            "b".repeat(900)
+        )
+    };
     let lines: String = (0..2000).map(line).collect();
     let long = gzip(format!(r#"{{"prompt": "{lines}"}}"#).as_bytes());
     let cut = gzip(br#"{"prompt": "and so on"}"#);

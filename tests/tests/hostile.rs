@@ -257,7 +257,9 @@ async fn what_is_no_generation_request_passes_at_once() {
         (answer.status().as_u16(), reason(&answer)),
         (200, "passed".into())
     );
-    let answer = hostile.post(&[("content-encoding", b"compress")], "\x1f").await;
+    let answer = hostile
+        .post(&[("content-encoding", b"compress")], "\x1f")
+        .await;
     assert_eq!(
         (answer.status().as_u16(), reason(&answer)),
         (200, "compressed".into())
