@@ -23,11 +23,15 @@ pub enum Refusal {
     NoWorkerFits,
     /// All workers have as many requests as they take.
     WorkersFull,
+    /// Its body was packed and did not unpack to JSON: it is broken, or grows too much.
+    BodyBroken,
+    /// Its body was packed and is too long.
+    BodyTooLong,
 }
 
 impl Refusal {
     /// Number of kinds.
-    pub const COUNT: usize = 7;
+    pub const COUNT: usize = 10;
 
     /// The kind as an index below [`Refusal::COUNT`].
     #[must_use]
@@ -41,6 +45,8 @@ impl Refusal {
             Self::HintMalformed(_) => 5,
             Self::NoWorkerFits => 6,
             Self::WorkersFull => 7,
+            Self::BodyBroken => 8,
+            Self::BodyTooLong => 9,
         }
     }
 
@@ -53,6 +59,8 @@ impl Refusal {
             Self::HintUntrusted => "hint_untrusted",
             // As OpenAI's API has it.
             Self::ModelUnknown => "model_not_found",
+            Self::BodyBroken => "body_broken",
+            Self::BodyTooLong => "body_too_long",
             Self::RankAlone => "rank_alone",
             Self::HintMalformed(_) => "hint_malformed",
             Self::NoWorkerFits => "no_worker_fits",
@@ -67,11 +75,12 @@ impl Refusal {
             Self::WorkerMissing
             | Self::WorkerUnknown(_)
             | Self::RankAlone
-            | Self::HintMalformed(_) => 400,
+            | Self::HintMalformed(_)
+            | Self::BodyBroken => 400,
             Self::HintUntrusted => 403,
             Self::ModelUnknown => 404,
-            Self::NoWorkerFits => 503,
-            Self::WorkersFull => 503,
+            Self::NoWorkerFits | Self::WorkersFull => 503,
+            Self::BodyTooLong => 413,
         }
     }
 
@@ -123,6 +132,16 @@ impl Refusal {
                 "server_error",
                 "",
             ),
+            Self::BodyBroken => (
+                "the compressed body is broken, or grows too much when it is unpacked".to_owned(),
+                "invalid_request_error",
+                "body",
+            ),
+            Self::BodyTooLong => (
+                "the compressed body is too long when it is unpacked".to_owned(),
+                "invalid_request_error",
+                "body",
+            ),
         };
         let param = Some(param).filter(|param| !param.is_empty());
         let code = self.name();
@@ -146,6 +165,8 @@ mod tests {
             Refusal::HintMalformed("x-kv-required-taints"),
             Refusal::NoWorkerFits,
             Refusal::WorkersFull,
+            Refusal::BodyBroken,
+            Refusal::BodyTooLong,
         ];
         for (i, refusal) in all.into_iter().enumerate() {
             assert_eq!(refusal.index(), i);

@@ -41,6 +41,8 @@ pub const DESTINATION: &str = "x-gateway-destination-endpoint";
 pub const POOL: &str = "x-kv-pool";
 /// The decision record, on responses.
 pub const DECISION: &str = "x-kv-router-decision";
+/// Request header with the `content-encoding` of a body that Envoy has unpacked.
+pub const PACKED: &str = "x-kv-packed";
 
 /// Tells Envoy how often to send a request again.
 const MAX_RETRIES: &str = "x-envoy-max-retries";
@@ -380,10 +382,23 @@ impl Request {
             taken,
             ..
         } = *held;
+        let is_packed = held.whole && held.headers.get(PACKED).is_some();
         let read = match cut {
             Some(reason) => held.cut(reason),
             None => held.read(&router.host),
         };
+        // Envoy passes on what it could unpack, and then no more.
+        let refusal = match read.reason {
+            Reason::BadJson if is_packed => Some(Refusal::BodyBroken),
+            Reason::TooLong if is_packed => Some(Refusal::BodyTooLong),
+            _ => None,
+        };
+        if let Some(refusal) = refusal
+            && let Some(fleet) = router.world.fleet()
+            && let Some(served) = fleet.serve(None)
+        {
+            return self.refuse(router, served.pool, refusal, "");
+        }
         if read.reason == Reason::Text {
             return self.ask(router, read, (surface, taken), since_ns, part_ns);
         }
@@ -557,8 +572,12 @@ impl Request {
         let Router { host, metrics, .. } = router;
         metrics.request(host, &pool.name, Reason::Refused);
         metrics.refused(host, refusal);
-        // Where no pool serves the model there was no worker to be missed.
-        if refusal != Refusal::ModelUnknown {
+        // Where no pool serves the model, or nothing can be read, no worker is missed.
+        let misses = !matches!(
+            refusal,
+            Refusal::ModelUnknown | Refusal::BodyBroken | Refusal::BodyTooLong
+        );
+        if misses {
             metrics.missed(host, Miss::Unanswered);
         }
         // Callbacks on the answer find nothing left to do.

@@ -2,7 +2,7 @@
 
 use super::files::Files;
 use super::{
-    BODY_BUFFER_BYTES, CLUSTER_LIMIT, DESTINATION, FILTER, LABELS, POOL, SIDECAR_CLUSTER,
+    BODY_BUFFER_BYTES, CLUSTER_LIMIT, DESTINATION, FILTER, LABELS, PACKED, POOL, SIDECAR_CLUSTER,
     WASM_TYPE, cluster, label_regex, quoted,
 };
 use crate::config::{Config, Pool};
@@ -38,6 +38,7 @@ pub fn bootstrap(config: &Config, files: &Files, discovery: Discovery) -> String
         Discovery::Grpc => ads(),
         Discovery::Files => String::new(),
     };
+    let unpacking = unpacking();
     let tag = |label: &&str| {
         let regex = quoted(&label_regex(label));
         format!("  - {{tag_name: {label}, regex: {regex}}}\n")
@@ -83,7 +84,7 @@ stats_config:
               domains: ["*"]
               routes:
 {routes}          http_filters:
-          - name: {FILTER}
+{unpacking}          - name: {FILTER}
             config_discovery:
               config_source: {{path_config_source: {{path: {ecds}}}, resource_api_version: V3}}
               type_urls: [{WASM_TYPE}]
@@ -120,6 +121,48 @@ fn ads() -> String {
     )
 }
 
+/// What unpacks compressed bodies, and the most that a part of one may grow by. Brotli and Zstandard
+/// have a bound of this size built in.
+const PACKINGS: [(&str, &str); 3] = [
+    ("gzip", "gzip.decompressor.v3.Gzip, max_inflate_ratio: 100"),
+    ("brotli", "brotli.decompressor.v3.Brotli"),
+    ("zstd", "zstd.decompressor.v3.Zstd"),
+];
+
+/// Filters that unpack the bodies of requests. Envoy passes on what it could unpack of a body that
+/// is broken or a bomb; the header tells the filter after them to refuse it then.
+fn unpacking() -> String {
+    let one = |(name, library): (&str, &str)| {
+        format!(
+            r#"          - name: envoy.filters.http.decompressor.{name}
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.filters.http.decompressor.v3.Decompressor
+              decompressor_library:
+                name: {name}
+                typed_config: {{"@type": type.googleapis.com/envoy.extensions.compression.{library}}}
+              request_direction_config:
+                advertise_accept_encoding: false
+                common_config: {{ignore_no_transform_header: true}}
+              response_direction_config:
+                common_config: {{enabled: {{default_value: false, runtime_key: kv_router.unpack_answers}}}}
+"#
+        )
+    };
+    format!(
+        r#"          - name: envoy.filters.http.header_mutation
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.filters.http.header_mutation.v3.HeaderMutation
+              mutations:
+                request_mutations:
+                - remove: {PACKED}
+                - append:
+                    header: {{key: {PACKED}, value: "%REQ(content-encoding)%"}}
+                    append_action: OVERWRITE_IF_EXISTS_OR_ADD
+{}"#,
+        PACKINGS.map(one).concat()
+    )
+}
+
 fn address(address: &std::net::SocketAddr) -> String {
     let ip = quoted(&address.ip().to_string());
     let port = address.port();
@@ -151,6 +194,7 @@ fn route(pool: &Pool, suffix: &str, matched: &str) -> String {
     format!(
         r#"              - match: {{prefix: "/"{matched}}}
                 request_body_buffer_limit: {BODY_BUFFER_BYTES}
+                request_headers_to_remove: [{PACKED}]
                 route:
                   cluster: {cluster}
                   timeout: 0s
