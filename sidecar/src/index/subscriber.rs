@@ -123,7 +123,10 @@ impl Subscriber {
                     self.queued.remove(&id);
                 }
                 Item::Sessions(shard) => {
-                    let bytes = sessions.get(usize::from(shard)).cloned().unwrap_or_default();
+                    let bytes = sessions
+                        .get(usize::from(shard))
+                        .cloned()
+                        .unwrap_or_default();
                     if !batch.fits(bytes.len()) {
                         return;
                     }
