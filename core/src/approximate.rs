@@ -328,9 +328,9 @@ mod tests {
         approximate.insert(A, &[1, 2, 3], 0);
         approximate.insert(B, &[7, 8, 9], 1);
         approximate.insert(A, &[1, 5], 2);
-        assert_eq!(approximate.evict(A, 4, |_| false), [0_u64; 0]);
+        assert!(approximate.evict(A, 4, |_| false).is_empty());
         assert_eq!(approximate.evict(A, 2, |hash| hash == 3), [2, 5]);
-        assert_eq!(approximate.evict(A, 1, |_| true), [0_u64; 0]);
+        assert!(approximate.evict(A, 1, |_| true).is_empty());
         assert_eq!(approximate.len(), 5);
         // Those of an owner with a capacity don't grow old.
         let old = |approximate: &mut Approximate| approximate.expire(9, |slot| slot == B);

@@ -61,7 +61,7 @@ async fn the_select_service_from_python_under_a_policy_of_ones_own() {
 
     let tokens: Vec<u32> = (1..=64).collect();
     let told = run(
-        "select.py",
+        "reserve.py",
         &[&select, "llama-8b", &json!(tokens).to_string()],
     )
     .await;

@@ -85,7 +85,7 @@ async fn what_is_reserved_is_load_to_envoy_until_it_is_over() {
         threads: 2,
         workers: Vec::new(),
         more: json!({
-            "models": ["llama"],
+            "models": ["sim"],
             "workers": workers.collect::<Vec<_>>(),
             "select": {"listen": SocketAddr::from((Ipv4Addr::LOCALHOST, port))},
         }),
@@ -105,7 +105,7 @@ async fn what_is_reserved_is_load_to_envoy_until_it_is_over() {
     // Reserved on a worker that it names.
     let pinned = json!({"worker_id": 1, "dp_rank": 0});
     let body = json!({
-        "model_name": "llama", "token_ids": prompt(1, 64), "selection_id": "a",
+        "model_name": "sim", "token_ids": prompt(1, 64), "selection_id": "a",
         "pinned_worker": pinned,
     });
     let (status, answer) = select.post("/select_and_reserve", body).await;
@@ -129,7 +129,7 @@ async fn what_is_reserved_is_load_to_envoy_until_it_is_over() {
     // Envoy and the service choose alike, both by load.
     let (_, decision) = stack.complete(&prompt(2, 8)).await.expect("an answer");
     assert_eq!(decision["worker"], 2, "{decision}");
-    let body = json!({"model_name": "llama", "token_ids": prompt(3, 8)});
+    let body = json!({"model_name": "sim", "token_ids": prompt(3, 8)});
     let (_, answer) = select.post("/select", body).await;
     assert_eq!(answer["worker_id"], 2, "{answer}");
 
@@ -160,7 +160,7 @@ async fn what_is_reserved_is_load_to_envoy_until_it_is_over() {
     assert!(alone.store(&held), "room for a prompt");
     let endpoint = format!("http://{}", alone.address());
     let worker = json!({
-        "worker_id": 7, "model_name": "llama", "endpoint": endpoint, "block_size": BLOCK,
+        "worker_id": 7, "model_name": "sim", "endpoint": endpoint, "block_size": BLOCK,
         "kv_events_endpoint": zmq.listen, "replay_endpoint": zmq.replay,
     });
     let (status, record) = select.post("/workers", worker).await;
@@ -169,7 +169,7 @@ async fn what_is_reserved_is_load_to_envoy_until_it_is_over() {
         (StatusCode::CREATED, &json!("schedulable"))
     );
     let chosen = async || {
-        let body = json!({"model_name": "llama", "token_ids": held});
+        let body = json!({"model_name": "sim", "token_ids": held});
         let (_, answer) = select.post("/select", body).await;
         if answer["worker_id"] == 7 && answer["overlap"]["gpu"] == 192 {
             Ok(answer)
@@ -187,12 +187,12 @@ async fn what_is_reserved_is_load_to_envoy_until_it_is_over() {
         (status, &record["lifecycle"]),
         (StatusCode::OK, &json!("unschedulable"))
     );
-    let body = json!({"model_name": "llama", "token_ids": held, "allowed_worker_ids": [7]});
+    let body = json!({"model_name": "sim", "token_ids": held, "allowed_worker_ids": [7]});
     let (status, answer) = select.post("/select", body).await;
     assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE, "{answer}");
 
     // A restarted sidecar has forgotten what was reserved.
-    let body = json!({"model_name": "llama", "token_ids": prompt(6, 16), "selection_id": "c"});
+    let body = json!({"model_name": "sim", "token_ids": prompt(6, 16), "selection_id": "c"});
     select.post("/select_and_reserve", body).await;
     stack.sidecar.restart();
     stack.sidecar.ready().await;
