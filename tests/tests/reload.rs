@@ -39,7 +39,7 @@ async fn start() -> (Stack, Vec<Upstream>) {
     let setup = Setup {
         threads: 2,
         workers,
-        more: json!({}),
+        more: json!({"compat": "dynamo"}),
     };
     (Stack::start(&setup).await, upstreams)
 }

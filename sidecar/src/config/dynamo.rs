@@ -156,7 +156,7 @@ pub(super) static SETTINGS: &[Setting] = &[
         &["discovery-backend"],
         &["DYN_DISCOVERY_BACKEND"],
         &["file"],
-        "no registry is asked: workers are named in the file, which may change at any time",
+        "no registry is asked: workers are named in the file, register themselves, or are found by DNS",
     ),
     refused(
         Kind::Number,
