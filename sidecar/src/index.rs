@@ -17,29 +17,32 @@ mod hearing;
 mod knowledge;
 mod partition;
 mod peering;
+mod pending;
 mod prediction;
 mod publisher;
 mod repair;
 mod report;
 mod roster;
 mod saving;
+mod selecting;
 mod slots;
+mod snapshots;
 mod strangers;
 mod streams;
 mod subscriber;
+mod tally;
 mod tokens;
 mod trust;
 mod underway;
 mod walk;
 mod watching;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use kv_core::approximate::Approximate;
 use kv_core::head::Head;
 use kv_core::id::{Slot, WorkerId};
 use kv_core::index::{Index, IndexConfig};
@@ -57,6 +60,7 @@ use crate::ejection::Ejection;
 use crate::ingest::{Arrival, Plane};
 use crate::load::{Accounts, ProxyId};
 use crate::metrics::{Kind, Metrics};
+use crate::select::{Reservations, Served};
 use crate::state::{self, Restored};
 
 pub use control::Control;
@@ -82,6 +86,8 @@ const COALESCE: Duration = Duration::from_millis(1);
 /// Most of it: changes are collected for twice as long as writing the last ones took, so that under
 /// load up to two thirds of the time are left to events.
 const COALESCE_MOST: Duration = Duration::from_millis(4);
+/// How long they are collected while no Envoy is there to read them.
+const COALESCE_ALONE: Duration = Duration::from_millis(50);
 /// Ticks look after deadlines, beats and saving.
 const TICK: Duration = Duration::from_millis(100);
 /// Ticks between two signs of life.
@@ -106,12 +112,16 @@ pub struct Service {
     publisher: publisher::Publisher,
     /// The roster's pools as the worker table has them.
     tables: Vec<Arc<table::Pool>>,
+    /// All pools with all owners, as the select service has them.
+    selectable: Vec<Arc<table::Pool>>,
+    served: Arc<[Served]>,
+    reservations: Reservations,
     accounts: Accounts,
     decisions: Decisions,
     /// Decisions that wait to be judged, and the load up to them.
     past: Past<decisions::Question>,
-    /// Predicted blocks, by pool.
-    predictions: BTreeMap<usize, Approximate>,
+    /// Predicted blocks.
+    predictions: prediction::Predictions,
     /// Blocks that may be gone, by pool and slot.
     doubts: HashMap<(usize, Slot), doubt::Doubt>,
     strangers: strangers::Strangers,
@@ -135,11 +145,13 @@ pub struct Service {
     is_restored: bool,
     /// Whether a peer's index was taken over.
     is_bootstrapped: bool,
+    /// Whether one may yet be.
+    awaits_peer: bool,
     ready: bool,
     started: Instant,
     connected: BTreeSet<Plane>,
     planes: Vec<Plane>,
-    counts: report::Counts,
+    tally: tally::Tally,
     requests: mpsc::Sender<WorkerId>,
     flushed: Instant,
     /// How long changes are collected after that.
@@ -197,10 +209,13 @@ impl Service {
             roster: roster::Roster::default(),
             publisher: publisher::Publisher::new(head, Arc::clone(&metrics)),
             tables: Vec::new(),
+            selectable: Vec::new(),
+            served: Arc::default(),
+            reservations: Reservations::new(random_u64()),
             accounts: Accounts::new(config.load).numbering_from(unix_ms()),
             decisions: Decisions::default(),
             past: Past::new(Accounts::replica()),
-            predictions: BTreeMap::new(),
+            predictions: prediction::Predictions::new(),
             doubts: HashMap::new(),
             strangers: strangers::Strangers::default(),
             dumps: VecDeque::new(),
@@ -218,11 +233,12 @@ impl Service {
             table_version: 0,
             is_restored,
             is_bootstrapped: false,
+            awaits_peer: false,
             ready: false,
             started: Instant::now(),
             connected: BTreeSet::new(),
             planes,
-            counts: report::Counts::default(),
+            tally: tally::Tally::new(Arc::clone(&metrics)),
             requests,
             flushed: Instant::now(),
             coalesce: COALESCE,
@@ -252,6 +268,16 @@ impl Service {
     #[must_use]
     pub fn is_restored(&self) -> bool {
         self.is_restored
+    }
+
+    /// Awaits a peer's index before it takes events: those that come meanwhile wait, and those before
+    /// them are in the peer's.
+    #[must_use]
+    pub fn awaiting_peer(mut self) -> Self {
+        self.awaits_peer = true;
+        self.ready = false;
+        self.publisher.beat(false, &mut self.index);
+        self
     }
 
     /// Serves until cancelled, then saves.
@@ -289,7 +315,7 @@ impl Service {
                 Some(Ok((worker, is_there))) = self.probes.join_next() => {
                     self.worker_probed(worker, is_there);
                 }
-                Some(arrival) = arrivals.recv() => self.arrived(arrival),
+                Some(arrival) = arrivals.recv(), if !self.awaits_peer => self.arrived(arrival),
                 () = std::future::ready(()), if self.saving.is_under_way() => self.save_step(),
                 place = room(dump_out) => self.dump_step(place),
             }
@@ -337,6 +363,14 @@ impl Service {
                 let begun = self.begin_dump(out);
                 let _ = reply.send(begun);
             }
+            Control::Adopt { line, reply } => {
+                let _ = reply.send(self.adopt(line));
+            }
+            Control::Adopted(reply) => {
+                self.awaits_peer = false;
+                self.check_ready();
+                let _ = reply.send(self.resumes());
+            }
             Control::Readiness(reply) => {
                 let _ = reply.send(self.report_readiness());
             }
@@ -364,6 +398,7 @@ impl Service {
             Control::Stores { pool, owner, reply } => {
                 let _ = reply.send(self.stores(pool, owner));
             }
+            Control::Select(ask) => self.select(ask),
         }
     }
 
@@ -389,6 +424,10 @@ impl Service {
             self.publish_loads();
         }
         self.publisher.pump(&mut self.index);
+        if self.flush_at.is_some() {
+            // Somebody reads them from here on.
+            self.flush_at = Some(Instant::now());
+        }
         Ok(id)
     }
 
@@ -460,7 +499,11 @@ impl Service {
         self.flush_once();
         self.flushed = Instant::now();
         let took = self.flushed - since;
-        self.coalesce = (2 * took).clamp(COALESCE, COALESCE_MOST);
+        self.coalesce = if self.publisher.is_alone() {
+            COALESCE_ALONE
+        } else {
+            (2 * took).clamp(COALESCE, COALESCE_MOST)
+        };
         self.flush_at = self.index.is_dirty().then_some(self.flushed);
     }
 
@@ -495,6 +538,7 @@ impl Service {
         if tick.is_multiple_of(SAVE_TICKS) {
             self.begin_saving();
             self.sweep_tokens();
+            self.sweep_reservations();
             self.learn_rates();
         }
     }
@@ -502,7 +546,7 @@ impl Service {
     /// A restored index is complete enough; a fresh one once every engine that answers has
     /// answered, or after [`RECOVERY`].
     fn check_ready(&mut self) {
-        if self.ready {
+        if self.ready || self.awaits_peer {
             return;
         }
         let is_answered = !self.planes.contains(&Plane::Json)
