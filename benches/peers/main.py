@@ -50,6 +50,9 @@ class Run(Processes):
         self.sockets = tempfile.mkdtemp(prefix="kvr-", dir="/tmp")
         self.port = free_ports(1)[0]
         self.engines = []
+        return self
+
+    def start_engines(self):
         ports = iter(free_ports(3 * ENGINES))
         for worker in range(1, ENGINES + 1):
             port, events, replay = (next(ports) for _ in range(3))
@@ -66,7 +69,6 @@ class Run(Processes):
             self.start(f"engine-{worker}", [*argv, "--events", engine.events, "--replay", engine.replay])
         for engine in self.engines:
             self.wait(f"engine {engine.id}", 20, lambda engine=engine: is_well(engine.url + "/health"))
-        return self
 
     def __exit__(self, *args):
         super().__exit__(*args)
@@ -141,6 +143,7 @@ def measure(arm, workload, number, share):
     requests = max(1, int(requests * share))
     result = os.path.join(OUT, f"{workload}-{arm}-{number}.json")
     with Run(f"{workload}-{arm}-{number}") as run:
+        run.start_engines()
         ARMS[arm][1](run)
         run.wait(f"{arm} to route", 90, run.serves)
         count = "--limit" if "--trace" in arguments else "--requests"
