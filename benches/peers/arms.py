@@ -25,7 +25,7 @@ def ours(run, compat):
         {
             "id": engine.id,
             "endpoint": f"127.0.0.1:{engine.port}",
-            "events": {"zmq": {"endpoint": engine.events, "replay": engine.replay}},
+            "events": {"zmq": {"endpoint": engine.events, "replay_endpoint": engine.replay}},
         }
         for engine in run.engines
     ]
