@@ -149,6 +149,12 @@ bench: ## every bench, one after the other: tables here, JSON in target/bench
 		$(MAKE) bench-$$name || exit 1; \
 	done
 
+.PHONY: bench-peers
+bench-peers: tools filter ## other routers before the same simulated engines (an hour and a half; PEERS_ARGS='--runs 1 --share 0.2' for less)
+	@echo '==> building kv-router and kv-sim (two to four minutes the first time)'
+	@cargo build --quiet --release -p kv-router -p kv-sim
+	@python3 -B benches/peers/main.py $(PEERS_ARGS)
+
 bench-%: tools filter ## one bench by name (a file of benches/src/bin)
 	@mkdir -p target/bench
 	@echo '==> building kv-router (two to four minutes the first time)'

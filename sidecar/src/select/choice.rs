@@ -186,6 +186,7 @@ pub fn choose(field: &Field, question: &Question, rng: &mut Rng) -> Result<Choic
         demand,
         trust: 1.0,
         turn: rng.below(usize::MAX) as u64,
+        // What is usual is learned by each proxy for itself.
         typical_ms: 0.0,
         bound: None,
     };
