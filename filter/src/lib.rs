@@ -53,6 +53,7 @@ pub mod metrics;
 pub mod models;
 pub mod outbox;
 #[cfg(target_arch = "wasm32")]
+mod placement;
 mod plugin;
 pub mod reason;
 pub mod record;
