@@ -52,8 +52,8 @@ pub mod lanes;
 pub mod metrics;
 pub mod models;
 pub mod outbox;
-#[cfg(target_arch = "wasm32")]
 mod placement;
+#[cfg(target_arch = "wasm32")]
 mod plugin;
 pub mod reason;
 pub mod record;

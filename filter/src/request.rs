@@ -16,7 +16,6 @@ use kv_core::surface::Surface;
 use kv_core::table::Pool;
 
 use crate::choose::{Answer, Ask, Published};
-use crate::fleet::Served;
 use crate::header_map::HeaderMap;
 use crate::hints::{self, Hints, Nvext};
 use crate::hold;
