@@ -2,6 +2,7 @@
 
 use kv_core::affinity::Session;
 use kv_core::constraint::{Bound, Constraints, Narrowed, pinned};
+use kv_core::id::OwnerId;
 use kv_core::policy::Mode;
 
 use crate::fleet::Served;
@@ -78,7 +79,11 @@ impl<H: Host> Router<H> {
             return None;
         }
         let session = session::of(headers, affinity, served.pool.key)?;
-        let binding = session::find(&self.host, affinity, session);
+        let takes = |owner: OwnerId| {
+            let mut accepting = served.accepting().iter();
+            accepting.any(|at| served.owner(*at).is_some_and(|o| o.id == owner))
+        };
+        let binding = session::find(&self.host, affinity, session, takes);
         constraints.bound = binding.map(|binding| Bound {
             owner: binding.owner,
             slack: affinity.slack,
