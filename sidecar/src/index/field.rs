@@ -65,18 +65,35 @@ impl Field {
         let accepting: Vec<usize> = owners.filter(|(_, o)| takes(o)).map(|(at, _)| at).collect();
         let narrowed = constraints.narrow(&self.pool, &accepting);
         let candidate = |position: &usize| {
-            let standing = self.standings.get(*position)?;
-            let owner = self.pool.owners.get(*position)?;
+            let factor = constraints.factor(self.pool.owners.get(*position)?);
+            let candidate = self.candidate(*position)?;
             Some(Candidate {
-                owner: *position,
-                overlap: standing.overlap,
-                load: standing.load.into(),
-                shared_blocks: standing.shared_blocks,
-                pace: self.pace(*position),
-                factor: constraints.factor(owner),
+                factor,
+                ..candidate
             })
         };
         narrowed.owners.iter().filter_map(candidate).collect()
+    }
+
+    /// Owners of which something holds.
+    #[must_use]
+    pub fn candidates_that(&self, holds: impl Fn(&table::Owner) -> bool) -> Vec<Candidate> {
+        let owners = self.pool.owners.iter().enumerate();
+        let held = owners.filter(|(_, owner)| holds(owner));
+        held.filter_map(|(position, _)| self.candidate(position))
+            .collect()
+    }
+
+    fn candidate(&self, position: usize) -> Option<Candidate> {
+        let standing = self.standings.get(position)?;
+        Some(Candidate {
+            owner: position,
+            overlap: standing.overlap,
+            load: standing.load.into(),
+            shared_blocks: standing.shared_blocks,
+            pace: self.pace(position),
+            factor: 1.0,
+        })
     }
 }
 
@@ -97,6 +114,17 @@ impl Service {
         families: &[Named],
     ) -> Option<Field> {
         let table = Arc::clone(self.tables.get(pool)?);
+        Some(self.meet(pool, table, prompt, families))
+    }
+
+    /// What a prompt would meet at the owners of a table, but for the load.
+    pub(super) fn meet(
+        &self,
+        pool: usize,
+        table: Arc<table::Pool>,
+        prompt: &[u64],
+        families: &[Named],
+    ) -> Field {
         let mut holdings = Holdings::new();
         let mut index = InIndex {
             index: &self.index,
@@ -109,10 +137,10 @@ impl Service {
             shared_blocks: 0,
         };
         let standings = table.owners.iter().map(standing).collect();
-        Some(Field {
+        Field {
             pool: table,
             is_load_known: self.is_load_known(),
             standings,
-        })
+        }
     }
 }
