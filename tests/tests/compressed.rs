@@ -19,7 +19,7 @@ use kv_tests::wait;
 use serde_json::{Value, json};
 
 /// Bytes of the largest body that is held.
-const BODY_LIMIT: u64 = 1 << 20;
+const BODY_LIMIT: u64 = 4 << 20;
 
 async fn start() -> (Stack, Vec<Upstream>) {
     let mut upstreams = Vec::new();
@@ -161,7 +161,7 @@ async fn what_does_not_unpack_whole_is_refused_within_bounded_memory() {
             "b".repeat(900)
         )
     };
-    let lines: String = (0..2000).map(line).collect();
+    let lines: String = (0..6000).map(line).collect();
     let long = gzip(format!(r#"{{"prompt": "{lines}"}}"#).as_bytes());
     let cut = gzip(br#"{"prompt": "and so on"}"#);
     let cases = [
