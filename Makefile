@@ -95,7 +95,7 @@ parity: preflight components ## compare with Dynamo's own router crates, in a wo
 	@echo '==> building the comparison with Dynamo (some minutes the first time, needs a C++ compiler)'
 	@cargo clippy --quiet $(PARITY) --locked --all-targets -- $(CLIPPY)
 	@cargo test --quiet $(PARITY) --locked --no-run
-	@echo '==> comparing (a minute)'
+	@echo '==> comparing (three minutes)'
 	@cargo test $(PARITY) --locked
 
 .PHONY: parity-mocker
