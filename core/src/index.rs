@@ -15,11 +15,13 @@ mod directory;
 mod dump;
 mod held;
 mod leaves;
+mod listing;
 mod lookup;
 mod own;
 mod owner;
 mod places;
 mod publish;
+mod run;
 mod sets;
 mod slab;
 mod space;
@@ -29,6 +31,7 @@ mod unit;
 mod waiting;
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use hashbrown::HashMap;
 use serde::{Deserialize, Serialize};
@@ -128,7 +131,7 @@ pub struct PageWrite {
     /// Its id.
     pub id: u32,
     /// Its image.
-    pub bytes: Vec<u8>,
+    pub bytes: Arc<[u8]>,
 }
 
 /// A block of an owner in a dump.
@@ -267,7 +270,7 @@ impl Index {
 
     /// The image of one page as of the last flush, for a reader that has none: what has changed
     /// since comes with the next flush.
-    pub fn page(&mut self, id: u32) -> Vec<u8> {
+    pub fn page(&mut self, id: u32) -> Arc<[u8]> {
         publish::page(&mut self.tree, id, self.epoch)
     }
 

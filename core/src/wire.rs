@@ -24,6 +24,10 @@ pub const METHOD: &str = "Stream";
 pub const WINDOW: usize = 4;
 /// Aim for the bytes of one batch: a longer one would hold up the bridge's thread.
 pub const BATCH_BYTES: usize = 48 << 10;
+/// Most bytes of a batch's message besides its writes.
+const BATCH_HEAD: usize = 24;
+/// Most bytes of a write besides its value, for values up to two megabytes.
+const WRITE_HEAD: usize = 10;
 
 /// From the bridge to the sidecar.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -87,6 +91,12 @@ pub struct Write<'a> {
     pub value: &'a [u8],
 }
 
+/// Bytes in one piece: on the wire they are what a slice of numbers is, which would be written one
+/// by one.
+fn at_once<S: Serializer>(bytes: &[u8], to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_bytes(bytes)
+}
+
 /// A message that can't be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
@@ -122,8 +132,20 @@ pub fn encode<T: Serialize>(message: &T) -> Vec<u8> {
 /// The message for a peer that speaks `version`, which must have the message.
 #[must_use]
 pub fn encode_for<T: Serialize>(version: u8, message: &T) -> Vec<u8> {
+    encode_onto(vec![version], message)
+}
+
+/// The message of a batch for a peer that speaks `version`; its values have so many `bytes`.
+#[must_use]
+pub fn encode_batch(version: u8, batch: &Batch<'_>, bytes: usize) -> Vec<u8> {
+    let mut message = Vec::with_capacity(BATCH_HEAD + WRITE_HEAD * batch.writes.len() + bytes);
+    message.push(version);
+    encode_onto(message, batch)
+}
+
+fn encode_onto<T: Serialize>(head: Vec<u8>, message: &T) -> Vec<u8> {
     // Serialising to a growing vector cannot fail for the types of this module.
-    postcard::to_extend(message, vec![version]).unwrap_or_default()
+    postcard::to_extend(message, head).unwrap_or_default()
 }
 
 /// Writes bytes in one piece; a slice is written element by element otherwise, to the same effect.

@@ -87,6 +87,7 @@ fn settings(block_size: u32) -> Settings {
         families: vec![FamilyUse {
             hash_seed: "0".to_owned(),
             max_blocks: None,
+            objects: 2,
             family: Family::FlexKv,
             media: vec!["CPU".into(), "SSD".into()],
             block_size,
@@ -200,6 +201,7 @@ async fn post(body: Bytes, encoding: Encoding) {
         trusts_loopback: true,
     };
     desk.open(POSTER, credentials, (0..RANKS).map(outlet));
+    desk.begin();
     let from = IpAddr::V4(Ipv4Addr::LOCALHOST);
     let poster = desk.poster(None, from).await.expect("a poster");
     let taken = match poster.post(body.clone(), encoding).await {

@@ -1,5 +1,6 @@
 //! A fresh sidecar takes over the index of another.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use bytes::{Buf as _, Bytes, BytesMut};
@@ -8,10 +9,14 @@ use http_body_util::{BodyExt as _, Empty};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
+use crate::config::Config;
 use crate::dump::Line;
-use crate::index::{NotAdopted, Service};
+use crate::index::{Control, NotAdopted};
+use crate::ingest::batch::{Origin, Resume};
+use crate::metrics::{Kind, Metrics};
 
 /// Path of the dump.
 const PATH: &str = "/v1/index/dump";
@@ -19,6 +24,10 @@ const PATH: &str = "/v1/index/dump";
 const ANSWER: Duration = Duration::from_secs(2);
 /// How long it may pause while it answers.
 const PAUSE: Duration = Duration::from_secs(5);
+/// How long a start that asks peers waits for NATS.
+const NATS_FIRST: Duration = Duration::from_secs(1);
+/// Pause between looks at it.
+const NATS_POLL: Duration = Duration::from_millis(10);
 /// Longest line, bytes.
 const LONGEST_LINE: usize = 64 << 20;
 
@@ -52,6 +61,9 @@ pub enum BootstrapError {
     /// The answer ends in the middle.
     #[error("cut off")]
     CutOff,
+    /// The index takes nothing any more.
+    #[error("shutting down")]
+    Gone,
 }
 
 impl BootstrapError {
@@ -65,18 +77,53 @@ impl BootstrapError {
             Self::Status(_) => "status",
             Self::Url(_) => "url",
             Self::Malformed(_) | Self::TooLong | Self::Refused(_) => "malformed",
+            Self::Gone => "shutting_down",
         }
     }
 }
 
+/// Takes the index of the first peer over that has one, for an index that awaits it. Returns where
+/// workers' own streams are to be taken up.
+pub async fn take_over(
+    config: &Config,
+    token: Option<&str>,
+    control: &mpsc::Sender<Control>,
+    metrics: &Metrics,
+) -> HashMap<Origin, Resume> {
+    if config.nats.is_some() {
+        // What is published from the dump on must not be missed.
+        let connected = async {
+            while metrics.nats_connected.get() == 0 {
+                tokio::time::sleep(NATS_POLL).await;
+            }
+        };
+        let _ = timeout(NATS_FIRST, connected).await;
+    }
+    for peer in &config.peers {
+        let outcome = from_peer(peer, token, control).await;
+        let kind = outcome
+            .as_ref()
+            .map_or_else(BootstrapError::kind, |()| "taken");
+        metrics.bootstraps.get_or_create(&Kind { kind }).inc();
+        match outcome {
+            Ok(()) => {
+                tracing::info!(%peer, "took over the index of a peer");
+                break;
+            }
+            Err(error) => tracing::warn!(%peer, %error, "can't take over the index of a peer"),
+        }
+    }
+    let (reply, resumes) = oneshot::channel();
+    // Nobody needs them when the index is gone.
+    let _ = control.send(Control::Adopted(reply)).await;
+    resumes.await.unwrap_or_default()
+}
+
 /// Takes over the index of the peer at `url`, with what came before an error.
-///
-/// # Errors
-/// When it doesn't have one to give, or not to us.
-pub async fn from_peer(
+async fn from_peer(
     url: &http::Uri,
     token: Option<&str>,
-    service: &mut Service,
+    control: &mpsc::Sender<Control>,
 ) -> Result<(), BootstrapError> {
     let answer = timeout(ANSWER, ask(url, token)).await;
     let mut body = answer.map_err(|_| BootstrapError::Timeout)??;
@@ -90,7 +137,10 @@ pub async fn from_peer(
         bytes.extend_from_slice(&part);
         while let Some(end) = bytes.iter().skip(searched).position(|byte| *byte == b'\n') {
             let line: Line = serde_json::from_slice(&bytes[..searched + end])?;
-            if service.adopt(line)? {
+            let (reply, adopted) = oneshot::channel();
+            let adopt = control.send(Control::Adopt { line, reply });
+            adopt.await.map_err(|_| BootstrapError::Gone)?;
+            if adopted.await.map_err(|_| BootstrapError::Gone)?? {
                 return Ok(());
             }
             bytes.advance(searched + end + 1);

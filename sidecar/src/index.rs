@@ -17,6 +17,7 @@ mod hearing;
 mod knowledge;
 mod partition;
 mod peering;
+mod pending;
 mod prediction;
 mod publisher;
 mod repair;
@@ -24,9 +25,11 @@ mod report;
 mod roster;
 mod saving;
 mod slots;
+mod snapshots;
 mod strangers;
 mod streams;
 mod subscriber;
+mod tally;
 mod tokens;
 mod trust;
 mod underway;
@@ -82,6 +85,8 @@ const COALESCE: Duration = Duration::from_millis(1);
 /// Most of it: changes are collected for twice as long as writing the last ones took, so that under
 /// load up to two thirds of the time are left to events.
 const COALESCE_MOST: Duration = Duration::from_millis(4);
+/// How long they are collected while no Envoy is there to read them.
+const COALESCE_ALONE: Duration = Duration::from_millis(50);
 /// Ticks look after deadlines, beats and saving.
 const TICK: Duration = Duration::from_millis(100);
 /// Ticks between two signs of life.
@@ -135,11 +140,13 @@ pub struct Service {
     is_restored: bool,
     /// Whether a peer's index was taken over.
     is_bootstrapped: bool,
+    /// Whether one may yet be.
+    awaits_peer: bool,
     ready: bool,
     started: Instant,
     connected: BTreeSet<Plane>,
     planes: Vec<Plane>,
-    counts: report::Counts,
+    tally: tally::Tally,
     requests: mpsc::Sender<WorkerId>,
     flushed: Instant,
     /// How long changes are collected after that.
@@ -218,11 +225,12 @@ impl Service {
             table_version: 0,
             is_restored,
             is_bootstrapped: false,
+            awaits_peer: false,
             ready: false,
             started: Instant::now(),
             connected: BTreeSet::new(),
             planes,
-            counts: report::Counts::default(),
+            tally: tally::Tally::new(Arc::clone(&metrics)),
             requests,
             flushed: Instant::now(),
             coalesce: COALESCE,
@@ -252,6 +260,16 @@ impl Service {
     #[must_use]
     pub fn is_restored(&self) -> bool {
         self.is_restored
+    }
+
+    /// Awaits a peer's index before it takes events: those that come meanwhile wait, and those before
+    /// them are in the peer's.
+    #[must_use]
+    pub fn awaiting_peer(mut self) -> Self {
+        self.awaits_peer = true;
+        self.ready = false;
+        self.publisher.beat(false, &mut self.index);
+        self
     }
 
     /// Serves until cancelled, then saves.
@@ -289,7 +307,7 @@ impl Service {
                 Some(Ok((worker, is_there))) = self.probes.join_next() => {
                     self.worker_probed(worker, is_there);
                 }
-                Some(arrival) = arrivals.recv() => self.arrived(arrival),
+                Some(arrival) = arrivals.recv(), if !self.awaits_peer => self.arrived(arrival),
                 () = std::future::ready(()), if self.saving.is_under_way() => self.save_step(),
                 place = room(dump_out) => self.dump_step(place),
             }
@@ -336,6 +354,14 @@ impl Service {
             Control::Dump { out, reply } => {
                 let begun = self.begin_dump(out);
                 let _ = reply.send(begun);
+            }
+            Control::Adopt { line, reply } => {
+                let _ = reply.send(self.adopt(line));
+            }
+            Control::Adopted(reply) => {
+                self.awaits_peer = false;
+                self.check_ready();
+                let _ = reply.send(self.resumes());
             }
             Control::Readiness(reply) => {
                 let _ = reply.send(self.report_readiness());
@@ -389,6 +415,10 @@ impl Service {
             self.publish_loads();
         }
         self.publisher.pump(&mut self.index);
+        if self.flush_at.is_some() {
+            // Somebody reads them from here on.
+            self.flush_at = Some(Instant::now());
+        }
         Ok(id)
     }
 
@@ -460,7 +490,11 @@ impl Service {
         self.flush_once();
         self.flushed = Instant::now();
         let took = self.flushed - since;
-        self.coalesce = (2 * took).clamp(COALESCE, COALESCE_MOST);
+        self.coalesce = if self.publisher.is_alone() {
+            COALESCE_ALONE
+        } else {
+            (2 * took).clamp(COALESCE, COALESCE_MOST)
+        };
         self.flush_at = self.index.is_dirty().then_some(self.flushed);
     }
 
@@ -502,7 +536,7 @@ impl Service {
     /// A restored index is complete enough; a fresh one once every engine that answers has
     /// answered, or after [`RECOVERY`].
     fn check_ready(&mut self) {
-        if self.ready {
+        if self.ready || self.awaits_peer {
             return;
         }
         let is_answered = !self.planes.contains(&Plane::Json)

@@ -126,6 +126,8 @@ pub enum Rejection {
     RepeatedHash,
     /// A block that isn't full; those before are stored.
     PartialBlock,
+    /// An object of a store that is no page's, or another tenant's.
+    UnknownObject,
     /// A block that changed its level without having been stored.
     UnknownBlock,
     /// The worker's events are taken from another source.
@@ -167,6 +169,7 @@ impl Rejection {
             Self::TooFewTokens => "too_few_tokens",
             Self::RepeatedHash => "repeated_hash",
             Self::PartialBlock => "partial_block",
+            Self::UnknownObject => "unknown_object",
             Self::UnknownBlock => "unknown_block",
             Self::OtherSource => "other_source",
             Self::TooManyStrangers => "too_many_strangers",

@@ -254,7 +254,7 @@ metrics! {
     /// not ([`crate::bootstrap::BootstrapError`]).
     bootstraps: Family<Kind, Counter> = Family::default(), "bootstraps", None, "Attempts to take over the index of a peer";
     /// `kv_router_state_restores_total{kind}`: starts by where the index came from, kind
-    /// `restored`, `absent`, `corrupt`.
+    /// `restored`, `absent`, `corrupt`, `other_version`.
     restores: Family<Kind, Counter> = Family::default(), "state_restores", None, "Starts by state found";
     /// `kv_router_filter_revivals_total{kind}`: filter configurations rewritten because a VM had
     /// trapped, kind `replaced`, `failed`. A trap is a defect: Envoy's log has its message.

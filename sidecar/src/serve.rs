@@ -38,10 +38,6 @@ const ASKED: usize = 64;
 const REPLACE_PAUSE: Duration = Duration::from_secs(10);
 /// How long Envoy may take to have a worker table before its endpoints follow.
 const TABLE_WRITTEN: Duration = Duration::from_secs(2);
-/// How long a start that asks peers waits for NATS.
-const NATS_FIRST: Duration = Duration::from_secs(1);
-/// Pause between looks at it.
-const NATS_POLL: Duration = Duration::from_millis(10);
 /// How long tasks may take to end.
 const SHUTDOWN: Duration = Duration::from_secs(10);
 
@@ -114,21 +110,19 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
             Ok(())
         });
     }
-    if !service.is_restored() && !config.peers.is_empty() {
-        // Events that come meanwhile wait in the channel, and those before them are in the dump.
-        // Workers' own streams are opened after it, where it leaves them.
-        tokio::select! {
-            () = cancel.cancelled() => {}
-            () = take_over(&config, token.as_deref(), &mut service, &metrics) => {}
-        }
-    }
     let hall = Hall {
         arrivals,
         bytes_per_second: config.event_bytes_per_second,
         metrics: Arc::clone(&metrics),
     };
     let mut doors = Doors::new(hall, stored);
-    doors.open(&config, service.resumes());
+    let events = if !service.is_restored() && !config.peers.is_empty() {
+        service = service.awaiting_peer();
+        Events::AfterPeer(token.clone())
+    } else {
+        doors.open(&config, service.resumes());
+        Events::Open
+    };
     let (index_cancel, bridge_cancel) = (cancel.clone(), cancel.clone());
     tasks.spawn(async move {
         service.run(controlled, arrived, index_cancel).await;
@@ -162,6 +156,7 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
         files,
         control,
         doors,
+        events,
         reader,
         metrics,
         silence,
@@ -207,34 +202,6 @@ async fn read_token(key: &str, file: &Path) -> anyhow::Result<String> {
     // Anybody can show an empty one.
     anyhow::ensure!(!token.is_empty(), "{key} {} is empty", file.display());
     Ok(token.to_owned())
-}
-
-/// Takes the index of the first peer over that has one.
-async fn take_over(config: &Config, token: Option<&str>, service: &mut Service, metrics: &Metrics) {
-    if config.nats.is_some() {
-        // What is published from the dump on must not be missed.
-        let connected = async {
-            while metrics.nats_connected.get() == 0 {
-                tokio::time::sleep(NATS_POLL).await;
-            }
-        };
-        let _ = tokio::time::timeout(NATS_FIRST, connected).await;
-    }
-    for peer in &config.peers {
-        let outcome = bootstrap::from_peer(peer, token, service).await;
-        let kind = match &outcome {
-            Ok(()) => "taken",
-            Err(error) => error.kind(),
-        };
-        metrics.bootstraps.get_or_create(&Kind { kind }).inc();
-        match outcome {
-            Ok(()) => {
-                tracing::info!(%peer, "took over the index of a peer");
-                return;
-            }
-            Err(error) => tracing::warn!(%peer, %error, "can't take over the index of a peer"),
-        }
-    }
 }
 
 /// Waits for all tasks; one that ends before its time ends the others.
@@ -295,14 +262,29 @@ struct Reloader {
     files: Option<Files>,
     control: mpsc::Sender<Control>,
     doors: Doors,
+    events: Events,
     reader: Arc<Reader>,
     metrics: Arc<Metrics>,
     silence: Arc<Notify>,
 }
 
+/// Whether workers' own streams are read.
+enum Events {
+    /// They are.
+    Open,
+    /// They will be, from where a peer's index leaves them; the token is for peers.
+    AfterPeer(Option<String>),
+}
+
 impl Reloader {
     /// Never returns.
     async fn run(mut self) {
+        if let Events::AfterPeer(token) = std::mem::replace(&mut self.events, Events::Open) {
+            let (config, token) = (&self.config, token.as_deref());
+            let taken = bootstrap::take_over(config, token, &self.control, &self.metrics);
+            let resumes = taken.await;
+            self.doors.open(&self.config, resumes);
+        }
         let mut replaced_at = None;
         match Watch::new(&self.source.file) {
             Ok(mut watch) => {

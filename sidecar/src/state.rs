@@ -16,7 +16,9 @@ use crate::ingest::Plane;
 use crate::ingest::batch::Resume;
 
 const MAGIC: &[u8; 8] = b"KVRSTATE";
-const VERSION: u8 = 2;
+/// Grows with every change of what [`State`] contains. A file of another version is moved aside:
+/// what is in it comes back from the engines.
+const VERSION: u8 = 3;
 const HEADER: usize = MAGIC.len() + 1 + 8;
 
 /// Everything that a restarted sidecar takes up again.
@@ -90,6 +92,14 @@ pub enum StateError {
         /// What the system says.
         error: std::io::Error,
     },
+    /// Another release wrote the file.
+    #[error("{}: version {version}, not {VERSION}", file.display())]
+    Version {
+        /// The file.
+        file: PathBuf,
+        /// Its version.
+        version: u8,
+    },
     /// The file isn't what was written.
     #[error("{}: {why}", file.display())]
     Corrupt {
@@ -107,6 +117,8 @@ pub enum Restored {
     Absent,
     /// A file that isn't usable; it has been moved aside.
     Corrupt,
+    /// A file of another release; it has been moved aside.
+    OtherVersion,
     /// The state.
     State(State),
 }
@@ -118,6 +130,7 @@ impl Restored {
         match self {
             Self::Absent => "absent",
             Self::Corrupt => "corrupt",
+            Self::OtherVersion => "other_version",
             Self::State(_) => "restored",
         }
     }
@@ -127,7 +140,7 @@ impl Restored {
     pub fn into_state(self) -> Option<State> {
         match self {
             Self::State(state) => Some(state),
-            Self::Absent | Self::Corrupt => None,
+            Self::Absent | Self::Corrupt | Self::OtherVersion => None,
         }
     }
 }
@@ -192,11 +205,19 @@ pub fn restore(file: Option<&Path>) -> Restored {
         Ok(Some(state)) => Restored::State(state),
         Ok(None) => Restored::Absent,
         Err(error) => {
+            let (restored, suffix) = match &error {
+                StateError::Version { version, .. } => {
+                    (Restored::OtherVersion, format!(".version-{version}"))
+                }
+                StateError::Io { .. } | StateError::Corrupt { .. } => {
+                    (Restored::Corrupt, ".corrupt".to_owned())
+                }
+            };
             let mut aside = file.as_os_str().to_owned();
-            aside.push(".corrupt");
+            aside.push(suffix);
             let moved = std::fs::rename(file, &aside);
             tracing::error!(%error, moved = moved.is_ok(), "state is not usable, starting afresh");
-            Restored::Corrupt
+            restored
         }
     }
 }
@@ -225,7 +246,10 @@ pub fn load(file: &Path) -> Result<Option<State>, StateError> {
         .ok_or_else(|| corrupt("not a state file"))?;
     let (version, rest) = rest.split_first().ok_or_else(|| corrupt("cut off"))?;
     if *version != VERSION {
-        return Err(corrupt("of another version"));
+        return Err(StateError::Version {
+            file: file.into(),
+            version: *version,
+        });
     }
     let (sum, payload) = rest
         .split_first_chunk::<8>()
@@ -308,9 +332,40 @@ mod tests {
             changed[at] ^= 0x40;
             for bytes in [&whole[..at], &changed] {
                 std::fs::write(&file, bytes).unwrap();
-                assert_eq!(restore(Some(&file)), Restored::Corrupt, "at {at}");
+                let is_version = at == MAGIC.len() && bytes.len() > at;
+                let refused = if is_version {
+                    Restored::OtherVersion
+                } else {
+                    Restored::Corrupt
+                };
+                assert_eq!(restore(Some(&file)), refused, "at {at}");
                 assert_eq!(restore(Some(&file)), Restored::Absent, "at {at}");
             }
         }
+    }
+    #[test]
+    fn a_file_of_another_release_is_refused_and_moved_aside() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let file = file(folder.path());
+        save(&file, &state()).unwrap();
+        let mut bytes = std::fs::read(&file).unwrap();
+        bytes[MAGIC.len()] = VERSION - 1;
+        std::fs::write(&file, &bytes).unwrap();
+        assert_eq!(restore(Some(&file)), Restored::OtherVersion);
+        let aside = folder.path().join("index.state.version-2");
+        assert_eq!(std::fs::read(aside).unwrap(), bytes);
+        assert_eq!(restore(Some(&file)), Restored::Absent);
+    }
+
+    /// Who changes what a state contains changes its version, and then this.
+    #[test]
+    fn a_version_has_one_layout() {
+        let folder = tempfile::TempDir::new().unwrap();
+        let file = file(folder.path());
+        save(&file, &state()).unwrap();
+        let bytes = std::fs::read(&file).unwrap();
+        let sum = &bytes[MAGIC.len() + 1..HEADER];
+        let expected = [250, 197, 83, 182, 142, 25, 104, 92];
+        assert_eq!((VERSION, sum), (3, &expected[..]));
     }
 }

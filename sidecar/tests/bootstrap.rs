@@ -6,6 +6,7 @@ use kv_core::event::{Envelope, RouterEvent};
 use serde_json::{Value, json};
 use support::engine::{BLOCK, event, removed, stored, tokens};
 use support::{Nats, Sidecar, eventually, free_port};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 fn config(nats: &str, more: &str) -> String {
     format!(
@@ -27,6 +28,15 @@ async fn overlaps(sidecar: &Sidecar, prompt: &[u32]) -> [u64; 2] {
 async fn become_overlaps(sidecar: &Sidecar, prompt: &[u32], expected: [u64; 2]) {
     let is_so = async || (overlaps(sidecar, prompt).await == expected).then_some(());
     eventually(&format!("{expected:?} blocks"), is_so).await;
+}
+
+/// `/v1/index` once the index counts as complete.
+async fn ready(sidecar: &Sidecar) -> Value {
+    let is_ready = async || {
+        let index = sidecar.json("/v1/index").await;
+        (index["ready"] == true).then_some(index)
+    };
+    eventually("the index is ready", is_ready).await
 }
 
 /// A publisher of Dynamo's plane.
@@ -88,15 +98,12 @@ async fn a_fresh_sidecar_goes_on_where_its_peer_is() {
     );
     let two = Sidecar::start(&config(&nats.url(), &peers)).await;
     become_overlaps(&two, &prompt, [5000, 5]).await;
-    let index = two.json("/v1/index").await;
+    let index = ready(&two).await;
     assert_eq!(
         (&index["restored"], &index["bootstrapped"]),
         (&json!(false), &json!(true))
     );
-    assert_eq!(
-        (&index["ready"], &index["stats"]["owner_blocks"]),
-        (&json!(true), &json!(5009))
-    );
+    assert_eq!(index["stats"]["owner_blocks"], json!(5009));
     let metrics = two.get("/metrics").await.unwrap();
     assert!(
         metrics.contains("kv_router_bootstraps_total{kind=\"unreachable\"} 1"),
@@ -125,15 +132,37 @@ async fn a_fresh_sidecar_goes_on_where_its_peer_is() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_api_answers_while_a_peer_does_not() {
+    let nats = Nats::start().await;
+    let peer = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let peers = format!("peers: ['http://{}']", peer.local_addr().unwrap());
+    // It starts only when its API answers.
+    let sidecar = Sidecar::start(&config(&nats.url(), &peers)).await;
+    let (mut asked, _) = peer.accept().await.unwrap();
+    let mut request = [0; 1024];
+    assert!(asked.read(&mut request).await.unwrap() > 0);
+    let pools = json!([{"name": "default", "block_size": BLOCK}]);
+    let dump = json!({"dump": {"version": 1, "pools": pools}}).to_string() + "\n";
+    let end = json!({"end": {"owners": 0, "blocks": 0}}).to_string() + "\n";
+    let length = dump.len() + end.len();
+    let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{dump}");
+    asked.write_all(head.as_bytes()).await.unwrap();
+    let index = sidecar.json("/v1/index").await;
+    assert_eq!(
+        (&index["ready"], &index["bootstrapped"]),
+        (&json!(false), &json!(false))
+    );
+    asked.write_all(end.as_bytes()).await.unwrap();
+    assert_eq!(ready(&sidecar).await["bootstrapped"], json!(true));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn without_a_peer_that_answers_it_starts_empty() {
     let nats = Nats::start().await;
     let peers = format!("peers: ['http://127.0.0.1:{}']", free_port());
     let sidecar = Sidecar::start(&config(&nats.url(), &peers)).await;
-    let index = sidecar.json("/v1/index").await;
-    assert_eq!(
-        (&index["bootstrapped"], &index["ready"]),
-        (&json!(false), &json!(true))
-    );
+    let index = ready(&sidecar).await;
+    assert_eq!(index["bootstrapped"], json!(false));
     let dump = sidecar.get("/v1/index/dump").await.unwrap();
     let lines: Vec<Value> = dump
         .lines()

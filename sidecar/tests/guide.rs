@@ -107,7 +107,7 @@ fn every_page_shows_the_verdict_that_its_configuration_leads_to() {
         .collect();
     pages.sort();
     let vllm = json!({"lora_id": null, "lora_name": null});
-    let expected: [(&str, Vec<Vec<u8>>); 8] = [
+    let expected: [(&str, Vec<Vec<u8>>); 9] = [
         (
             "custom.md",
             vec![fenced(&page("custom.md"), "json")[0].as_bytes().to_vec()],
@@ -142,6 +142,14 @@ fn every_page_shows_the_verdict_that_its_configuration_leads_to() {
                 packed(&stores("cpu", 5, 256, &vllm)),
             ],
         ),
+        ("mooncake.md", {
+            let object = |page: u32, part: &str| {
+                json!({"event_type": "stored", "object_key": format!("{page:064x}_{part}"),
+                       "tenant_id": "default", "group_id": null})
+            };
+            let page = |page| ["0_k", "0_v", "1_k", "1_v"].map(|part| object(page, part));
+            vec![packed(&(0..3).flat_map(page).collect::<Vec<_>>())]
+        }),
         (
             "sglang.md",
             vec![

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::hint::black_box;
+use std::sync::Arc;
 use std::time::Instant;
 
 use kv_benches::corpus::{Conversation, Corpus};
@@ -52,7 +53,7 @@ fn fill(index: &mut Index, pool: usize, conversations: &[Conversation]) -> usize
 }
 
 /// The pages as a reader has them.
-fn write_all(index: &mut Index, pages: &mut HashMap<u32, Vec<u8>>) -> usize {
+fn write_all(index: &mut Index, pages: &mut HashMap<u32, Arc<[u8]>>) -> usize {
     let mut written = 0;
     while index.is_dirty() {
         for write in index.flush() {
@@ -266,7 +267,7 @@ fn lookups(report: &mut Report, conversations: &[Conversation]) {
             let mut sums = [0.0; 3];
             let rounds = 64 / prompts.len();
             for prompt in std::iter::repeat_n(prompts, rounds).flatten() {
-                let fetch = |id: u32| pages.get(&id).cloned();
+                let fetch = |id: u32| pages.get(&id).map(|page| page.to_vec());
                 let since = Instant::now();
                 black_box(index.overlaps(pool, &prompt.chain.sequence));
                 sums[0] += micros(since);
@@ -284,7 +285,7 @@ fn lookups(report: &mut Report, conversations: &[Conversation]) {
                 .for_each(|(t, sum)| t.push(sum / count));
         }
         reader.gallop(&view, &prompts[0].chain.sequence, |id| {
-            pages.get(&id).cloned()
+            pages.get(&id).map(|page| page.to_vec())
         });
         let [tree, gallop, linear] = times.map(Spread::of);
         table.row(vec![

@@ -36,7 +36,7 @@ fn replay(worker: u64) -> anyhow::Result<Vec<Vec<u8>>> {
     let (mut messages, mut batch) = (Vec::new(), Vec::new());
     let mut id = 0;
     while id < of_worker {
-        let chain = system.fork(if id == 0 { 0 } else { SHARED }, BLOCKS, &mut rng);
+        let chain = system.fork(SHARED, BLOCKS - SHARED, &mut rng);
         let from = if id == 0 { 0 } else { SHARED };
         for at in from..chain.len().min(from + of_worker - id) {
             id += 1;

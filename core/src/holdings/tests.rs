@@ -1,4 +1,5 @@
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use super::{Holdings, InIndex, Named, Pages, Source, named};
 use crate::event::{EventData, Removed, Stored, StoredBlock};
@@ -23,7 +24,7 @@ struct Fleet {
     schemes: Vec<Scheme>,
     stores: Vec<Slot>,
     slots: u16,
-    pages: HashMap<u32, Vec<u8>>,
+    pages: HashMap<u32, Arc<[u8]>>,
     /// Overlaps seen that end on each tier, and that go on in a store.
     ends: [usize; 5],
 }
@@ -148,7 +149,7 @@ impl Fleet {
                 family: Family::Dynamo,
                 slots: usize::from(self.slots),
             },
-            fetch: |id| self.pages.get(&id).cloned(),
+            fetch: |id| self.pages.get(&id).map(|page| page.to_vec()),
         };
         let seen = self.looked_up(pages, &prompt, &families);
         let index = InIndex {

@@ -8,10 +8,11 @@ use std::collections::VecDeque;
 
 use super::owner::Owner;
 use super::places::{MAX_RUNS, Places};
+use super::run::{Block, SHARED, UNNAMED};
 use super::slab::NIL;
 use super::space::Space;
 use super::store::count;
-use super::tree::{Block, SHARED, Tree, UNNAMED};
+use super::tree::Tree;
 use super::{Applied, BOX_BYTES, Index};
 use crate::id::Slot;
 

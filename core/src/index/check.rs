@@ -1,9 +1,10 @@
 //! Everything that must hold of a tree, for tests.
 
 use super::places::Place;
+use super::run::{SHARED, TIERS, UNNAMED};
 use super::sets::EMPTY;
 use super::slab::NIL;
-use super::tree::{Next, SHARED, TIERS, Tree, UNNAMED};
+use super::tree::{Next, Tree};
 
 impl Tree {
     pub(super) fn check(&self) {

@@ -2,8 +2,9 @@
 //! or has no children, so the work is bounded by the length of a run.
 
 use super::places::Place;
+use super::run::{Run, RunId};
 use super::slab::NIL;
-use super::tree::{Run, RunId, Tree};
+use super::tree::Tree;
 
 impl Tree {
     /// Makes a place the end of its run and returns the run.

@@ -1,6 +1,8 @@
 //! Which page lists which units, and which pages must be written. Pages multiply by linear
 //! hashing: one page splits at a time, so growth never stalls and never needs a second copy.
 
+use std::sync::Arc;
+
 use hashbrown::HashMap;
 
 use super::BOX_BYTES;
@@ -11,6 +13,8 @@ use crate::page::page_id;
 const MEAN_BYTES: usize = 1024;
 /// Bytes that Envoy keeps for a page beside its image.
 const KEY_BYTES: usize = 94;
+/// Bytes of the counts before an image that is shared.
+const COUNTS_BYTES: usize = 2 * size_of::<usize>();
 /// Page ids stay below `2^MAX_LEVEL`.
 const MAX_LEVEL: u8 = 24;
 
@@ -26,7 +30,7 @@ struct Dirt {
 struct Entry {
     units: Vec<UnitId>,
     /// As last encoded; empty before.
-    image: Box<[u8]>,
+    image: Arc<[u8]>,
     /// Units that didn't fit when last encoded.
     left_out: usize,
 }
@@ -101,7 +105,7 @@ impl Directory {
     pub(super) fn own_bytes(&self) -> usize {
         let lists = self.room * size_of::<UnitId>() + self.grown.capacity() * size_of::<u32>();
         let pages = self.pages.capacity() * size_of::<Entry>() + self.bytes;
-        let boxes = 2 * BOX_BYTES * self.pages.len();
+        let boxes = (2 * BOX_BYTES + COUNTS_BYTES) * self.pages.len();
         pages + lists + boxes + self.dirty.allocation_size()
     }
 
@@ -149,11 +153,11 @@ impl Directory {
     }
 
     /// Keeps a page as encoded.
-    pub(super) fn keep(&mut self, page: u32, image: &[u8], left_out: usize) {
+    pub(super) fn keep(&mut self, page: u32, image: Arc<[u8]>, left_out: usize) {
         if let Some(page) = self.pages.get_mut(page as usize) {
             self.bytes = self.bytes + image.len() - page.image.len();
             self.left_out = self.left_out + left_out - page.left_out;
-            page.image = image.into();
+            page.image = image;
             page.left_out = left_out;
         }
     }
@@ -161,6 +165,12 @@ impl Directory {
     /// A page as last encoded; empty before.
     pub(super) fn image(&self, page: u32) -> &[u8] {
         self.pages.get(page as usize).map_or(&[], |p| &p.image)
+    }
+
+    /// The same for who keeps it; `None` before it was encoded.
+    pub(super) fn shared_image(&self, page: u32) -> Option<Arc<[u8]>> {
+        let page = self.pages.get(page as usize)?;
+        (!page.image.is_empty()).then(|| Arc::clone(&page.image))
     }
 
     pub(super) fn is_dirty(&self) -> bool {

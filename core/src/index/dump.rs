@@ -3,10 +3,11 @@
 use hashbrown::HashSet;
 
 use super::places::Place;
+use super::run::{Block, RunId, SHARED, TIERS, UNNAMED};
 use super::slab::NIL;
 use super::space::Space;
 use super::store::hand;
-use super::tree::{Block, Next, RunId, SHARED, TIERS, UNNAMED};
+use super::tree::Next;
 use super::{Applied, Held, Index};
 use crate::id::{Family, Slot};
 
@@ -67,7 +68,7 @@ impl Index {
 
     /// Runs that an owner holds, in no order.
     pub(super) fn runs_of(&self, space: Space, slot: Slot) -> impl Iterator<Item = RunId> + '_ {
-        let is_of = move |(_, run): &(RunId, &super::tree::Run)| {
+        let is_of = move |(_, run): &(RunId, &super::run::Run)| {
             run.space == space && self.tree.raw.get(run.raw, slot.0).is_some()
         };
         self.tree.runs.iter().filter(is_of).map(|(id, _)| id)

@@ -3,9 +3,9 @@
 use hashbrown::HashMap;
 
 use super::owner::known;
+use super::run::{Run, SHARED, TIERS};
 use super::slab::NIL;
 use super::space::Space;
-use super::tree::{Run, SHARED, TIERS};
 use super::{Held, Index};
 use crate::event::{EventData, Removed};
 use crate::id::{Family, Slot, Tier};

@@ -6,8 +6,8 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
+use super::run::{Run, RunId};
 use super::slab::{NIL, Slab};
-use super::tree::{Run, RunId};
 
 /// The queue. It has every leaf, and may have runs that are none.
 #[derive(Debug, Default)]

@@ -7,8 +7,9 @@
 use super::announced::Announced;
 use super::own::Names;
 use super::places::Place;
+use super::run::{SHARED, TIERS, UNNAMED};
 use super::space::Space;
-use super::tree::{SHARED, TIERS, Tree, UNNAMED};
+use super::tree::Tree;
 use super::waiting::Waiting;
 use crate::id::{Slot, Tier};
 

@@ -2,8 +2,8 @@
 
 use hashbrown::HashTable;
 
+use super::run::RunId;
 use super::slab::NIL;
-use super::tree::RunId;
 
 /// Bits of a position.
 const POSITION_BITS: u32 = 7;

@@ -1,7 +1,10 @@
 //! From the tree to page images.
 
+use std::sync::Arc;
+
+use super::run::RunId;
 use super::sets::EMPTY;
-use super::tree::{RunId, Tree};
+use super::tree::Tree;
 use super::unit::UnitId;
 use crate::index::PageWrite;
 use crate::page::encode::{Run, SPLIT_BYTES, Source, Unit, encode, set_bytes};
@@ -34,14 +37,12 @@ pub(super) fn flush(tree: &mut Tree, epoch: u32) -> Vec<PageWrite> {
 }
 
 /// The image of one page as of the last flush.
-pub(super) fn page(tree: &mut Tree, id: u32, epoch: u32) -> Vec<u8> {
-    match tree.units.directory.image(id) {
-        [] => encoded(tree, id, epoch),
-        image => image.to_vec(),
-    }
+pub(super) fn page(tree: &mut Tree, id: u32, epoch: u32) -> Arc<[u8]> {
+    let image = tree.units.directory.shared_image(id);
+    image.unwrap_or_else(|| encoded(tree, id, epoch))
 }
 
-fn encoded(tree: &mut Tree, id: u32, epoch: u32) -> Vec<u8> {
+fn encoded(tree: &mut Tree, id: u32, epoch: u32) -> Arc<[u8]> {
     let level = tree.units.directory.level_of(id);
     let mut ids = tree.units.directory.units(id).to_vec();
     let before = Image::new(tree.units.directory.image(id));
@@ -57,8 +58,10 @@ fn encoded(tree: &mut Tree, id: u32, epoch: u32) -> Vec<u8> {
     for unit in ids {
         tree.units.at_mut(unit).encoded = true;
     }
-    tree.units.directory.keep(id, &bytes, left_out);
-    bytes
+    let image: Arc<[u8]> = bytes.into();
+    let kept = Arc::clone(&image);
+    tree.units.directory.keep(id, kept, left_out);
+    image
 }
 
 /// A unit that has not changed since its page was encoded comes from there: it is much cheaper

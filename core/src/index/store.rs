@@ -4,8 +4,9 @@ use hashbrown::HashMap;
 
 use super::owner::{Hand, Owner, Taken};
 use super::places::Place;
+use super::run::{Block, SHARED, TIERS, UNNAMED};
 use super::space::Space;
-use super::tree::{Block, Next, SHARED, TIERS, Tree, UNNAMED};
+use super::tree::{Next, Tree};
 use super::waiting::{Orphan, OrphanBlock};
 use super::{Applied, Index};
 use crate::event::{Stored, StoredBlock};

@@ -1,6 +1,7 @@
 mod bounds;
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use super::*;
 use crate::event::{EventData, Removed, Stored, StoredBlock};
@@ -14,7 +15,7 @@ const SECRET: u64 = 0x5eed_5eed_5eed_5eed;
 
 /// What Envoy would hold: pages by id, and the head's level.
 struct Envoy {
-    pages: HashMap<u32, Vec<u8>>,
+    pages: HashMap<u32, Arc<[u8]>>,
     level: u8,
     group: u8,
     slots: usize,
@@ -60,7 +61,7 @@ impl Envoy {
             family: Family::Dynamo,
             slots: self.slots,
         };
-        let fetch = |id| self.pages.get(&id).cloned();
+        let fetch = |id| self.pages.get(&id).map(|page| page.to_vec());
         if gallop {
             self.reader.gallop(&view, prompt, fetch);
         } else {

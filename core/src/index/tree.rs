@@ -10,88 +10,13 @@
 
 use super::leaves::Leaves;
 use super::places::{Place, Places};
-use super::sets::{EMPTY, SetId, Sets};
+use super::run::{Block, Run, RunId, TIERS};
+use super::sets::{EMPTY, Sets};
 use super::slab::{NIL, Slab};
 use super::space::Space;
-use super::unit::{UnitId, Units};
+use super::unit::Units;
 use crate::hash::chain;
 use crate::id::Slot;
-
-/// Number of a run.
-pub(super) type RunId = u32;
-
-/// The name of a block that no name of an engine is kept with.
-pub(super) const UNNAMED: u64 = 0;
-
-/// Tiers in what `raw` says of an owner.
-pub(super) const TIERS: u16 = (1 << 4) - 1;
-/// Set where an owner has one name for the block, and it is the one kept with the block.
-pub(super) const SHARED: u16 = 1 << 4;
-
-/// One block. 16 bytes.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Block {
-    /// Sequence hash.
-    pub(super) sequence: u64,
-    /// The name that all owners in `raw` marked [`SHARED`] have for it.
-    pub(super) name: u64,
-}
-
-/// A run of blocks. 64 bytes.
-#[derive(Debug)]
-pub(super) struct Run {
-    pub(super) blocks: Vec<Block>,
-    /// The run after whose last block it begins.
-    pub(super) parent: RunId,
-    pub(super) child: RunId,
-    pub(super) next: RunId,
-    pub(super) previous: RunId,
-    pub(super) raw: SetId,
-    pub(super) eff: SetId,
-    /// The unit its blocks belong to.
-    pub(super) unit: UnitId,
-    /// Depth of its first block.
-    pub(super) depth: u32,
-    /// When it was last used, if no run below it was used later.
-    pub(super) used: u32,
-    pub(super) space: Space,
-    /// Position of its first block in its group.
-    pub(super) first: u8,
-}
-
-impl Default for Run {
-    fn default() -> Self {
-        Self {
-            blocks: Vec::new(),
-            parent: NIL,
-            child: NIL,
-            next: NIL,
-            previous: NIL,
-            raw: EMPTY,
-            eff: EMPTY,
-            unit: NIL,
-            depth: 0,
-            used: 0,
-            space: Space::default(),
-            first: 0,
-        }
-    }
-}
-
-impl Run {
-    /// Where one of its blocks stands.
-    #[allow(clippy::cast_possible_truncation)]
-    pub(super) fn place(&self, id: RunId, at: usize) -> Place {
-        // A run is no longer than a group, and a group no longer than `MAX_GROUP`.
-        Place::new(id, self.first + at as u8)
-    }
-
-    /// Depth of the block after its last one.
-    #[allow(clippy::cast_possible_truncation)]
-    fn end(&self) -> u32 {
-        self.depth + self.blocks.len() as u32
-    }
-}
 
 /// What follows a block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -171,22 +96,6 @@ impl Tree {
         block.copied().unwrap_or_default()
     }
 
-    /// The place of a sequence hash.
-    pub(super) fn find(&self, space: Space, sequence: u64) -> Option<Place> {
-        let is_it = |place: &Place| {
-            self.block(*place).sequence == sequence && self.run(place.run()).space == space
-        };
-        self.by_sequence
-            .get(space.key(&self.secrets, sequence), is_it)
-    }
-
-    /// The place of the block that a name is kept with.
-    pub(super) fn find_name(&self, space: Space, name: u64) -> Option<Place> {
-        let is_it =
-            |place: &Place| self.block(*place).name == name && self.run(place.run()).space == space;
-        self.by_name.get(space.name_key(&self.secrets, name), is_it)
-    }
-
     /// Sequence hash of the block with this token hash after a place.
     pub(super) fn sequence_after(&self, at: Place, tokens: u64) -> u64 {
         if at == Place::ROOT {
@@ -250,7 +159,7 @@ impl Tree {
         let extends = !begins_unit && run.child == NIL && has_same_owners;
         let id = if extends {
             self.push(parent, block);
-            if run_is_visible(self.run(parent)) {
+            if self.run(parent).is_visible() {
                 self.units.touch(self.run(parent).unit, false);
             }
             parent
@@ -308,70 +217,6 @@ impl Tree {
         self.runs.at_mut(id).unit = self.units.join(id, key, depth, parent_unit);
         self.leaves.push(id, &self.runs);
         id
-    }
-
-    /// Enters a block into the tables.
-    fn list(&mut self, space: Space, block: Block, place: Place) {
-        let Self { runs, secrets, .. } = self;
-        let (runs, secrets) = (&*runs, &*secrets);
-        let key = |place: &Place| {
-            let run = runs.at(place.run());
-            let at = usize::from(place.position().saturating_sub(run.first));
-            run.space
-                .key(secrets, run.blocks.get(at).map_or(0, |b| b.sequence))
-        };
-        self.by_sequence
-            .insert(space.key(secrets, block.sequence), place, key);
-        if block.name != UNNAMED {
-            self.list_name(space, block.name, place);
-        }
-    }
-
-    fn list_name(&mut self, space: Space, name: u64, place: Place) {
-        let Self { runs, secrets, .. } = self;
-        let (runs, secrets) = (&*runs, &*secrets);
-        let key = |place: &Place| {
-            let run = runs.at(place.run());
-            let at = usize::from(place.position().saturating_sub(run.first));
-            run.space
-                .name_key(secrets, run.blocks.get(at).map_or(0, |b| b.name))
-        };
-        self.by_name
-            .insert(space.name_key(secrets, name), place, key);
-    }
-
-    /// Takes a block out of the tables.
-    fn unlist(&mut self, space: Space, block: Block, place: Place) {
-        let key = space.key(&self.secrets, block.sequence);
-        self.by_sequence.remove(key, place);
-        if block.name != UNNAMED {
-            let key = space.name_key(&self.secrets, block.name);
-            self.by_name.remove(key, place);
-        }
-    }
-
-    /// Keeps a name with a block, if it has that name or nobody uses the one it has. `is_held`:
-    /// the owner that brings the name holds the block.
-    pub(super) fn shares(&mut self, place: Place, name: u64, is_held: bool) -> bool {
-        let (run, block) = (self.run(place.run()), self.block(place));
-        if block.name == name || name == UNNAMED || is_held {
-            return block.name == name && name != UNNAMED;
-        }
-        let space = run.space;
-        let is_used = self.raw.members(run.raw).iter().any(|m| m & SHARED != 0);
-        if is_used || self.find_name(space, name).is_some() {
-            return false;
-        }
-        if block.name != UNNAMED {
-            let key = space.name_key(&self.secrets, block.name);
-            self.by_name.remove(key, place);
-        }
-        let index = self.index(place);
-        if let Some(block) = self.runs.at_mut(place.run()).blocks.get_mut(index) {
-            block.name = name;
-        }
-        self.list_name(space, name, place);
-        true
     }
 
     /// Sets what `raw` says of an owner at a place, and what follows for the blocks below. A block
@@ -502,7 +347,7 @@ impl Tree {
             self.release(id);
             return;
         }
-        if run_is_visible(run) {
+        if run.is_visible() {
             self.units.touch(unit, true);
         }
         let blocks = &mut self.runs.at_mut(id).blocks;
@@ -529,24 +374,6 @@ impl Tree {
         self.clock += 1;
         self.runs.at_mut(place.run()).used = self.clock;
     }
-
-    /// Where one of the blocks of a run stands: its keys in both tables.
-    pub(super) fn relist(&mut self, old: RunId, new: RunId, from: usize, to: usize) {
-        let run = self.runs.at(new);
-        for (at, block) in run.blocks.iter().enumerate().take(to).skip(from) {
-            let (was, is) = (run.place(old, at), run.place(new, at));
-            let key = run.space.key(&self.secrets, block.sequence);
-            self.by_sequence.replace(key, was, is);
-            if block.name != UNNAMED {
-                let key = run.space.name_key(&self.secrets, block.name);
-                self.by_name.replace(key, was, is);
-            }
-        }
-    }
-}
-
-fn run_is_visible(run: &Run) -> bool {
-    run.eff != EMPTY
 }
 
 /// Best tier of a non-empty mask.

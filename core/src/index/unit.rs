@@ -2,8 +2,8 @@
 //! group border and at every block on the split position of the unit above it.
 
 use super::directory::Directory;
+use super::run::RunId;
 use super::slab::{NIL, Slab};
-use super::tree::RunId;
 use crate::page::WHOLE;
 
 /// Number of a unit.

@@ -39,6 +39,7 @@ pub(super) fn why(rejection: Rejection) -> &'static str {
         Rejection::TooFewTokens => "fewer token ids than its blocks have",
         Rejection::RepeatedHash => "a hash twice in one chain",
         Rejection::PartialBlock => "ends in a block that is not full",
+        Rejection::UnknownObject => "names an object that is no page's, or another tenant's",
         Rejection::UnknownBlock => "moves a block whose store was not seen",
     }
 }

@@ -11,6 +11,8 @@ pub(super) fn engine(seen: &Seen, is_dynamo: bool) -> String {
         "Dynamo 1.6.1 or what speaks like its workers"
     } else if has(Trait::TrtLlm) {
         "TensorRT-LLM, its polled endpoint"
+    } else if has(Trait::Objects) {
+        "a Mooncake store"
     } else if has(Trait::Post) {
         "an engine that posts to the sidecar"
     } else if has_medium(&["CPU_TIER1", "CPU_TIER2"]) {

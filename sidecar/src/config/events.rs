@@ -109,6 +109,8 @@ pub struct FamilyUse {
     pub hash_seed: String,
     /// Most hashes of one rank.
     pub max_blocks: Option<u32>,
+    /// Objects in which a store keeps one page of HiCache.
+    pub objects: u32,
 }
 
 impl Check {
@@ -261,12 +263,17 @@ impl Check {
                     self.refuse(&at, name, &format!("is taken by {other}"));
                 }
             }
+            if used.objects.is_some() && used.family != Some(Family::HiCache) {
+                let why = "is for the family hi-cache alone";
+                self.refuse(path("objects"), used.objects.unwrap_or_default(), why);
+            }
             uses.push(FamilyUse {
                 family: used.family.unwrap_or_default(),
                 media: names,
                 block_size,
                 hash_seed: used.hash_seed.clone().unwrap_or_else(|| "0".into()),
                 max_blocks: used.max_blocks,
+                objects: used.objects.unwrap_or(2),
             });
         }
         uses

@@ -476,6 +476,11 @@ pub struct FamilyUse {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "u32", range(min = 1))]
     pub max_blocks: Option<u32>,
+    /// Objects in which a Mooncake store keeps one page of `HiCache`: two to each tensor-parallel
+    /// and pipeline rank, which is 2 unless given; with MLA one to each pipeline rank.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "u32", range(min = 1, max = 64))]
+    pub objects: Option<u32>,
 }
 
 /// Where the standalone indexer listens.

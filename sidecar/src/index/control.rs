@@ -1,5 +1,6 @@
 //! What the service is told and asked, besides events.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -12,10 +13,13 @@ use kv_core::table::Table;
 use kv_core::wire::{Ack, Subscribe};
 use tokio::sync::{mpsc, oneshot};
 
-use super::{Field, IndexReport, NotDumped, Partition, Readiness, Refusal, WorkersReport};
+use super::{
+    Field, IndexReport, NotAdopted, NotDumped, Partition, Readiness, Refusal, WorkersReport,
+};
 use crate::config::Config;
 use crate::decision::{DecisionsReport, Wanted};
 use crate::dump::Line;
+use crate::ingest::batch::{Origin, Resume};
 use crate::load::RawReport;
 use crate::peers;
 
@@ -65,6 +69,15 @@ pub enum Control {
         /// Whether it begins.
         reply: oneshot::Sender<Result<(), NotDumped>>,
     },
+    /// A line of the dump of the peer whose index is awaited.
+    Adopt {
+        /// The line.
+        line: Line,
+        /// Whether it was the last one, or why it makes no sense.
+        reply: oneshot::Sender<Result<bool, NotAdopted>>,
+    },
+    /// No peer is awaited any more. Where workers' own streams are to be taken up.
+    Adopted(oneshot::Sender<HashMap<Origin, Resume>>),
     /// What is missing for service.
     Readiness(oneshot::Sender<Readiness>),
     /// What a prompt would meet.

@@ -16,7 +16,8 @@ use kv_core::wire::{Ack, Subscribe};
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
 
-use super::subscriber::{Item, Pending, Subscriber};
+use super::pending::{Key, Pending};
+use super::subscriber::{Item, Subscriber};
 use crate::metrics::Metrics;
 
 /// Most subscribers at a time.
@@ -77,7 +78,7 @@ pub(super) struct Publisher {
     subscribers: Vec<Subscriber>,
     next_id: u64,
     head: Head,
-    table: Vec<u8>,
+    table: Arc<[u8]>,
     waiting: Vec<(u64, oneshot::Sender<()>)>,
     metrics: Arc<Metrics>,
 }
@@ -90,7 +91,7 @@ impl Publisher {
             subscribers: Vec::new(),
             next_id: 1,
             head,
-            table: Vec::new(),
+            table: Arc::default(),
             waiting: Vec::new(),
             metrics,
         }
@@ -183,7 +184,13 @@ impl Publisher {
     /// Whether somebody could take pages at once; also when nobody is there to take any.
     #[must_use]
     pub(super) fn wants_pages(&self) -> bool {
-        self.subscribers.is_empty() || self.subscribers.iter().any(Subscriber::is_open)
+        self.is_alone() || self.subscribers.iter().any(Subscriber::is_open)
+    }
+
+    /// Whether nobody subscribed.
+    #[must_use]
+    pub(super) fn is_alone(&self) -> bool {
+        self.subscribers.is_empty()
     }
 
     /// Hands out pages that the index flushed. `received_ns` are events that are visible with them.
@@ -199,7 +206,7 @@ impl Publisher {
             while is_direct && subscriber.is_open() && writes.peek().is_some() {
                 let mut batch = Pending::default();
                 while let Some(write) = writes.next_if(|w| batch.fits(w.bytes.len())) {
-                    batch.push(&key::page(write.id), &write.bytes);
+                    batch.push(Key::page(write.id), Arc::clone(&write.bytes));
                 }
                 subscriber.head_due = true;
                 if writes.peek().is_none() {
@@ -222,7 +229,7 @@ impl Publisher {
         index: &mut Index,
     ) {
         self.head.table_version = table.version;
-        self.table = table.encode();
+        self.table = table.encode().into();
         for subscriber in &mut self.subscribers {
             subscriber.queue.retain(|item| *item != Item::Table);
             subscriber.queue.push_back(Item::Table);
@@ -238,7 +245,7 @@ impl Publisher {
         self.head.beat += 1;
         let head = self.current_head(index);
         if let Some(subscriber) = self.subscribers.iter_mut().find(|s| s.id == id) {
-            subscriber.loads = Some(loads);
+            subscriber.loads = Some(loads.into());
             subscriber.beat(head, &self.metrics);
         }
         self.pump(index);

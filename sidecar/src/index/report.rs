@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use kv_core::id::{DpRank, Role, WorkerId};
-use kv_core::index::{Applied, IndexStats};
+use kv_core::index::IndexStats;
 use kv_core::policy::Policy;
 use kv_core::report::OwnerKey;
 use kv_core::table::Metadata;
@@ -17,73 +17,13 @@ use super::knowledge::Knowledge;
 use super::peering::{ByPeer, PeerRequests};
 use super::publisher::SubscriberReport;
 use super::strangers::StrangerReport;
+use super::tally::Counts;
 use super::{Service, roster};
-use crate::ingest::Plane;
 use crate::load::{LoadReport, ProxyId, ProxyRequests};
 use crate::metrics::OfOwner;
 
 /// Requests by owner and proxy.
 type Requests<'a> = HashMap<OwnerKey, BTreeMap<&'a ProxyId, u32>>;
-
-/// What came in on a plane.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct PlaneCounts {
-    /// Messages.
-    pub messages: u64,
-    /// Events applied, by kind.
-    pub events: BTreeMap<&'static str, u64>,
-    /// Events dropped, by reason.
-    pub rejected: BTreeMap<&'static str, u64>,
-}
-
-impl PlaneCounts {
-    pub(super) fn reject(&mut self, kind: &'static str) {
-        *self.rejected.entry(kind).or_default() += 1;
-    }
-
-    pub(super) fn apply(&mut self, kind: &'static str) {
-        *self.events.entry(kind).or_default() += 1;
-    }
-}
-
-/// Counts since the start.
-#[derive(Clone, Debug, Default, Serialize)]
-pub struct Counts {
-    /// By plane.
-    pub planes: BTreeMap<Plane, PlaneCounts>,
-    /// Blocks by what was done with them.
-    pub blocks: BTreeMap<&'static str, u64>,
-    /// Jumps in event ids.
-    pub gaps: u64,
-}
-
-impl Counts {
-    pub(super) fn plane(&mut self, plane: Plane) -> &mut PlaneCounts {
-        self.planes.entry(plane).or_default()
-    }
-
-    pub(super) fn add(&mut self, applied: &Applied) {
-        for (kind, blocks) in by_kind(applied) {
-            *self.blocks.entry(kind).or_default() += u64::from(blocks);
-        }
-    }
-}
-
-/// Blocks of an event by what was done with them.
-pub(super) fn by_kind(applied: &Applied) -> [(&'static str, u32); 10] {
-    [
-        ("stored", applied.stored),
-        ("duplicate", applied.duplicates),
-        ("removed", applied.removed),
-        ("unknown", applied.unknown),
-        ("orphaned", applied.orphaned),
-        ("adopted", applied.adopted),
-        ("orphan_dropped", applied.orphans_dropped),
-        ("renamed", applied.renamed),
-        ("collision", applied.collisions),
-        ("expired", applied.expired),
-    ]
-}
 
 /// Answer of `/v1/index`.
 #[derive(Clone, Debug, Serialize)]
@@ -228,7 +168,7 @@ impl Service {
                 && subscribers.iter().all(is_idle),
             repairs: self.roster.workers().filter(|w| w.repair.is_some()).count(),
             stats: self.index.stats(),
-            counts: self.counts.clone(),
+            counts: self.tally.counts(),
             subscribers,
         }
     }

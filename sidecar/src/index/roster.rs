@@ -8,7 +8,7 @@ use kv_core::table::{self, Traits};
 use tokio::time::Instant;
 
 use super::cursor::Cursor;
-use super::health::Health;
+use super::health::{self, Health};
 use super::knowledge::{Knowledge, Source, Stream};
 use super::repair::Repair;
 use super::slots::Slots;
@@ -274,6 +274,14 @@ impl Worker {
         for owner in &mut self.owners {
             owner.knowledge = knowledge;
         }
+    }
+
+    /// An event of a rank is about to be applied.
+    pub(super) fn hear(&mut self, rank: DpRank, at: Instant) -> Option<health::Change> {
+        if let Some(owner) = self.owner_mut(rank) {
+            owner.heard = Some(at);
+        }
+        self.health.heard(at)
     }
 
     fn configured(mut self, config: &config::Worker) -> Self {

@@ -51,7 +51,8 @@ impl Service {
             .as_ref()
             .is_some_and(|w| !w.is_finished());
         let is_due = self.saving.file.is_some() && self.saving.is_changed;
-        if !is_due || is_writing || self.saving.is_under_way() {
+        // What is there before a peer was asked is not worth going on with.
+        if !is_due || is_writing || self.saving.is_under_way() || self.awaits_peer {
             return;
         }
         self.saving.is_changed = false;

@@ -19,7 +19,7 @@ const MAX_STREAMS: usize = 1024;
 impl Service {
     /// A message of a worker's own stream, which speaks for that worker alone.
     pub(super) fn batch(&mut self, origin: Origin, plane: Plane, batch: Batch) {
-        self.counts.plane(plane).messages += 1;
+        self.tally.plane(plane).messages += 1;
         let (label, kind) = (plane.kind(), "events");
         let label = PlaneKind { plane: label, kind };
         self.metrics.messages.get_or_create(&label).inc();

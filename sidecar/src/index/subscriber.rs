@@ -1,15 +1,16 @@
-//! One Envoy that pages go to, and the batch that is being put together for it.
+//! One Envoy that pages go to.
 
 use std::collections::{HashSet, VecDeque};
+use std::sync::Arc;
 
 use bytes::Bytes;
 use kv_core::head::Head;
 use kv_core::index::Index;
-use kv_core::key;
-use kv_core::wire::{self, BATCH_BYTES, Batch, Subscribe, WINDOW, Write};
+use kv_core::wire::{Subscribe, WINDOW};
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
+use super::pending::{Key, Pending};
 use crate::metrics::Metrics;
 
 /// Something to write.
@@ -49,7 +50,7 @@ pub(super) struct Subscriber {
     pub(super) head: Option<Head>,
     pub(super) head_due: bool,
     /// Loads that it has not been sent.
-    pub(super) loads: Option<Vec<u8>>,
+    pub(super) loads: Option<Arc<[u8]>>,
     pub(super) received_ns: Vec<u64>,
     pub(super) table_sent: u64,
     pub(super) table_acked: u64,
@@ -96,7 +97,7 @@ impl Subscriber {
     pub(super) fn fill(
         &mut self,
         batch: &mut Pending,
-        table: &[u8],
+        table: &Arc<[u8]>,
         version: u64,
         index: &mut Index,
     ) {
@@ -107,14 +108,14 @@ impl Subscriber {
                     if !batch.fits(bytes.len()) {
                         return;
                     }
-                    batch.push(&key::page(id), &bytes);
+                    batch.push(Key::page(id), bytes);
                     self.queued.remove(&id);
                 }
                 Item::Table => {
                     if !batch.fits(table.len()) {
                         return;
                     }
-                    batch.push(&key::TABLE, table);
+                    batch.push(Key::TABLE, Arc::clone(table));
                     batch.table = Some(version);
                     self.table_sent = version;
                 }
@@ -165,19 +166,14 @@ impl Subscriber {
     /// Loads go before the head.
     fn push_head(&mut self, batch: &mut Pending, head: Head) {
         if let Some(loads) = self.loads.take() {
-            batch.push(&key::LOADS, &loads);
+            batch.push(Key::LOADS, loads);
         }
-        batch.push(&key::HEAD, &head.encode());
+        batch.push(Key::HEAD, Arc::from(head.encode()));
     }
 
     pub(super) fn send(&mut self, batch: Pending, metrics: &Metrics) {
         self.seq += 1;
-        let writes = batch.writes.iter().map(|(key, value)| Write { key, value });
-        let batch_of_writes = Batch {
-            seq: self.seq,
-            writes: writes.collect(),
-        };
-        let message = wire::encode_for(self.version, &batch_of_writes);
+        let message = batch.encode(self.version, self.seq);
         metrics.batches.inc();
         metrics.sent.inc_by(message.len() as u64);
         self.unacked.push_back(Sent {
@@ -188,27 +184,5 @@ impl Subscriber {
         });
         // The channel holds a whole window: it is full or closed only when the stream is broken.
         self.alive = self.out.try_send(message.into()).is_ok();
-    }
-}
-
-/// A batch that is being put together.
-#[derive(Debug, Default)]
-pub(super) struct Pending {
-    writes: Vec<(Vec<u8>, Vec<u8>)>,
-    bytes: usize,
-    table: Option<u64>,
-    received_ns: Vec<u64>,
-    ends_sync: bool,
-}
-
-impl Pending {
-    /// Whether a value fits; the first one always does.
-    pub(super) fn fits(&self, bytes: usize) -> bool {
-        self.writes.is_empty() || self.bytes + bytes <= BATCH_BYTES
-    }
-
-    pub(super) fn push(&mut self, key: &[u8], value: &[u8]) {
-        self.bytes += key.len() + value.len();
-        self.writes.push((key.to_vec(), value.to_vec()));
     }
 }

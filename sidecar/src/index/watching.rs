@@ -13,14 +13,8 @@ use crate::metrics::{Kind, OfWorker};
 impl Service {
     /// An event of an owner is about to be applied.
     pub(super) fn heard(&mut self, id: WorkerId, rank: DpRank) {
-        let Some((_, worker)) = self.roster.worker(id) else {
-            return;
-        };
-        let at = Instant::now();
-        if let Some(owner) = worker.owner_mut(rank) {
-            owner.heard = Some(at);
-        }
-        if let Some(change) = worker.health.heard(at) {
+        let worker = self.roster.worker(id);
+        if let Some(change) = worker.and_then(|(_, worker)| worker.hear(rank, Instant::now())) {
             self.changed(id, &change);
         }
     }
@@ -68,10 +62,10 @@ impl Service {
         let Some((pool, worker)) = self.roster.worker(owner.id.worker) else {
             return;
         };
-        worker.health.answered(predicted, found);
         let Some(slot) = worker.owner(owner.id.rank).map(|owner| owner.slot) else {
             return;
         };
+        let is_held_back = worker.repair.is_some();
         let Some(config) = self.roster.pools.get(pool).map(|pool| &pool.config) else {
             return;
         };
@@ -88,6 +82,16 @@ impl Service {
         let blocks = found / config.block_size.max(1);
         let there = prompt.get(..blocks as usize).unwrap_or(prompt);
         let there = there.to_vec();
+        // What events have said since the decision, or would have, is no fault of theirs.
+        let is_said = there.last().is_some_and(|last| {
+            let doubt = self.doubts.get(&(pool, slot));
+            self.index.holds(pool, slot, *last) || doubt.is_some_and(|d| d.has(*last))
+        });
+        let is_late = found > predicted && (is_said || is_held_back);
+        if let Some((_, worker)) = self.roster.worker(owner.id.worker) {
+            let predicted = if is_late { found } else { predicted };
+            worker.health.answered(predicted, found);
+        }
         self.vouch_for_prompt(pool, slot, &there);
     }
 
@@ -147,7 +151,7 @@ impl Service {
         }
     }
 
-    fn changed(&mut self, id: WorkerId, change: &Change) {
+    pub(super) fn changed(&mut self, id: WorkerId, change: &Change) {
         let Some((pool, worker)) = self.roster.worker(id) else {
             return;
         };

@@ -22,10 +22,20 @@ pub fn dynamo(bytes: &[u8]) -> Decoded {
         decoded.rejected.push(Rejection::WrongTopic);
         return decoded;
     }
-    let mut rest = envelope.payload.as_slice();
+    match rmp_serde::from_slice::<Vec<RouterEvent>>(&envelope.payload) {
+        Ok(events) => events
+            .into_iter()
+            .for_each(|event| decoded.take(Some(event))),
+        Err(_) => one_by_one(&envelope.payload, &mut decoded),
+    }
+    decoded
+}
+
+/// Events of an array in which something can't be read.
+fn one_by_one(mut rest: &[u8], decoded: &mut Decoded) {
     let Ok(events) = rmp::decode::read_array_len(&mut rest) else {
         decoded.rejected.push(Rejection::Malformed);
-        return decoded;
+        return;
     };
     for _ in 0..events {
         let before = rest;
@@ -38,7 +48,6 @@ pub fn dynamo(bytes: &[u8]) -> Decoded {
         let event = &before[..before.len() - rest.len()];
         decoded.take(rmp_serde::from_slice(event).ok());
     }
-    decoded
 }
 
 /// A message of plain JSON from `worker`: one event or an array of them.

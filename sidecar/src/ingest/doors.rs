@@ -101,6 +101,7 @@ impl Doors {
         self.resumes = resumes;
         self.configure(config);
         self.resumes.clear();
+        self.desk.begin();
     }
 
     /// Where posts are taken.

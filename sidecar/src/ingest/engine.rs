@@ -19,6 +19,7 @@ pub mod inspect;
 mod keys;
 mod levels;
 pub mod media;
+mod objects;
 mod payload;
 mod salt;
 mod trtllm;
@@ -38,6 +39,7 @@ use cut::Cutter;
 use event::{Event, Lora, Place};
 use levels::Levels;
 use media::Media;
+use objects::Objects;
 use salt::Salts;
 
 pub use keys::{mm_hash, pad};
@@ -106,6 +108,7 @@ pub struct Normaliser {
     groups: Groups,
     salts: Salts,
     levels: Levels,
+    objects: Objects,
     /// Most router blocks to an engine block, where more than one.
     cuts: HashMap<(DpRank, Tier), u64>,
     /// Media of a family about which there have been events with token ids.
@@ -122,6 +125,7 @@ impl Normaliser {
             groups: Groups::default(),
             salts: Salts::default(),
             levels: Levels::default(),
+            objects: Objects::default(),
             cuts: HashMap::new(),
             both: HashSet::new(),
         }
@@ -131,6 +135,11 @@ impl Normaliser {
     pub fn reset(&mut self) {
         let settings = self.settings.clone();
         *self = Self::new(settings, self.default_rank);
+    }
+
+    /// Messages are lost.
+    pub fn lose(&mut self) {
+        self.objects.lose();
     }
 
     /// Translates a message.
@@ -144,6 +153,14 @@ impl Normaliser {
             events.push(event.and_then(|event| event::read(event, family)));
         });
         let rank = head.rank.unwrap_or(self.default_rank);
+        if self.objects.was_lost() {
+            out.push(
+                rank,
+                Some(Tier::External),
+                Family::Dynamo,
+                EventData::Cleared,
+            );
+        }
         for event in events {
             let outcome = event.and_then(|event| self.event(rank, event, &mut out));
             if let Err(rejection) = outcome {
@@ -156,7 +173,7 @@ impl Normaliser {
     fn event(&mut self, rank: DpRank, event: Event, out: &mut Normalised) -> Result<(), Rejection> {
         let rank = match &event {
             Event::TrtLlm(event) => event.rank.unwrap_or(rank),
-            Event::Stored(_) | Event::Removed(_) | Event::Cleared { .. } => rank,
+            Event::Stored(_) | Event::Removed(_) | Event::Cleared { .. } | Event::Object(_) => rank,
         };
         if rank >= MAX_RANKS {
             return Err(Rejection::UnknownRank);
@@ -168,6 +185,13 @@ impl Normaliser {
                 self.cleared(rank, medium.as_deref(), ownership.as_deref(), out)
             }
             Event::TrtLlm(event) => self.trtllm(rank, event, out),
+            Event::Object(object) => {
+                let change = self.objects.change(&object, &self.settings.families)?;
+                if let Some((family, data)) = change {
+                    out.push(rank, Some(Tier::External), family, data);
+                }
+                Ok(())
+            }
         }
     }
 
@@ -242,16 +266,7 @@ impl Normaliser {
         {
             return Err(Rejection::BlockSizeMismatch);
         }
-        let block = |hash: &u64| StoredBlock {
-            block_hash: *hash,
-            tokens_hash: *hash,
-            mm_extra_info: None,
-        };
-        let data = Stored {
-            parent_hash: stored.parent,
-            start_position: None,
-            blocks: stored.hashes.iter().map(block).collect(),
-        };
+        let data = named(stored.parent, &stored.hashes);
         out.push(rank, Some(tier), used.family, EventData::Stored(data));
         Ok(())
     }
@@ -359,6 +374,20 @@ impl Normalised {
             family,
             data,
         });
+    }
+}
+
+/// Blocks that are named by the hashes that they are found by.
+fn named(parent_hash: Option<u64>, hashes: &[u64]) -> Stored {
+    let block = |hash: &u64| StoredBlock {
+        block_hash: *hash,
+        tokens_hash: *hash,
+        mm_extra_info: None,
+    };
+    Stored {
+        parent_hash,
+        start_position: None,
+        blocks: hashes.iter().map(block).collect(),
     }
 }
 

@@ -6,12 +6,17 @@
 //! that is passed over has been told as a `Gap` before. A run that can't be told from the one
 //! before counts as another.
 
-use std::collections::{BTreeMap, VecDeque};
+mod held;
+mod recent;
+
+use std::collections::VecDeque;
 
 use bytes::Bytes;
 use xxhash_rust::xxh3::xxh3_64;
 
 use super::batch::{Resume, Turn};
+use held::Held;
+use recent::{Known, Mark, Recent};
 
 /// Attempts at a replay that bring nothing before the stream goes on without.
 const TRIES: u32 = 3;
@@ -72,26 +77,6 @@ impl Default for Limits {
     }
 }
 
-/// A delivered frame, to know it again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Mark {
-    sequence: u64,
-    mark: u64,
-}
-
-/// What is known of a frame at or before the last delivered one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Known {
-    /// It was delivered.
-    Same,
-    /// Another was delivered under its number.
-    Other,
-    /// Its number was passed over.
-    Missed,
-    /// It is too long ago.
-    Unknown,
-}
-
 /// A replay under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Asking {
@@ -105,10 +90,9 @@ struct Asking {
 #[derive(Debug)]
 pub struct Order {
     source: Source,
-    limits: Limits,
     last: Option<Mark>,
     /// Delivered frames up to `last`, as many as may be held.
-    recent: VecDeque<Mark>,
+    recent: Recent,
     /// Nothing of the run is missing up to `last`.
     is_whole: bool,
     /// It has been told how complete the stream is.
@@ -119,8 +103,7 @@ pub struct Order {
     is_unsure: bool,
     asking: Option<Asking>,
     fruitless: u32,
-    held: BTreeMap<u64, Frame>,
-    held_bytes: usize,
+    held: Held,
     /// When the replay under way has ended, another is needed.
     asks_again: bool,
     /// A replay has shown in a quiet time that nothing follows `last`.
@@ -146,17 +129,15 @@ impl Order {
         });
         Self {
             source,
-            limits,
             last,
-            recent: last.into_iter().collect(),
+            recent: Recent::new(limits.frames, last),
             is_whole: resume.is_none_or(|resume| resume.is_whole),
             is_told: false,
             wants_past: last.is_some(),
             is_unsure: last.is_some() && source != Source::Queues,
             asking: None,
             fruitless: 0,
-            held: BTreeMap::new(),
-            held_bytes: 0,
+            held: Held::new(limits),
             asks_again: false,
             is_checked: false,
             is_checking: false,
@@ -172,7 +153,7 @@ impl Order {
     /// Frames and bytes held back.
     #[must_use]
     pub fn held(&self) -> (usize, usize) {
-        (self.held.len(), self.held_bytes)
+        self.held.size()
     }
 
     /// The source can be read, for the first time or again.
@@ -184,14 +165,14 @@ impl Order {
         self.is_checked = false;
         self.is_checking = false;
         // Their run may be over.
-        self.drop_held();
+        self.held.clear();
         self.ask();
     }
 
     /// The source can't be read.
     pub fn closed(&mut self) {
         self.asking = None;
-        self.drop_held();
+        self.held.clear();
         self.steps.push_back(Step::Turn(Turn::Closed));
     }
 
@@ -216,14 +197,14 @@ impl Order {
         if let Some(asking) = self.asking {
             let is_past = frame.sequence < self.next();
             if asking.is_same_run && is_past {
-                self.asks_again |= self.known(&frame) != Known::Same;
+                self.asks_again |= self.recent.known(&frame) != Known::Same;
             } else {
                 self.hold(frame);
             }
             self.pump();
         } else if frame.sequence == self.next() && !self.is_unsure {
             self.deliver(frame);
-        } else if self.known(&frame) == Known::Same {
+        } else if self.recent.known(&frame) == Known::Same {
             // A repetition.
         } else if self.source == Source::Replays {
             self.hold(frame);
@@ -241,7 +222,7 @@ impl Order {
         if asking.is_same_run {
             let next = self.next();
             if frame.sequence < next {
-                self.asks_again |= self.known(&frame) == Known::Other;
+                self.asks_again |= self.recent.known(&frame) == Known::Other;
                 return;
             }
             self.hold(frame);
@@ -261,7 +242,7 @@ impl Order {
             }
             return;
         }
-        if frame.sequence == last.sequence && mark(&frame.payload) == last.mark {
+        if Mark::of(&frame) == last {
             asking.is_same_run = true;
             if std::mem::take(&mut self.wants_past) {
                 self.steps.push_back(Step::Recall(frame));
@@ -269,9 +250,7 @@ impl Order {
             self.is_unsure = false;
             // What raised the question was old.
             let next = self.next();
-            let old = std::mem::take(&mut self.held);
-            self.held_bytes = 0;
-            for frame in old.into_values().filter(|f| f.sequence >= next) {
+            for frame in self.held.take_all().filter(|f| f.sequence >= next) {
                 self.hold(frame);
             }
             self.pump();
@@ -342,48 +321,15 @@ impl Order {
         self.steps.push_back(Step::Replay { from });
     }
 
-    fn known(&self, frame: &Frame) -> Known {
-        let is_before = |m: &Mark| m.sequence < frame.sequence;
-        let at = self.recent.partition_point(is_before);
-        match self.recent.get(at) {
-            Some(delivered) if delivered.sequence == frame.sequence => {
-                if delivered.mark == mark(&frame.payload) {
-                    Known::Same
-                } else {
-                    Known::Other
-                }
-            }
-            Some(_) if at > 0 => Known::Missed,
-            _ => Known::Unknown,
-        }
-    }
-
     fn hold(&mut self, frame: Frame) {
-        if let Some(held) = self.held.get(&frame.sequence) {
-            // Two under one number: a replay tells which of them is.
-            self.asks_again |= held.payload != frame.payload;
-            return;
-        }
         let is_next = frame.sequence == self.next();
-        let bytes = self.held_bytes + frame.payload.len();
-        if !is_next && (self.held.len() >= self.limits.frames || bytes > self.limits.bytes) {
-            self.asks_again = true;
-            return;
-        }
-        self.held_bytes = bytes;
-        self.held.insert(frame.sequence, frame);
-    }
-
-    fn drop_held(&mut self) {
-        self.held.clear();
-        self.held_bytes = 0;
+        self.asks_again |= !self.held.push(frame, is_next);
     }
 
     /// Delivers what has nothing missing before it.
     fn pump(&mut self) {
         let is_same_run = self.asking.is_none_or(|asking| asking.is_same_run);
-        while is_same_run && let Some(frame) = self.held.remove(&self.next()) {
-            self.held_bytes -= frame.payload.len();
+        while is_same_run && let Some(frame) = self.held.take(self.next()) {
             self.deliver(frame);
         }
     }
@@ -392,17 +338,11 @@ impl Order {
         if self.last.is_none() && self.asking.is_none() {
             self.caught_up();
         }
-        let mark = Mark {
-            sequence: frame.sequence,
-            mark: mark(&frame.payload),
-        };
+        let mark = Mark::of(&frame);
         self.last = Some(mark);
         self.wants_past = false;
         self.is_unsure = false;
-        if self.recent.len() > self.limits.frames {
-            self.recent.pop_front();
-        }
-        self.recent.push_back(mark);
+        self.recent.push(mark);
         self.steps.push_back(Step::Deliver(frame));
     }
 
@@ -423,7 +363,7 @@ impl Order {
         self.recent.clear();
         self.is_whole = true;
         self.is_unsure = false;
-        self.drop_held();
+        self.held.clear();
     }
 
     fn lose(&mut self, missing: u64) {
@@ -434,10 +374,9 @@ impl Order {
 
     /// The replay is complete and has not what is missing before the first held frame.
     fn give_up_hole(&mut self) {
-        let Some((_, frame)) = self.held.pop_first() else {
+        let Some(frame) = self.held.take_first() else {
             return;
         };
-        self.held_bytes -= frame.payload.len();
         self.lose(frame.sequence.saturating_sub(self.next()));
         self.deliver(frame);
         self.pump();
@@ -448,9 +387,7 @@ impl Order {
 
     /// Nobody answers: what is held is judged by its numbers alone.
     fn give_up_replay(&mut self) {
-        let held = std::mem::take(&mut self.held);
-        self.held_bytes = 0;
-        for frame in held.into_values() {
+        for frame in self.held.take_all() {
             self.settle(frame);
         }
     }
@@ -458,7 +395,7 @@ impl Order {
     /// Takes a frame that is out of order and can't be looked into.
     fn settle(&mut self, frame: Frame) {
         let next = self.next();
-        let known = self.known(&frame);
+        let known = self.recent.known(&frame);
         if known == Known::Same {
             return;
         }

@@ -5,10 +5,12 @@
 //! post is 0, and with it all that was said before is forgotten: who can't send what is expected
 //! begins another run with its whole cache.
 
+mod proof;
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -22,6 +24,9 @@ use super::batch::Turn;
 use super::engine::Encoding;
 use super::order::Frame;
 use super::stream::{Gone, Outlet, unix_ns};
+use proof::Proof;
+
+pub use proof::Credentials;
 
 /// Most bytes of a post.
 pub const POST_BYTES: usize = 16 << 20;
@@ -29,10 +34,6 @@ pub const POST_BYTES: usize = 16 << 20;
 const INCARNATION_BYTES: usize = 128;
 /// Bodies that are read at a time.
 const BODIES: usize = 16;
-/// Least time between two readings of a token's file.
-const READ_AGAIN: Duration = Duration::from_secs(1);
-/// Most bytes of a token.
-const TOKEN_BYTES: u64 = 4096;
 
 /// The JSON Schema (draft 2020-12) of a post.
 #[must_use]
@@ -78,7 +79,7 @@ pub enum PostError {
         /// From when on the next post is taken.
         wait: Duration,
     },
-    /// The stream's last post is still being taken, or too many others are.
+    /// The stream's last post is still being taken, or too many others are, or none are taken yet.
     #[error("posts are being taken, try again")]
     Busy,
     /// The index takes nothing any more.
@@ -127,19 +128,12 @@ struct Head {
     sequence: u64,
 }
 
-/// How a worker shows who it is.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Credentials {
-    /// File with its token.
-    pub token_file: Option<PathBuf>,
-    /// Whether who posts from this machine needs none.
-    pub trusts_loopback: bool,
-}
-
 /// Streams of the workers that post.
 #[derive(Debug)]
 pub struct Desk {
     workers: RwLock<BTreeMap<WorkerId, Arc<Worker>>>,
+    /// Whether it is known who may post.
+    is_open: AtomicBool,
     bodies: Arc<Semaphore>,
 }
 
@@ -147,6 +141,7 @@ impl Default for Desk {
     fn default() -> Self {
         Self {
             workers: RwLock::default(),
+            is_open: AtomicBool::new(false),
             bodies: Arc::new(Semaphore::new(BODIES)),
         }
     }
@@ -154,15 +149,8 @@ impl Default for Desk {
 
 #[derive(Debug)]
 struct Worker {
-    credentials: Credentials,
-    token: Mutex<Token>,
+    proof: Arc<Proof>,
     streams: Vec<Arc<tokio::sync::Mutex<Stream>>>,
-}
-
-#[derive(Debug, Default)]
-struct Token {
-    text: Option<String>,
-    read_at: Option<Instant>,
 }
 
 /// A worker's stream.
@@ -201,15 +189,16 @@ impl Desk {
             }))
         };
         let opened = Arc::new(Worker {
-            credentials,
-            token: Mutex::default(),
+            proof: Arc::new(Proof::new(credentials)),
             streams: streams.into_iter().map(stream).collect(),
         });
-        if let Some(file) = &opened.credentials.token_file {
-            opened.read(file);
-        }
         let mut workers = self.workers.write().unwrap_or_else(PoisonError::into_inner);
         workers.insert(worker, opened);
+    }
+
+    /// All workers that post at the start are known: others are refused from here on.
+    pub fn begin(&self) {
+        self.is_open.store(true, Ordering::Release);
     }
 
     /// Takes no more posts of a worker.
@@ -223,6 +212,9 @@ impl Desk {
     /// # Errors
     /// When it is nobody who may, or too many bodies are being read.
     pub async fn poster(&self, token: Option<&str>, from: IpAddr) -> Result<Poster, PostError> {
+        if !self.is_open.load(Ordering::Acquire) {
+            return Err(PostError::Busy);
+        }
         let all = self
             .workers
             .read()
@@ -231,7 +223,7 @@ impl Desk {
         let known = all.keys().copied().collect();
         let mut workers = BTreeMap::new();
         for (id, worker) in all {
-            if worker.knows(token, from).await {
+            if worker.proof.accepts(token, from).await {
                 workers.insert(id, worker);
             }
         }
@@ -294,73 +286,6 @@ fn head(body: &[u8], encoding: Encoding) -> Result<Head, PostError> {
         return Err(PostError::Body(why));
     }
     Ok(head)
-}
-
-impl Worker {
-    async fn knows(self: &Arc<Self>, token: Option<&str>, from: IpAddr) -> bool {
-        if self.credentials.trusts_loopback && from.to_canonical().is_loopback() {
-            return true;
-        }
-        let (Some(token), Some(file)) = (token, &self.credentials.token_file) else {
-            return false;
-        };
-        if self.has(token) {
-            return true;
-        }
-        // It may have been replaced.
-        if self.may_read() {
-            let (worker, file) = (Arc::clone(self), file.clone());
-            let reading = tokio::task::spawn_blocking(move || worker.read(&file));
-            // Reading neither panics nor is it broken off.
-            let _ = reading.await;
-        }
-        self.has(token)
-    }
-
-    fn has(&self, token: &str) -> bool {
-        let own = self.token.lock().unwrap_or_else(PoisonError::into_inner);
-        own.text.as_deref().is_some_and(|own| is_equal(own, token))
-    }
-
-    fn may_read(&self) -> bool {
-        let now = Instant::now();
-        let mut own = self.token.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_due = own.read_at.is_none_or(|at| now >= at + READ_AGAIN);
-        if is_due {
-            own.read_at = Some(now);
-        }
-        is_due
-    }
-
-    fn read(&self, file: &Path) {
-        match read_token(file) {
-            Ok(text) => {
-                let mut own = self.token.lock().unwrap_or_else(PoisonError::into_inner);
-                own.text = Some(text);
-            }
-            Err(error) => tracing::error!(%error, "can't read a worker's token"),
-        }
-    }
-}
-
-/// Takes as long for any two texts of a length.
-fn is_equal(a: &str, b: &str) -> bool {
-    let differences = a.bytes().zip(b.bytes()).fold(0, |d, (a, b)| d | (a ^ b));
-    a.len() == b.len() && differences == 0
-}
-
-fn read_token(file: &Path) -> std::io::Result<String> {
-    use std::io::Read as _;
-    let mut text = String::new();
-    std::fs::File::open(file)?
-        .take(TOKEN_BYTES)
-        .read_to_string(&mut text)?;
-    let text = text.trim().to_owned();
-    if text.is_empty() {
-        let why = format!("{} is empty", file.display());
-        return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, why));
-    }
-    Ok(text)
 }
 
 impl Stream {

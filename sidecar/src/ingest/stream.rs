@@ -92,7 +92,10 @@ impl Outlet {
             Turn::Opened => self.count("opened"),
             Turn::Closed => self.count("closed"),
             Turn::Whole => {}
-            Turn::Gap { .. } => self.count("gap"),
+            Turn::Gap { .. } => {
+                self.count("gap");
+                self.normaliser.lose();
+            }
             Turn::Restarted => {
                 self.count("restarted");
                 self.normaliser.reset();

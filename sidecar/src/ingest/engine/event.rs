@@ -25,6 +25,8 @@ pub(super) enum Event {
     },
     /// Of TensorRT-LLM's own form.
     TrtLlm(super::trtllm::Event),
+    /// Of a store of objects.
+    Object(super::objects::Object),
 }
 
 /// Blocks in chain order.
@@ -105,7 +107,10 @@ pub(super) fn read(
                 let event = super::trtllm::read(value)?;
                 Ok(Event::TrtLlm(event))
             }
-            None => Err(Rejection::Malformed),
+            None => match super::objects::Object::read(value) {
+                Some(object) => Ok(Event::Object(object?)),
+                None => Err(Rejection::Malformed),
+            },
         },
         _ => Err(Rejection::Malformed),
     }

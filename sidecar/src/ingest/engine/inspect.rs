@@ -64,6 +64,8 @@ pub enum Trait {
     Locality,
     /// Dictionaries of TensorRT-LLM.
     TrtLlm,
+    /// Objects of a store.
+    Objects,
     /// The body of a post to the sidecar.
     Post,
     /// Adapters.
@@ -163,7 +165,8 @@ impl Seen {
                     };
                 }
                 self.hashes_of(value.get("block_hashes"));
-                ("maps", value.get("type").and_then(Value::text))
+                let name = value.get("type").or_else(|| value.get("event_type"));
+                ("maps", name.and_then(Value::text))
             }
             _ => ("values", None),
         };
@@ -185,6 +188,9 @@ impl Seen {
                         self.traits.insert(Trait::Keys);
                     }
                 }
+            }
+            Ok(Event::Object(_)) => {
+                self.traits.insert(Trait::Objects);
             }
             Ok(Event::Cleared { .. }) | Err(_) => {}
         }

@@ -33,6 +33,7 @@ fn with_families() -> Settings {
         block_size,
         hash_seed: "0".into(),
         max_blocks: None,
+        objects: 2,
     };
     Settings {
         families: vec![
@@ -700,4 +701,54 @@ fn a_block_of_tensorrt_llm_in_several_parts_moves_as_one() {
         gone(&both.take(&removed)),
         [(Tier::Host, Family::Dynamo, names)]
     );
+}
+
+#[test]
+fn a_page_of_a_store_is_there_while_all_its_objects_are() {
+    // Tokens 1 to 4 and 5 to 8 in pages of four, as SGLang hashes them.
+    let hashes = [
+        "cf97adeedb59e05bfd73a2b4c2a8885708c4f4f70c84c64b27120e72ab733b72",
+        "4ebfa8a1f3c341517621838c6e1b9aa350307e3f00b3cbd1a07ef740f54396d6",
+    ];
+    let pages = [0xcf97_adee_db59_e05b, 0x4ebf_a8a1_f3c3_4151];
+    let event = |kind: &str, key: &str| {
+        json!({"event_type": kind, "object_key": key, "tenant_id": "default",
+               "group_id": format!("sglang-hicache:{}", hashes[0])})
+    };
+    let object =
+        |kind: &str, page: usize, part: &str| event(kind, &format!("{}_0_{part}", hashes[page]));
+    let mut used = with_families();
+    used.families[1].family = Family::HiCache;
+    let mut both = Both::new(&used);
+    let batch = json!([
+        0,
+        [
+            object("stored", 0, "k"),
+            object("stored", 0, "v"),
+            object("stored", 1, "k"),
+            event("stored", "model/config.json"),
+            json!({"event_type": "stored", "object_key": format!("{}_0_v", hashes[1]),
+                   "tenant_id": "another", "group_id": null}),
+        ],
+        0
+    ]);
+    let taken = both.take(&batch);
+    assert_eq!(blocks(&taken), (Tier::External, vec![(pages[0], pages[0])]));
+    assert_eq!(taken.changes[0].family, Family::HiCache);
+    assert_eq!(taken.rejected, [Rejection::UnknownObject; 2]);
+    let taken = both.event(&object("removed", 0, "v"));
+    let gone_page = (Tier::External, Family::HiCache, vec![pages[0]]);
+    assert_eq!(gone(&taken), [gone_page]);
+    // After a loss nothing that was there is certain.
+    both.0.lose();
+    both.1.lose();
+    let taken = both.event(&object("stored", 1, "v"));
+    let cleared = &taken.changes[0];
+    assert_eq!(
+        (&cleared.data, cleared.tier),
+        (&EventData::Cleared, Some(Tier::External))
+    );
+    assert_eq!(taken.changes.len(), 1);
+    // Without the family its hashes mean nothing.
+    assert_eq!(refused(&object("stored", 0, "k")), Rejection::NoTokens);
 }
