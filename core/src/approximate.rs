@@ -1,5 +1,5 @@
 //! What owners probably hold, where their engines publish no KV events: the blocks of every prompt
-//! sent to them, for a while.
+//! sent to them, for a while or as many as they have room for.
 //!
 //! A block is refreshed with every prompt that starts with it, so one is never forgotten before
 //! those after it. Which blocks are held is kept elsewhere; this says what to store and to remove.
@@ -9,6 +9,10 @@ use hashbrown::HashMap;
 use crate::id::Slot;
 
 const NIL: u32 = u32::MAX;
+/// The list of all blocks among those that a block stands in.
+const ALL: usize = 0;
+/// The list of its owner's blocks.
+const OWN: usize = 1;
 
 /// A block of an owner.
 #[derive(Clone, Copy, Debug)]
@@ -17,10 +21,34 @@ struct Block {
     hash: u64,
     /// When a prompt last used it, milliseconds.
     used_ms: u64,
-    /// Neighbours in the order of use, the longest unused first; within a prompt the last block
-    /// comes first.
+    /// Its places in the order of use among all blocks and among its owner's.
+    links: [Link; 2],
+}
+
+/// Neighbours in an order of use, the longest unused first; within a prompt the last block comes
+/// first.
+#[derive(Clone, Copy, Debug)]
+struct Link {
     before: u32,
     after: u32,
+}
+
+/// A list of blocks.
+#[derive(Clone, Copy, Debug)]
+struct Ends {
+    first: u32,
+    last: u32,
+    len: usize,
+}
+
+impl Default for Ends {
+    fn default() -> Self {
+        Self {
+            first: NIL,
+            last: NIL,
+            len: 0,
+        }
+    }
 }
 
 /// The predicted blocks of a pool.
@@ -29,8 +57,8 @@ pub struct Approximate {
     blocks: Vec<Block>,
     free: Vec<u32>,
     by_hash: HashMap<(Slot, u64), u32>,
-    first: u32,
-    last: u32,
+    all: Ends,
+    owners: HashMap<Slot, Ends>,
     capacity: usize,
 }
 
@@ -42,8 +70,8 @@ impl Approximate {
             blocks: Vec::new(),
             free: Vec::new(),
             by_hash: HashMap::new(),
-            first: NIL,
-            last: NIL,
+            all: Ends::default(),
+            owners: HashMap::new(),
             capacity: capacity.min(NIL as usize),
         }
     }
@@ -57,26 +85,69 @@ impl Approximate {
             let id = match self.by_hash.get(&(slot, *hash)) {
                 Some(id) => {
                     let id = *id;
-                    self.unlink(id);
+                    self.unlink(ALL, id);
+                    self.unlink(OWN, id);
                     id
                 }
                 None => self.place(slot, *hash),
             };
-            self.link_last(id, now_ms);
+            self.link_last(ALL, id);
+            self.link_last(OWN, id);
+            self.used(id, now_ms);
         }
         known
     }
 
     /// Forgets the longest unused block if it was last used before `before_ms` or there are too
-    /// many, and names it. Call until there is none.
-    pub fn expire(&mut self, before_ms: u64) -> Option<(Slot, u64)> {
-        let block = *self.blocks.get(self.first as usize)?;
-        let is_over = self.by_hash.len() > self.capacity;
-        if block.used_ms >= before_ms && !is_over {
-            return None;
+    /// many, and names it. Blocks of owners for which `is_timed` is false don't grow old. Call
+    /// until there is none.
+    pub fn expire(
+        &mut self,
+        before_ms: u64,
+        is_timed: impl Fn(Slot) -> bool,
+    ) -> Option<(Slot, u64)> {
+        loop {
+            let first = self.all.first;
+            let block = *self.blocks.get(first as usize)?;
+            if self.by_hash.len() <= self.capacity {
+                if block.used_ms >= before_ms {
+                    return None;
+                }
+                if !is_timed(block.slot) {
+                    self.unlink(ALL, first);
+                    self.link_last(ALL, first);
+                    self.used(first, before_ms);
+                    continue;
+                }
+            }
+            self.forget(first);
+            return Some((block.slot, block.hash));
         }
-        self.forget(self.first);
-        Some((block.slot, block.hash))
+    }
+
+    /// Forgets the longest unused blocks of an owner that has more than `capacity`, but for those
+    /// in use, and names them.
+    pub fn evict(
+        &mut self,
+        slot: Slot,
+        capacity: usize,
+        is_used: impl Fn(u64) -> bool,
+    ) -> Vec<u64> {
+        let ends = self.owners.get(&slot).copied().unwrap_or_default();
+        let excess = ends.len.saturating_sub(capacity);
+        let mut gone = Vec::new();
+        let mut at = ends.first;
+        while gone.len() < excess
+            && let Some(block) = self.blocks.get(at as usize).copied()
+        {
+            if !is_used(block.hash) {
+                self.forget(at);
+                gone.push(block.hash);
+            }
+            let [_, own] = block.links;
+            at = own.after;
+        }
+        gone
     }
 
     /// Forgets a block of an owner. Whether it was predicted.
@@ -90,12 +161,7 @@ impl Approximate {
 
     /// Forgets an owner, and names its blocks.
     pub fn remove_owner(&mut self, slot: Slot) -> Vec<u64> {
-        let of_owner = self.by_hash.iter().filter(|((s, _), _)| *s == slot);
-        let blocks: Vec<(u64, u32)> = of_owner.map(|((_, hash), id)| (*hash, *id)).collect();
-        for (_, id) in &blocks {
-            self.forget(*id);
-        }
-        blocks.into_iter().map(|(hash, _)| hash).collect()
+        self.evict(slot, 0, |_| false)
     }
 
     /// Predicted blocks.
@@ -111,12 +177,15 @@ impl Approximate {
     }
 
     fn place(&mut self, slot: Slot, hash: u64) -> u32 {
+        let nowhere = Link {
+            before: NIL,
+            after: NIL,
+        };
         let block = Block {
             slot,
             hash,
             used_ms: 0,
-            before: NIL,
-            after: NIL,
+            links: [nowhere; 2],
         };
         let reused = self.free.pop();
         let id = match reused.and_then(|id| Some((id, self.blocks.get_mut(id as usize)?))) {
@@ -134,38 +203,81 @@ impl Approximate {
         id
     }
 
+    fn used(&mut self, id: u32, now_ms: u64) {
+        if let Some(block) = self.blocks.get_mut(id as usize) {
+            block.used_ms = now_ms;
+        }
+    }
+
     fn forget(&mut self, id: u32) {
-        self.unlink(id);
+        self.unlink(ALL, id);
+        self.unlink(OWN, id);
         if let Some(block) = self.blocks.get(id as usize) {
             self.by_hash.remove(&(block.slot, block.hash));
             self.free.push(id);
+            if self
+                .owners
+                .get(&block.slot)
+                .is_some_and(|ends| ends.len == 0)
+            {
+                self.owners.remove(&block.slot);
+            }
         }
     }
 
-    fn link_last(&mut self, id: u32, now_ms: u64) {
-        let last = std::mem::replace(&mut self.last, id);
-        if let Some(block) = self.blocks.get_mut(id as usize) {
-            block.used_ms = now_ms;
-            block.before = last;
-            block.after = NIL;
-        }
-        match self.blocks.get_mut(last as usize) {
-            Some(before) => before.after = id,
-            None => self.first = id,
+    fn link(&mut self, list: usize, id: u32) -> Option<&mut Link> {
+        self.blocks.get_mut(id as usize)?.links.get_mut(list)
+    }
+
+    fn ends(&mut self, list: usize, slot: Slot) -> &mut Ends {
+        if list == ALL {
+            &mut self.all
+        } else {
+            self.owners.entry(slot).or_default()
         }
     }
 
-    fn unlink(&mut self, id: u32) {
-        let Some(Block { before, after, .. }) = self.blocks.get(id as usize).copied() else {
+    fn link_last(&mut self, list: usize, id: u32) {
+        let Some(slot) = self.blocks.get(id as usize).map(|block| block.slot) else {
             return;
         };
-        match self.blocks.get_mut(before as usize) {
-            Some(block) => block.after = after,
-            None => self.first = after,
+        let ends = self.ends(list, slot);
+        let last = std::mem::replace(&mut ends.last, id);
+        ends.len += 1;
+        if last == NIL {
+            ends.first = id;
         }
-        match self.blocks.get_mut(after as usize) {
-            Some(block) => block.before = before,
-            None => self.last = before,
+        if let Some(link) = self.link(list, id) {
+            *link = Link {
+                before: last,
+                after: NIL,
+            };
+        }
+        if let Some(before) = self.link(list, last) {
+            before.after = id;
+        }
+    }
+
+    fn unlink(&mut self, list: usize, id: u32) {
+        let Some(slot) = self.blocks.get(id as usize).map(|block| block.slot) else {
+            return;
+        };
+        let Some(Link { before, after }) = self.link(list, id).copied() else {
+            return;
+        };
+        let ends = self.ends(list, slot);
+        ends.len = ends.len.saturating_sub(1);
+        if before == NIL {
+            ends.first = after;
+        }
+        if after == NIL {
+            ends.last = before;
+        }
+        if let Some(link) = self.link(list, before) {
+            link.after = after;
+        }
+        if let Some(link) = self.link(list, after) {
+            link.before = before;
         }
     }
 }
@@ -181,7 +293,7 @@ mod tests {
     const B: Slot = Slot(2);
 
     fn expired(approximate: &mut Approximate, before_ms: u64) -> Vec<(Slot, u64)> {
-        std::iter::from_fn(|| approximate.expire(before_ms)).collect()
+        std::iter::from_fn(|| approximate.expire(before_ms, |_| true)).collect()
     }
 
     #[test]
@@ -208,6 +320,25 @@ mod tests {
         assert_eq!(gone, [(A, 2), (A, 1), (A, 8), (A, 7), (A, 15)]);
         assert_eq!(approximate.len(), 4);
         assert!(approximate.blocks.len() <= 10);
+    }
+
+    #[test]
+    fn an_owner_keeps_what_it_has_room_for_and_what_is_in_use() {
+        let mut approximate = Approximate::new(100);
+        approximate.insert(A, &[1, 2, 3], 0);
+        approximate.insert(B, &[7, 8, 9], 1);
+        approximate.insert(A, &[1, 5], 2);
+        assert!(approximate.evict(A, 4, |_| false).is_empty());
+        assert_eq!(approximate.evict(A, 2, |hash| hash == 3), [2, 5]);
+        assert!(approximate.evict(A, 1, |_| true).is_empty());
+        assert_eq!(approximate.len(), 5);
+        // Those of an owner with a capacity don't grow old.
+        let old = |approximate: &mut Approximate| approximate.expire(9, |slot| slot == B);
+        let gone: Vec<_> = std::iter::from_fn(|| old(&mut approximate)).collect();
+        assert_eq!(gone, [(B, 9), (B, 8), (B, 7)]);
+        assert_eq!(approximate.evict(A, 0, |_| false), [3, 1]);
+        assert!(approximate.is_empty() && approximate.owners.is_empty());
+        assert_eq!((approximate.all.first, approximate.all.len), (NIL, 0));
     }
 
     #[test]

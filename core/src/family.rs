@@ -17,6 +17,9 @@
 //! of 12 zero bytes. The caches of `hi-cache` and `lm-cache` keep salted prompts and those of
 //! adapters apart by other means than the hash: such prompts have no hashes there.
 //!
+//! Predicted blocks, where they are kept beside those that events tell of, have a family of their own
+//! too, `predicted`: Dynamo's block hashes, which the chaining makes Dynamo's sequence hashes.
+//!
 //! A hash of any family stands for the whole prefix. In a **chained** family, whose senders name
 //! blocks in order from the root, the index chains the hashes once more, as if they were hashes of
 //! blocks: what one sender says of a hash's place never touches another's. In a **flat** family
@@ -66,7 +69,11 @@ impl Family {
     pub fn is_flat(self) -> bool {
         match self {
             Self::HiCache | Self::LmCache => true,
-            Self::Dynamo | Self::FlexKv | Self::VllmSha256Cbor | Self::VllmXxhashCbor => false,
+            Self::Dynamo
+            | Self::FlexKv
+            | Self::VllmSha256Cbor
+            | Self::VllmXxhashCbor
+            | Self::Predicted => false,
         }
     }
 
@@ -76,7 +83,7 @@ impl Family {
     pub fn reduce(self, digest: &[u8]) -> u64 {
         let kept = match self {
             Self::VllmSha256Cbor | Self::VllmXxhashCbor => digest.last_chunk::<8>(),
-            Self::Dynamo | Self::FlexKv | Self::HiCache | Self::LmCache => {
+            Self::Dynamo | Self::FlexKv | Self::HiCache | Self::LmCache | Self::Predicted => {
                 digest.first_chunk::<8>()
             }
         };

@@ -124,17 +124,21 @@ pub enum Family {
     VllmXxhashCbor = 4,
     /// `LMCache`: chained BLAKE3 of a chunk's token ids.
     LmCache = 5,
+    /// Dynamo's hashes again, of blocks that are predicted beside what events say.
+    #[cfg_attr(feature = "schema", schemars(skip))]
+    Predicted = 6,
 }
 
 impl Family {
     /// All families, Dynamo's first.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Dynamo,
         Self::FlexKv,
         Self::HiCache,
         Self::VllmSha256Cbor,
         Self::VllmXxhashCbor,
         Self::LmCache,
+        Self::Predicted,
     ];
 
     /// The family's name in configuration and records.
@@ -147,6 +151,7 @@ impl Family {
             Self::VllmSha256Cbor => "vllm-sha256-cbor",
             Self::VllmXxhashCbor => "vllm-xxhash-cbor",
             Self::LmCache => "lm-cache",
+            Self::Predicted => "predicted",
         }
     }
 }

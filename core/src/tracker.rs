@@ -215,7 +215,7 @@ impl Tracker {
             Change::Book(id, owner, booking) => self.book(id, owner, *booking, now_ms).is_ok(),
             Change::Relocate(id, to) => self.relocate(&id, to, now_ms),
             Change::FirstToken(id) => self.first_token(&id, now_ms),
-            Change::Grow(id, blocks, left) => self.grow(&id, blocks, left, now_ms),
+            Change::Grow(id, blocks, left) => self.fill(&id, blocks, Some(left), now_ms),
             Change::Free(id) => self.free(&id),
         }
     }
@@ -305,7 +305,16 @@ impl Tracker {
     /// The answer has filled blocks, and this share of it is still to come. Whether it is booked.
     /// Without output tracking nothing changes.
     pub fn grow(&mut self, id: &BookingId, blocks: u32, left: f32, now_ms: u64) -> bool {
-        if !(self.tracking.output_blocks && self.tracking.active_blocks) {
+        if !self.tracking.output_blocks {
+            return self.touch(id, now_ms);
+        }
+        self.fill(id, blocks, Some(left), now_ms)
+    }
+
+    /// The answer has filled blocks, as who booked it counts itself, and this share of it is still
+    /// to come, if that is known. Whether it is booked.
+    pub fn fill(&mut self, id: &BookingId, blocks: u32, left: Option<f32>, now_ms: u64) -> bool {
+        if !self.tracking.active_blocks {
             return self.touch(id, now_ms);
         }
         let fading = &mut self.fading;
@@ -313,12 +322,15 @@ impl Tracker {
             return false;
         };
         entry.touched_ms = now_ms;
-        entry.left = if left.is_finite() {
-            left.clamp(0.0, 1.0)
-        } else {
-            1.0
-        };
-        fade(fading, entry.owner, id, entry.left);
+        if let Some(left) = left {
+            entry.left = if left.is_finite() {
+                left.clamp(0.0, 1.0)
+            } else {
+                1.0
+            };
+        }
+        let left = entry.left;
+        fade(fading, entry.owner, id, left);
         let private = &mut entry.booking.private_blocks;
         let before = *private;
         *private = private.saturating_add(blocks);
@@ -837,6 +849,11 @@ mod tests {
         tracker.book(id(1), owner(7), booking(0, &[1]), 0).unwrap();
         tracker.grow(&id(1), 1, 0.5, 0);
         assert_eq!(tracker.load(&owner(7)).blocks, 1, "answers are not tracked");
+        tracker.fill(&id(1), 2, None, 0);
+        assert_eq!(tracker.load(&owner(7)).blocks, 3, "but by who booked it");
+        tracker.fill(&id(1), 1, Some(0.5), 0);
+        tracker.fill(&id(1), 2, None, 0);
+        assert_eq!(tracker.load(&owner(7)).blocks, 3, "half of six");
     }
 
     #[test]

@@ -23,6 +23,7 @@ use crate::index::{Control, IndexReport, WorkersReport};
 use crate::ingest::post::Desk;
 use crate::load::RawReport;
 use crate::metrics::{CONTENT_TYPE, Metrics};
+use crate::token::Token;
 use error::AdminError;
 
 /// Longest body of `/v1/explain`, in bytes.
@@ -35,7 +36,7 @@ pub struct Admin {
     desk: Arc<Desk>,
     metrics: Arc<Metrics>,
     /// What peers of other machines show to see content.
-    token: Option<Arc<str>>,
+    token: Option<Token>,
 }
 
 impl Admin {
@@ -53,7 +54,7 @@ impl Admin {
     /// Shows content to peers of other machines too, if they bring this token.
     #[must_use]
     pub fn with_token(mut self, token: Option<String>) -> Self {
-        self.token = token.map(Into::into);
+        self.token = token.map(Token::new);
         self
     }
 
@@ -98,23 +99,15 @@ async fn only_trusted(
     request: Request,
     next: Next,
 ) -> Result<Response, AdminError> {
-    let shown = request.headers().get(header::AUTHORIZATION);
-    let shown = shown.and_then(|value| value.as_bytes().strip_prefix(b"Bearer "));
-    let is_known = match (&admin.token, shown) {
-        (Some(token), Some(shown)) => is_same(token.as_bytes(), shown),
-        _ => false,
-    };
+    let is_known = admin
+        .token
+        .as_ref()
+        .is_some_and(|token| token.is_shown(request.headers()));
     if is_known || peer.ip().to_canonical().is_loopback() {
         Ok(next.run(request).await)
     } else {
         Err(AdminError::NotLocal)
     }
-}
-
-/// Takes the same time wherever a difference is.
-fn is_same(token: &[u8], shown: &[u8]) -> bool {
-    let differences = token.iter().zip(shown).fold(0, |sum, (a, b)| sum | (a ^ b));
-    token.len() == shown.len() && differences == 0
 }
 
 async fn ready(State(admin): State<Admin>) -> Result<Response, AdminError> {

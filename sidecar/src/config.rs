@@ -35,7 +35,7 @@ use crate::load;
 pub use effective::{Effective, From, Key};
 pub use error::{ConfigErrors, Problem};
 pub use events::{Events, FamilyUse, Socket, ZmqAddress};
-pub use file::{EngineFace, File, Tls};
+pub use file::{CachePolicy, EngineFace, File, Tls};
 pub use guide::dynamo_settings;
 pub use layer::{Layer, Note, Origin};
 pub use restart::{Restart, restart};
@@ -66,8 +66,10 @@ pub struct Config {
     pub filter_wasm: PathBuf,
     /// Where events come from.
     pub nats: Option<Nats>,
+    /// Where the select service listens.
+    pub select: Option<Api>,
     /// Where the standalone indexer listens.
-    pub indexer: Option<Indexer>,
+    pub indexer: Option<Api>,
     /// `host:port` of the sockets of Dynamo's event plane over ZMQ.
     pub dynamo_zmq: Vec<String>,
     /// Most bytes a second of a worker's own stream of events.
@@ -88,9 +90,9 @@ pub struct Config {
     file: File,
 }
 
-/// The standalone indexer.
+/// An HTTP interface on a port of its own.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Indexer {
+pub struct Api {
     /// Where it listens.
     pub listen: SocketAddr,
     /// File with the token that clients show.
@@ -161,6 +163,11 @@ pub struct Pool {
     pub kv_events: bool,
     /// How long a predicted block is believed in, milliseconds.
     pub ttl_ms: u64,
+    /// What predicted blocks are forgotten by.
+    pub cache_policy: CachePolicy,
+    /// How long a block of a routed prompt is believed in beside events, milliseconds; `None` for
+    /// not at all.
+    pub predicted_ttl_ms: Option<u64>,
     /// Tiers by the names of media that engines use.
     pub media: Media,
     /// Hash families of events without token ids.

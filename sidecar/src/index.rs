@@ -24,6 +24,7 @@ mod repair;
 mod report;
 mod roster;
 mod saving;
+mod selecting;
 mod slots;
 mod snapshots;
 mod strangers;
@@ -36,13 +37,12 @@ mod underway;
 mod walk;
 mod watching;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
-use kv_core::approximate::Approximate;
 use kv_core::head::Head;
 use kv_core::id::{Slot, WorkerId};
 use kv_core::index::{Index, IndexConfig};
@@ -60,6 +60,7 @@ use crate::ejection::Ejection;
 use crate::ingest::{Arrival, Plane};
 use crate::load::{Accounts, ProxyId};
 use crate::metrics::{Kind, Metrics};
+use crate::select::{Reservations, Served};
 use crate::state::{self, Restored};
 
 pub use control::Control;
@@ -111,12 +112,16 @@ pub struct Service {
     publisher: publisher::Publisher,
     /// The roster's pools as the worker table has them.
     tables: Vec<Arc<table::Pool>>,
+    /// All pools with all owners, as the select service has them.
+    selectable: Vec<Arc<table::Pool>>,
+    served: Arc<[Served]>,
+    reservations: Reservations,
     accounts: Accounts,
     decisions: Decisions,
     /// Decisions that wait to be judged, and the load up to them.
     past: Past<decisions::Question>,
-    /// Predicted blocks, by pool.
-    predictions: BTreeMap<usize, Approximate>,
+    /// Predicted blocks.
+    predictions: prediction::Predictions,
     /// Blocks that may be gone, by pool and slot.
     doubts: HashMap<(usize, Slot), doubt::Doubt>,
     strangers: strangers::Strangers,
@@ -204,10 +209,13 @@ impl Service {
             roster: roster::Roster::default(),
             publisher: publisher::Publisher::new(head, Arc::clone(&metrics)),
             tables: Vec::new(),
+            selectable: Vec::new(),
+            served: Arc::default(),
+            reservations: Reservations::new(random_u64()),
             accounts: Accounts::new(config.load).numbering_from(unix_ms()),
             decisions: Decisions::default(),
             past: Past::new(Accounts::replica()),
-            predictions: BTreeMap::new(),
+            predictions: prediction::Predictions::new(),
             doubts: HashMap::new(),
             strangers: strangers::Strangers::default(),
             dumps: VecDeque::new(),
@@ -390,6 +398,7 @@ impl Service {
             Control::Stores { pool, owner, reply } => {
                 let _ = reply.send(self.stores(pool, owner));
             }
+            Control::Select(ask) => self.select(ask),
         }
     }
 
@@ -529,6 +538,7 @@ impl Service {
         if tick.is_multiple_of(SAVE_TICKS) {
             self.begin_saving();
             self.sweep_tokens();
+            self.sweep_reservations();
             self.learn_rates();
         }
     }

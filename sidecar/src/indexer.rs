@@ -11,8 +11,10 @@ mod registry;
 mod routes;
 
 pub use metrics::IndexerMetrics;
+pub(crate) use query::Held;
 pub(crate) use registry::model_of;
 pub use registry::{Ask, Listed, Registration, Registry, RegistryError, Unregistration};
+pub(crate) use routes::failed;
 pub use routes::{Face, router};
 
 /// Routing group of what names none.

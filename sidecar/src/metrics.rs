@@ -213,6 +213,14 @@ metrics! {
     active_prefill_tokens: Family<OfOwner, Gauge> = Family::default(), "active_prefill_tokens", None, "Prompt tokens to be prefilled";
     /// `kv_router_active_requests{pool,worker,rank}`: requests on an owner.
     active_requests: Family<OfOwner, Gauge> = Family::default(), "active_requests", None, "Requests";
+    /// `kv_router_select_requests_total{kind}`: questions to the select service that choose or book,
+    /// kind `selected`, `reserved`, `prefilled`, `filled`, `freed`, or why not
+    /// ([`crate::select::SelectError`]).
+    selects: Family<Kind, Counter> = Family::default(), "select_requests", None, "Questions to the select service";
+    /// `kv_router_select_seconds`: from a question for a worker to its answer.
+    select_time: Histogram = Histogram::new(exponential_buckets(0.000_05, 2.0, 16)), "select", Some(Unit::Seconds), "Choosing a worker for the select service";
+    /// `kv_router_reservations`: requests reserved through the select service.
+    reservations: Gauge = Gauge::default(), "reservations", None, "Requests reserved through the select service";
     /// `kv_router_shadow_total{outcome}`: decisions held against the exact state, by what it says
     /// ([`crate::decision::Verdict`]). `not_least` is a defect; much `overlap` or `load`: filters
     /// learn too late.

@@ -23,7 +23,7 @@ use crate::peers::Link;
 use crate::state;
 use crate::text::Reader;
 use crate::watch::Watch;
-use crate::{admin, bootstrap};
+use crate::{admin, bootstrap, select};
 
 /// Messages of events that wait for the index; a full channel slows the source down.
 const ARRIVALS: usize = 256;
@@ -144,8 +144,15 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
             .await
             .context("the admin listener failed")
     });
-    if let Some(indexer) = &config.indexer {
-        tasks.spawn(serve_indexer(indexer, control.clone(), registry, cancel.clone()).await?);
+    if let Some(api) = &config.indexer {
+        let token = token_of("indexer", api).await?;
+        let face = indexer::Face::new(control.clone(), registry.clone(), token);
+        tasks.spawn(serve_api("indexer", api, indexer::router(face), cancel.clone()).await?);
+    }
+    if let Some(api) = &config.select {
+        let token = token_of("select", api).await?;
+        let face = select::Face::new(control.clone(), registry, Arc::clone(&metrics), token);
+        tasks.spawn(serve_api("select", api, select::router(face), cancel.clone()).await?);
     }
     tracing::info!(admin = %config.admin, socket = %config.socket.display(), "serving");
     let reloader = Reloader {
@@ -172,26 +179,29 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
     supervise(tasks, &cancel).await
 }
 
-/// The standalone indexer, once it listens.
-async fn serve_indexer(
-    indexer: &config::Indexer,
-    control: mpsc::Sender<Control>,
-    registry: mpsc::Sender<Ask>,
+/// The token of an interface, if it has one.
+async fn token_of(key: &str, api: &config::Api) -> anyhow::Result<Option<String>> {
+    match &api.token_file {
+        Some(file) => Ok(Some(read_token(&format!("{key}.token_file"), file).await?)),
+        None => Ok(None),
+    }
+}
+
+/// An interface, once it listens.
+async fn serve_api(
+    key: &'static str,
+    api: &config::Api,
+    app: axum::Router,
     cancel: CancellationToken,
 ) -> anyhow::Result<impl Future<Output = anyhow::Result<()>> + use<>> {
-    let token = match &indexer.token_file {
-        Some(file) => Some(read_token("indexer.token_file", file).await?),
-        None => None,
-    };
-    let listener = tokio::net::TcpListener::bind(indexer.listen)
+    let listener = tokio::net::TcpListener::bind(api.listen)
         .await
-        .with_context(|| format!("can't listen on indexer {}", indexer.listen))?;
-    let app = indexer::router(indexer::Face::new(control, registry, token));
+        .with_context(|| format!("can't listen on {key} {}", api.listen))?;
     Ok(async move {
         axum::serve(listener, app)
             .with_graceful_shutdown(cancel.cancelled_owned())
             .await
-            .context("the indexer's listener failed")
+            .with_context(|| format!("the listener of {key} failed"))
     })
 }
 

@@ -110,6 +110,7 @@ fn every_metric_of_the_sidecar_is_in_the_catalogue() {
         &metrics.reloads,
         &metrics.reports,
         &metrics.steps,
+        &metrics.selects,
         &metrics.peer_events,
         &metrics.peer_sent,
         &metrics.peer_dropped,
@@ -291,6 +292,7 @@ fn every_key_is_documented_with_its_default() {
     let headings = [
         "## Keys for the whole installation",
         "## Keys of `nats`",
+        "## Keys of `select`",
         "## Keys of `indexer`",
         "## Keys of a pool",
     ];

@@ -5,6 +5,7 @@ use xxhash_rust::xxh3::xxh3_128;
 use xxhash_rust::xxh64::Xxh64;
 
 use super::{Namespace, Scheme, cbor};
+use crate::hash::Seed;
 use crate::id::Family;
 
 /// The hashes of a prompt's complete blocks, as senders of the family name them.
@@ -28,6 +29,8 @@ enum State {
     Sha256(Option<[u8; 32]>),
     /// The digest before it.
     Blake3([u8; 32]),
+    /// Nothing: the index chains them.
+    Blocks(Seed),
     /// The digest before it, the LoRA adapter, and before the first block the salt.
     Cbor {
         parent: Vec<u8>,
@@ -62,6 +65,7 @@ impl FamilyHasher {
                     salt: Some(namespace.salt.to_owned()).filter(|salt| !salt.is_empty()),
                 }
             }
+            Family::Predicted => State::Blocks(Seed::new(namespace.lora, namespace.salt)),
             Family::Dynamo | Family::HiCache | Family::LmCache => return None,
         };
         Some(Self {
@@ -129,6 +133,7 @@ impl FamilyHasher {
                 *parent = blake3::hash(bytes).into();
                 self.family.reduce(parent)
             }
+            State::Blocks(seed) => seed.block(tokens),
             State::Cbor { parent, lora, salt } => {
                 let salt = salt.take();
                 let mut extra_keys: Vec<&str> = Vec::new();

@@ -15,7 +15,7 @@ use super::error::{ConfigErrors, Problem};
 use super::file;
 use super::file::File;
 use super::layer::Layer;
-use super::{Config, DynamoPlane, Indexer, Nats, Pool, Tokenizer, TokenizerFrom, Worker};
+use super::{Api, CachePolicy, Config, DynamoPlane, Nats, Pool, Tokenizer, TokenizerFrom, Worker};
 use crate::ingest::subject::{Template, TemplateError};
 use crate::load;
 
@@ -98,7 +98,14 @@ impl Check {
             state_dir: file.state_dir.clone(),
             filter_wasm: file.filter_wasm.clone(),
             nats: file.nats.as_ref().map(|nats| self.nats(nats)),
-            indexer: file.indexer.as_ref().map(|indexer| self.indexer(indexer)),
+            select: file.select.as_ref().map(|select| Api {
+                listen: self.exposed("select", &select.listen, select.token_file.as_deref()),
+                token_file: select.token_file.clone(),
+            }),
+            indexer: file.indexer.as_ref().map(|indexer| Api {
+                listen: self.exposed("indexer", &indexer.listen, indexer.token_file.as_deref()),
+                token_file: indexer.token_file.clone(),
+            }),
             dynamo_zmq: self.dynamo_zmq(&file.dynamo_zmq),
             event_bytes_per_second: file.event_bytes_per_second,
             index_bytes: bytes(file.index_bytes),
@@ -116,17 +123,16 @@ impl Check {
         }
     }
 
-    fn indexer(&mut self, indexer: &file::Indexer) -> Indexer {
-        let listen = self.address("indexer.listen", &indexer.listen, "must be ip:port");
-        if indexer.token_file.is_none() && listen != UNKNOWN && !listen.ip().is_loopback() {
-            let why = "needs indexer.token_file, because other machines reach it";
-            self.refuse("indexer.listen", listen, why);
+    /// The address of an interface that needs a token where other machines reach it.
+    fn exposed(&mut self, key: &str, listen: &str, token_file: Option<&Path>) -> SocketAddr {
+        let at = format!("{key}.listen");
+        let listen = self.address(&at, listen, "must be ip:port");
+        if token_file.is_none() && listen != UNKNOWN && !listen.ip().is_loopback() {
+            let why = format!("needs {key}.token_file, because other machines reach it");
+            self.refuse(&*at, listen, &why);
         }
-        self.readable("indexer.token_file", indexer.token_file.as_deref());
-        Indexer {
-            listen,
-            token_file: indexer.token_file.clone(),
-        }
+        self.readable(&format!("{key}.token_file"), token_file);
+        listen
     }
 
     fn peers(&mut self, file: &File) -> Vec<http::Uri> {
@@ -323,11 +329,39 @@ impl Check {
             },
             kv_events: pool.kv_events,
             ttl_ms: milliseconds(pool.router_ttl_secs),
+            cache_policy: self.cache_policy(pool, prefix),
+            predicted_ttl_ms: self.predicted_ttl(pool, prefix),
             routing_group: None,
             trusts_hints: pool.trust_hints,
             trusted_sources: self.trusted_sources(pool, prefix),
             device_ratio: pool.encoder_cuda_to_cpu_ratio,
         }
+    }
+
+    fn cache_policy(&mut self, pool: &file::Pool, prefix: &str) -> CachePolicy {
+        let policy = pool.router_approximate_cache_policy;
+        if policy == CachePolicy::Lru && pool.kv_events {
+            let at = format!("{prefix}router_approximate_cache_policy");
+            self.refuse(
+                at,
+                "lru",
+                "needs kv_events: false: with events, engines say what goes",
+            );
+        }
+        policy
+    }
+
+    fn predicted_ttl(&mut self, pool: &file::Pool, prefix: &str) -> Option<u64> {
+        let secs = pool.router_predicted_ttl_secs?;
+        if !pool.kv_events {
+            let at = format!("{prefix}router_predicted_ttl_secs");
+            self.refuse(
+                at,
+                secs,
+                "needs kv_events: without them router_ttl_secs is how long",
+            );
+        }
+        Some(milliseconds(secs))
     }
 
     fn trusted_sources(&mut self, pool: &file::Pool, prefix: &str) -> Vec<IpNet> {

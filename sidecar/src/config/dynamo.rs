@@ -278,20 +278,6 @@ pub(super) static SETTINGS: &[Setting] = &[
         "no model estimates prefill: its rate is learned from the workers' answers",
     ),
     refused(
-        Kind::Text,
-        &["router-approximate-cache-policy"],
-        &["DYN_ROUTER_APPROXIMATE_CACHE_POLICY"],
-        &["ttl"],
-        "predictions end by router_ttl_secs alone",
-    ),
-    refused(
-        Kind::Number,
-        &["router-predicted-ttl-secs"],
-        &["DYN_ROUTER_PREDICTED_TTL_SECS"],
-        &[],
-        "where events come nothing is predicted: prompts under way are known while they run",
-    ),
-    refused(
         Kind::Number,
         &["router-event-threads"],
         &["DYN_ROUTER_EVENT_THREADS"],

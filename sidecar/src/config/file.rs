@@ -48,6 +48,11 @@ pub struct File {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Nats")]
     pub nats: Option<Nats>,
+    /// The select service: Dynamo's HTTP interface to decisions. Needs a restart, as everything
+    /// under `select` does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Select")]
+    pub select: Option<Select>,
     /// The standalone indexer: Dynamo's HTTP interface to the index. Needs a restart, as everything
     /// under `indexer` does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -113,6 +118,7 @@ impl Default for File {
             state_dir: None,
             filter_wasm: "kv_filter.wasm".into(),
             nats: None,
+            select: None,
             indexer: None,
             dynamo_zmq: Vec::new(),
             event_bytes_per_second: 64 << 20,
@@ -166,6 +172,15 @@ pub struct Pool {
     /// `kv_events`. Mirrors Dynamo's `--router-ttl-secs`.
     #[schemars(range(min = 0.1, max = 86_400.0))]
     pub router_ttl_secs: f64,
+    /// What predicted blocks are forgotten by: `ttl`, or `lru` for workers that say how many blocks
+    /// they can hold (`total_kv_blocks`). Mirrors Dynamo's `--router-approximate-cache-policy`.
+    pub router_approximate_cache_policy: CachePolicy,
+    /// Seconds for which the blocks of a routed prompt are believed in beside events; for pools
+    /// with `kv_events`. Mirrors Dynamo's `--router-predicted-ttl-secs`.
+    #[schemars(range(min = 0.1, max = 86_400.0))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "f64")]
+    pub router_predicted_ttl_secs: Option<f64>,
     /// Older name of one knob: sets `prefill_load_scale`, and at 0 also `overlap_score_credit` to
     /// 0. Not together with either. Mirrors Dynamo's `--kv-overlap-score-weight`.
     #[schemars(range(min = 0.0, max = 1_000_000.0))]
@@ -302,6 +317,8 @@ impl Default for Pool {
             router_temperature: policy.temperature,
             kv_events: true,
             router_ttl_secs: 120.0,
+            router_approximate_cache_policy: CachePolicy::Ttl,
+            router_predicted_ttl_secs: None,
             kv_overlap_score_weight: None,
             prefill_load_scale: None,
             overlap_score_credit: None,
@@ -499,6 +516,38 @@ impl Default for Indexer {
     fn default() -> Self {
         Self {
             listen: "127.0.0.1:8090".into(),
+            token_file: None,
+        }
+    }
+}
+
+/// What predicted blocks are forgotten by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum CachePolicy {
+    /// The time since their last use.
+    #[default]
+    Ttl,
+    /// The room that their worker has.
+    Lru,
+}
+
+/// Where the select service listens.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Select {
+    /// `ip:port`. An address that other machines reach needs `token_file`.
+    pub listen: String,
+    /// File with the token that clients send as `Authorization: Bearer`. Read at the start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "PathBuf")]
+    pub token_file: Option<PathBuf>,
+}
+
+impl Default for Select {
+    fn default() -> Self {
+        Self {
+            listen: "127.0.0.1:8092".into(),
             token_file: None,
         }
     }

@@ -58,7 +58,7 @@ static RULES: &[Rule] = &[
         why: "the snapshot is read at the start, and envoy's bootstrap names the files it watches",
     },
     Rule {
-        keys: &["admin", "admin_token_file", "indexer"],
+        keys: &["admin", "admin_token_file", "select", "indexer"],
         restart: Restart::Sidecar,
         why: "the listener is opened and its token read at the start",
     },

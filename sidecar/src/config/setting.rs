@@ -133,6 +133,22 @@ pub(super) static SETTINGS: &[Setting] = &[
         "Seconds for which a predicted block is believed in",
     ),
     setting(
+        "router_approximate_cache_policy",
+        true,
+        Kind::Text,
+        &["router-approximate-cache-policy"],
+        &["DYN_ROUTER_APPROXIMATE_CACHE_POLICY"],
+        "What predicted blocks are forgotten by: ttl, or lru by the room of their worker",
+    ),
+    setting(
+        "router_predicted_ttl_secs",
+        true,
+        Kind::Number,
+        &["router-predicted-ttl-secs"],
+        &["DYN_ROUTER_PREDICTED_TTL_SECS"],
+        "Seconds for which the blocks of a routed prompt are believed in beside events",
+    ),
+    setting(
         "router_track_prefill_tokens",
         false,
         Kind::Switch(&["no-router-track-prefill-tokens"]),

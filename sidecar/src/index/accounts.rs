@@ -244,6 +244,11 @@ impl Service {
             self.index.touch(pool, *last);
         }
         hashes.extend(&booked.hashes);
+        self.whole_prompt(pool, hashes)
+    }
+
+    /// A prompt of which all blocks are known.
+    pub(super) fn whole_prompt(&self, pool: usize, hashes: Vec<u64>) -> Prompt {
         Prompt {
             start: 0,
             branches: self.index.branches(pool, &hashes, MAX_BRANCHES),
@@ -289,6 +294,7 @@ impl Service {
         self.metrics.written_off.inc_by(swept.written_off as u64);
         if swept.freed + swept.expired > 0 {
             self.swept_for_peers();
+            self.sweep_reservations();
         }
         if swept != Default::default() {
             self.loads_due();
@@ -300,6 +306,7 @@ impl Service {
         self.forget_gauges();
         let pools = self.roster.table_pools(&self.ejection).into_iter();
         self.tables = pools.map(Arc::new).collect();
+        self.serve_selectable();
         let owners = |pool: &Arc<table::Pool>| {
             let owners = pool.owners.iter();
             owners.map(|o| (o.slot, o.id)).collect::<Vec<_>>()

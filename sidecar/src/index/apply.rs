@@ -199,10 +199,16 @@ impl Service {
         }
         let doubtful = self.vouch(pool, family, slot, tier, data);
         let mut applied = match (data, tier) {
-            (EventData::Cleared, Some(tier)) => Applied {
-                removed: self.index.clear_tier(pool, slot, tier),
-                ..Applied::default()
-            },
+            (EventData::Cleared, Some(tier)) => {
+                let removed = self.index.clear_tier(pool, slot, tier);
+                if tier == Tier::Device {
+                    self.forget_predictions(pool, slot);
+                }
+                Applied {
+                    removed,
+                    ..Applied::default()
+                }
+            }
             (EventData::Cleared, None) => {
                 let removed = self.index.remove_owner(pool, slot);
                 self.drop_blocks(pool, slot);

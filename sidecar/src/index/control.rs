@@ -21,7 +21,7 @@ use crate::decision::{DecisionsReport, Wanted};
 use crate::dump::Line;
 use crate::ingest::batch::{Origin, Resume};
 use crate::load::RawReport;
-use crate::peers;
+use crate::{peers, select};
 
 /// Anything but events.
 #[derive(Debug)]
@@ -113,4 +113,6 @@ pub enum Control {
         /// The stores.
         reply: oneshot::Sender<Vec<RouterEvent>>,
     },
+    /// What the select service asks.
+    Select(select::Ask),
 }

@@ -48,16 +48,21 @@ impl Field {
     /// Owners that take whole requests, as the filter chooses among them.
     #[must_use]
     pub fn candidates(&self) -> Vec<Candidate> {
+        self.candidates_that(|owner| owner.accepting && owner.role == Role::Aggregated)
+    }
+
+    /// Owners of which something holds.
+    #[must_use]
+    pub fn candidates_that(&self, holds: impl Fn(&table::Owner) -> bool) -> Vec<Candidate> {
         let owners = self.pool.owners.iter().zip(&self.standings).enumerate();
-        let takes = |owner: &table::Owner| owner.accepting && owner.role == Role::Aggregated;
-        let accepting = owners.filter(|(_, (owner, _))| takes(owner));
+        let held = owners.filter(|(_, (owner, _))| holds(owner));
         let candidate = |(position, (_, standing)): (usize, (_, &Standing))| Candidate {
             owner: position,
             overlap: standing.overlap,
             load: standing.load.into(),
             shared_blocks: standing.shared_blocks,
         };
-        accepting.map(candidate).collect()
+        held.map(candidate).collect()
     }
 }
 
@@ -78,6 +83,17 @@ impl Service {
         families: &[Named],
     ) -> Option<Field> {
         let table = Arc::clone(self.tables.get(pool)?);
+        Some(self.meet(pool, table, prompt, families))
+    }
+
+    /// What a prompt would meet at the owners of a table, but for the load.
+    pub(super) fn meet(
+        &self,
+        pool: usize,
+        table: Arc<table::Pool>,
+        prompt: &[u64],
+        families: &[Named],
+    ) -> Field {
         let mut holdings = Holdings::new();
         let mut index = InIndex {
             index: &self.index,
@@ -90,10 +106,10 @@ impl Service {
             shared_blocks: 0,
         };
         let standings = table.owners.iter().map(standing).collect();
-        Some(Field {
+        Field {
             pool: table,
             is_load_known: self.is_load_known(),
             standings,
-        })
+        }
     }
 }

@@ -175,7 +175,7 @@ impl Service {
 
     /// Whether some proxy or peer tells of load.
     pub(super) fn is_load_known(&self) -> bool {
-        self.accounts.is_reported() || self.has_peers()
+        self.accounts.is_reported() || self.has_peers() || self.reservations.live() > 0
     }
 
     pub(super) fn report_workers(&self) -> WorkersReport {
@@ -292,6 +292,7 @@ impl Service {
         let metrics = &self.metrics;
         metrics.bookings.set(self.accounts.bookings() as i64);
         metrics.predicted.set(self.predicted() as i64);
+        metrics.reservations.set(self.reservations.live() as i64);
         for (number, pool) in (0_u16..).zip(&self.tables) {
             for owner in &pool.owners {
                 let key = OwnerKey {

@@ -1,9 +1,10 @@
 //! Pools, workers and owners: who is in the configuration, with what slot, heard up to where.
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
 use kv_core::family::Scheme;
-use kv_core::id::{DpRank, OwnerId, Role, Slot, WorkerId};
+use kv_core::id::{DpRank, Family, OwnerId, Role, Slot, WorkerId};
 use kv_core::table::{self, Traits};
 use tokio::time::Instant;
 
@@ -150,6 +151,24 @@ impl Roster {
             .map(|pool| pool.table(ejection))
             .collect()
     }
+
+    /// All pools, with the owners of workers that take no requests of Envoy, without an endpoint.
+    /// Where there are none, they are those of the worker table.
+    pub(super) fn selectable_pools(
+        &self,
+        ejection: &Ejection,
+        tables: &[Arc<table::Pool>],
+    ) -> Vec<Arc<table::Pool>> {
+        let pools = self.pools.iter().enumerate();
+        let whole = pools.map(|(number, pool)| {
+            let is_routed = |worker: &Worker| worker.config.endpoint.is_some();
+            match tables.get(number) {
+                Some(table) if pool.workers.values().all(is_routed) => Arc::clone(table),
+                _ => Arc::new(pool.whole_table(ejection)),
+            }
+        });
+        whole.collect()
+    }
 }
 
 impl Pool {
@@ -211,6 +230,13 @@ impl Pool {
     /// The pool in the worker table.
     #[must_use]
     pub(super) fn table(&self, ejection: &Ejection) -> table::Pool {
+        let mut table = self.whole_table(ejection);
+        table.owners.retain(|owner| !owner.endpoint.is_empty());
+        table
+    }
+
+    /// The same with owners that have no endpoint.
+    fn whole_table(&self, ejection: &Ejection) -> table::Pool {
         let workers = self.workers.values();
         let owners = workers.flat_map(|worker| worker.table(ejection.is_in(worker.config.id)));
         let mut owners: Vec<table::Owner> = owners.collect();
@@ -223,13 +249,19 @@ impl Pool {
             block_size: used.block_size,
             hash_seed: used.hash_seed.clone(),
         });
+        let predicts = self.config.kv_events && self.config.predicted_ttl_ms.is_some();
+        let predicted = predicts.then(|| Scheme {
+            family: Family::Predicted,
+            block_size: self.config.block_size,
+            hash_seed: String::new(),
+        });
         table::Pool {
             name: self.config.name.clone(),
             key: self.key,
             models: self.config.models.clone(),
             lora_adapters: self.config.lora_adapters.clone(),
             block_size: self.config.block_size,
-            families: families.collect(),
+            families: families.chain(predicted).collect(),
             policy: self.config.policy,
             owners,
             trusts_hints: self.config.trusts_hints,
@@ -308,19 +340,18 @@ impl Worker {
     fn table(&self, accepting: bool) -> impl Iterator<Item = table::Owner> {
         let ids = self.config.owners();
         let owners = self.owners.iter().zip(ids);
-        owners.filter_map(move |(owner, id)| {
-            Some(table::Owner {
-                slot: owner.slot,
-                id,
-                role: self.config.role,
-                endpoint: self.config.endpoint?.to_string(),
-                accepting,
-                traits: Traits {
-                    device: self.config.device,
-                    prefill_rate: owner.prefill_rate,
-                },
-                metadata: self.config.metadata.clone(),
-            })
+        let endpoint = self.config.endpoint.map(|endpoint| endpoint.to_string());
+        owners.map(move |(owner, id)| table::Owner {
+            slot: owner.slot,
+            id,
+            role: self.config.role,
+            endpoint: endpoint.clone().unwrap_or_default(),
+            accepting,
+            traits: Traits {
+                device: self.config.device,
+                prefill_rate: owner.prefill_rate,
+            },
+            metadata: self.config.metadata.clone(),
         })
     }
 }

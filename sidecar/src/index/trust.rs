@@ -18,9 +18,7 @@ impl Service {
     pub(super) fn drop_blocks(&mut self, pool: usize, slot: Slot) {
         self.index.remove_owner(pool, slot);
         self.doubts.remove(&(pool, slot));
-        if let Some(approximate) = self.predictions.get_mut(&pool) {
-            approximate.remove_owner(slot);
-        }
+        self.forget_predictions(pool, slot);
     }
 
     /// So many events of an owner are lost and nobody has them any more; 0 where their number is

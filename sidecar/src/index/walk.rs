@@ -108,7 +108,9 @@ impl Service {
             state.knowledge = state.knowledge.min(super::Knowledge::Partial);
             Vec::new()
         } else {
-            self.index.names(pool, owner.slot)
+            let mut names = self.index.names(pool, owner.slot);
+            names.retain(|(family, _)| *family != Family::Predicted);
+            names
         };
         Some((state, names))
     }

@@ -7,7 +7,7 @@ use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use kv_core::hash::{Hashing, Seed, chain, sequence_hashes};
-use kv_core::id::OwnerId;
+use kv_core::id::{DpRank, OwnerId};
 use kv_core::overlap::Overlap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -77,7 +77,7 @@ struct Scores {
     /// Always empty, as in Dynamo 1.6.1.
     frequencies: [u32; 0],
     /// By worker.
-    instances: BTreeMap<String, Instance>,
+    instances: BTreeMap<String, Held>,
     /// Device tokens by worker and rank, without those that hold none.
     scores: BTreeMap<String, BTreeMap<String, u32>>,
 }
@@ -85,7 +85,7 @@ struct Scores {
 /// What a worker holds, the best of its ranks. Each tier includes those before it; the disk's
 /// includes external stores.
 #[derive(Debug, Default, PartialEq, Serialize)]
-struct Instance {
+pub(crate) struct Held {
     cpu: u32,
     disk: u32,
     /// Device tokens by rank.
@@ -150,20 +150,28 @@ async fn answer(
 fn scores(held: &[(OwnerId, Overlap)], block_size: u32) -> Scores {
     let mut scores = Scores::default();
     for (owner, overlap) in held {
-        let (worker, rank) = (owner.worker.to_string(), owner.rank.to_string());
-        let [gpu, cpu, _, disk] = overlap.depth.map(|depth| depth.saturating_mul(block_size));
+        let worker = owner.worker.to_string();
+        let instance = scores.instances.entry(worker.clone()).or_default();
+        let gpu = instance.add(owner.rank, overlap, block_size);
         if gpu > 0 {
-            let ranks = scores.scores.entry(worker.clone()).or_default();
-            ranks.insert(rank.clone(), gpu);
+            let ranks = scores.scores.entry(worker).or_default();
+            ranks.insert(owner.rank.to_string(), gpu);
         }
-        let instance = scores.instances.entry(worker).or_default();
-        instance.dp.insert(rank, gpu);
-        instance.gpu = instance.gpu.max(gpu);
-        instance.cpu = instance.cpu.max(cpu);
-        instance.disk = instance.disk.max(disk);
-        instance.longest_matched = instance.longest_matched.max(disk);
     }
     scores
+}
+
+impl Held {
+    /// Adds a rank, and returns its device tokens.
+    pub(crate) fn add(&mut self, rank: DpRank, overlap: &Overlap, block_size: u32) -> u32 {
+        let [gpu, cpu, _, disk] = overlap.depth.map(|depth| depth.saturating_mul(block_size));
+        self.dp.insert(rank.to_string(), gpu);
+        self.gpu = self.gpu.max(gpu);
+        self.cpu = self.cpu.max(cpu);
+        self.disk = self.disk.max(disk);
+        self.longest_matched = self.longest_matched.max(disk);
+        gpu
+    }
 }
 
 #[cfg(test)]

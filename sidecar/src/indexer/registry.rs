@@ -9,7 +9,7 @@ use serde::Serialize;
 use tokio::sync::oneshot;
 
 use super::DEFAULT_GROUP;
-use crate::config::{Config, Events, Pool, Socket, Worker, ZmqAddress};
+use crate::config::{CachePolicy, Config, Events, Pool, Socket, Worker, ZmqAddress};
 use crate::ingest::engine::media::Media;
 
 /// Pools for models that the configuration doesn't name. An empty one is used again.
@@ -196,16 +196,20 @@ impl Registry {
     pub fn over(&self, base: &Config) -> Config {
         let mut config = base.clone();
         let partitions = self.partitions.iter().enumerate();
-        config
-            .pools
-            .extend(partitions.map(|(number, partition)| Pool {
+        config.pools.extend(partitions.map(|(number, partition)| {
+            Pool {
                 name: pool_name(number),
                 models: vec![partition.model.clone()],
                 lora_adapters: Vec::new(),
                 block_size: partition.block_size,
-                policy: Policy::default(),
+                policy: base
+                    .pools
+                    .first()
+                    .map_or_else(Policy::default, |pool| pool.policy),
                 kv_events: true,
                 ttl_ms: 0,
+                cache_policy: CachePolicy::default(),
+                predicted_ttl_ms: None,
                 trusts_hints: false,
                 trusted_sources: Vec::new(),
                 device_ratio: 1,
@@ -215,7 +219,8 @@ impl Registry {
                 image_token: None,
                 workers: Vec::new(),
                 routing_group: Some(partition.group.clone()),
-            }));
+            }
+        }));
         for (id, registered) in &self.workers {
             let is_configured = |pool: &Pool| pool.workers.iter().any(|w| w.id == *id);
             if base.pools.iter().any(is_configured) {

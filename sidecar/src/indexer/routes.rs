@@ -21,6 +21,7 @@ use super::metrics::IndexerMetrics;
 use super::query::{self, QueryError};
 use super::registry::{Ask, Listed, Registration, RegistryError, Unregistration};
 use crate::index::{Control, Partition};
+use crate::token::Token;
 
 /// Longest body of a query, as Dynamo has it: a million tokens as text.
 const LONGEST_QUERY: usize = 8 << 20;
@@ -31,7 +32,7 @@ pub struct Face {
     control: mpsc::Sender<Control>,
     registry: mpsc::Sender<Ask>,
     metrics: Arc<IndexerMetrics>,
-    token: Option<Arc<str>>,
+    token: Option<Token>,
 }
 
 /// The sidecar is shutting down.
@@ -51,7 +52,7 @@ impl Face {
             control,
             registry,
             metrics: Arc::default(),
-            token: token.map(Arc::from),
+            token: token.map(Token::new),
         }
     }
 
@@ -119,20 +120,14 @@ pub fn router(face: Face) -> Router {
 }
 
 async fn authorised(State(face): State<Face>, request: Request, next: Next) -> Response {
-    if let Some(token) = &face.token {
-        let shown = request.headers().get(header::AUTHORIZATION);
-        let shown = shown.and_then(|value| value.as_bytes().strip_prefix(b"Bearer "));
-        if !shown.is_some_and(|shown| is_same(shown, token.as_bytes())) {
-            return failed(StatusCode::UNAUTHORIZED, "the token is missing or wrong");
-        }
+    if face
+        .token
+        .as_ref()
+        .is_some_and(|token| !token.is_shown(request.headers()))
+    {
+        return failed(StatusCode::UNAUTHORIZED, "the token is missing or wrong");
     }
     next.run(request).await
-}
-
-/// Compares without telling by its time how much is right.
-fn is_same(shown: &[u8], token: &[u8]) -> bool {
-    let differ = shown.iter().zip(token).fold(0, |all, (a, b)| all | (a ^ b));
-    shown.len() == token.len() && differ == 0
 }
 
 async fn counted(State(face): State<Face>, request: Request, next: Next) -> Response {
@@ -146,7 +141,7 @@ async fn counted(State(face): State<Face>, request: Request, next: Next) -> Resp
     response
 }
 
-pub(super) fn failed(status: StatusCode, why: impl std::fmt::Display) -> Response {
+pub(crate) fn failed(status: StatusCode, why: impl std::fmt::Display) -> Response {
     (status, Json(json!({ "error": why.to_string() }))).into_response()
 }
 

@@ -156,6 +156,8 @@ impl Engine {
         // Over several tiers, what becomes of salts is the subject of tests below.
         if !is_salted || self.media != ANY {
             self.held.extend(names);
+        } else {
+            self.held.retain(|held| !names.contains(held));
         }
         let order = [
             "block_hashes",

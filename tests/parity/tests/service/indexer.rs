@@ -12,20 +12,16 @@ use dynamo_kv_router::services::indexer::backend::Indexer;
 use dynamo_kv_router::services::indexer::registry::WorkerRegistry;
 use dynamo_kv_router::services::indexer::server::{AppState, create_router};
 use http_body_util::BodyExt as _;
-use kv_core::event::{EventData, KvCacheEvent, RouterEvent};
+use kv_core::event::{EventData, RouterEvent};
 use kv_core::id::{OwnerId, Tier};
 use kv_parity::history::{History, Manners, Step};
 use kv_parity::oracle::{Oracle, router_event};
-use kv_router::config::Config;
-use kv_router::index::{Control, Service};
-use kv_router::indexer::{Ask, Face, Registry, router};
-use kv_router::ingest::{Arrival, Decoded, Plane};
-use kv_router::metrics::Metrics;
-use kv_router::state::Restored;
+use kv_router::indexer::{Face, router};
 use serde_json::{Value, json};
-use tokio::sync::{mpsc, oneshot};
-use tokio_util::sync::CancellationToken;
+use tokio::sync::mpsc;
 use tower::ServiceExt as _;
+
+use crate::sidecar::Sidecar;
 
 const MODEL: &str = "tiny";
 const BLOCK_SIZE: u32 = 16;
@@ -114,102 +110,28 @@ impl Theirs {
     }
 }
 
-/// Our service behind the same routes, with what keeps its configuration.
+/// Our service behind the same routes.
 struct Ours {
     app: Router,
-    arrivals: mpsc::Sender<Arrival>,
-    control: mpsc::Sender<Control>,
-    ids: std::collections::BTreeMap<OwnerId, u64>,
-    _cancel: tokio_util::sync::DropGuard,
+    sidecar: Sidecar,
 }
 
 impl Ours {
     fn new(yaml: &str) -> Self {
-        let config = Config::parse(yaml, &[]).unwrap();
-        let (control, controlled) = mpsc::channel(64);
-        let (arrivals, arrived) = mpsc::channel(64);
-        let (requests, _) = mpsc::channel(1);
-        let (registry, asked) = mpsc::channel(8);
-        let metrics = Arc::new(Metrics::default());
-        let service = Service::new(&config, Restored::Absent, requests, metrics);
-        let cancel = CancellationToken::new();
-        tokio::spawn(service.run(controlled, arrived, cancel.clone()));
-        tokio::spawn(keep(config, asked, control.clone()));
+        let sidecar = Sidecar::new(yaml);
+        let face = Face::new(sidecar.control.clone(), sidecar.registry.clone(), None);
         Self {
-            app: router(Face::new(control.clone(), registry, None)),
-            arrivals,
-            control,
-            ids: Default::default(),
-            _cancel: cancel.drop_guard(),
+            app: router(face),
+            sidecar,
         }
     }
 
     async fn apply(&mut self, step: &Step) {
-        let (owner, tier, data) = match step {
-            Step::Event(owner, tier, data) => (*owner, *tier, data.clone()),
-            // To our index a rank that left has nothing more.
-            Step::Leave(owner) => (*owner, Tier::Device, EventData::Cleared),
-        };
-        let id = self.ids.entry(owner).or_default();
-        *id += 1;
-        let event = RouterEvent {
-            worker_id: owner.worker,
-            storage_tier: tier.into(),
-            residency_domain: Some("worker".into()),
-            event: KvCacheEvent {
-                event_id: *id,
-                data,
-                dp_rank: owner.rank,
-            },
-            session_id: None,
-        };
-        let arrival = Arrival::Events {
-            plane: Plane::Dynamo,
-            received_ns: 0,
-            decoded: Decoded {
-                events: vec![event],
-                ..Decoded::default()
-            },
-        };
-        self.arrivals.send(arrival).await.unwrap();
+        self.sidecar.apply(step).await;
     }
 
-    /// Waits until the index has applied as many events as were sent.
     async fn settle(&self) {
-        let sent: u64 = self.ids.values().sum();
-        loop {
-            let (reply, answer) = oneshot::channel();
-            self.control.send(Control::Index(reply)).await.unwrap();
-            let report = answer.await.unwrap();
-            let planes = report.counts.planes.values();
-            let applied: u64 = planes.flat_map(|plane| plane.events.values()).sum();
-            if applied == sent {
-                return;
-            }
-            tokio::task::yield_now().await;
-        }
-    }
-}
-
-/// Answers as the running sidecar does.
-async fn keep(config: Config, mut asked: mpsc::Receiver<Ask>, control: mpsc::Sender<Control>) {
-    let mut registry = Registry::default();
-    while let Some(ask) = asked.recv().await {
-        let (outcome, reply) = match ask {
-            Ask::Register(asked, reply) => (registry.register(&config, asked), reply),
-            Ask::Unregister(asked, reply) => (registry.unregister(&asked), reply),
-            Ask::Workers(reply) => {
-                reply.send(registry.list(&config)).unwrap();
-                continue;
-            }
-        };
-        let (written, _) = oneshot::channel();
-        let config = Arc::new(registry.over(&config));
-        control
-            .send(Control::Configure { config, written })
-            .await
-            .unwrap();
-        reply.send(outcome).unwrap();
+        self.sidecar.settle().await;
     }
 }
 
