@@ -142,14 +142,6 @@ fn encode_onto<T: Serialize>(head: Vec<u8>, message: &T) -> Vec<u8> {
     postcard::to_extend(message, head).unwrap_or_default()
 }
 
-/// Writes bytes in one piece; a slice is written element by element otherwise, to the same effect.
-///
-/// # Errors
-/// None of its own.
-pub fn at_once<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_bytes(bytes)
-}
-
 /// Version of a message.
 #[must_use]
 pub fn version(bytes: &[u8]) -> Option<u8> {
