@@ -91,6 +91,12 @@ pub struct Write<'a> {
     pub value: &'a [u8],
 }
 
+/// Bytes in one piece: on the wire they are what a slice of numbers is, which would be written one
+/// by one.
+pub(crate) fn at_once<S: Serializer>(bytes: &[u8], to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_bytes(bytes)
+}
+
 /// A message that can't be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
