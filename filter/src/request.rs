@@ -13,7 +13,7 @@ use std::rc::Rc;
 use kv_core::affinity::Session;
 use kv_core::constraint::{Bound, Constraints, Narrowed, pinned};
 use kv_core::holdings::Named;
-use kv_core::id::DpRank;
+use kv_core::id::{DpRank, OwnerId};
 use kv_core::policy::Mode;
 use kv_core::scan::{Field, Prompt, Scan, Scanner};
 use kv_core::surface::Surface;
@@ -647,7 +647,11 @@ impl<H: Host> Router<H> {
             return None;
         }
         let session = session::of(headers, affinity, served.pool.key)?;
-        let binding = session::find(&self.host, affinity, session);
+        let takes = |owner: OwnerId| {
+            let mut accepting = served.accepting().iter();
+            accepting.any(|at| served.owner(*at).is_some_and(|o| o.id == owner))
+        };
+        let binding = session::find(&self.host, affinity, session, takes);
         constraints.bound = binding.map(|binding| Bound {
             owner: binding.owner,
             slack: affinity.slack,
