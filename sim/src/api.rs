@@ -37,7 +37,6 @@ pub(crate) fn router(shared: Arc<Shared>) -> axum::Router {
         .route("/v1/completions/render", post(render))
         .route("/v1/chat/completions/render", post(render))
         .route("/v1/models", get(models))
-        .route("/tokenize", post(tokenize))
         .route("/health", get(|| async { StatusCode::OK }))
         .route("/metrics", get(metrics))
         .route("/sim/blocks", get(blocks))
@@ -134,22 +133,6 @@ async fn generate(
     } else {
         Ok(reply.whole(tokens).await?.into_response())
     }
-}
-
-/// The tokens of a prompt, as vLLM answers.
-async fn tokenize(
-    State(shared): State<Arc<Shared>>,
-    body: Result<Bytes, BytesRejection>,
-) -> Result<Response, ApiError> {
-    let request: CompletionRequest = parse(body)?;
-    let tokens = request.prompt.into_tokens();
-    let config = &shared.config;
-    Ok(Json(json!({
-        "count": tokens.len(),
-        "max_model_len": config.blocks * config.limits.block_size,
-        "tokens": tokens,
-    }))
-    .into_response())
 }
 
 async fn models(State(shared): State<Arc<Shared>>) -> Response {
