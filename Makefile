@@ -95,7 +95,7 @@ parity: preflight components ## compare with Dynamo's own router crates, in a wo
 	@echo '==> building the comparison with Dynamo (some minutes the first time, needs a C++ compiler)'
 	@cargo clippy --quiet $(PARITY) --locked --all-targets -- $(CLIPPY)
 	@cargo test --quiet $(PARITY) --locked --no-run
-	@echo '==> comparing (a minute)'
+	@echo '==> comparing (three minutes)'
 	@cargo test $(PARITY) --locked
 
 .PHONY: parity-mocker
@@ -112,7 +112,7 @@ CARGO_FUZZ := 0.13.1
 FUZZ_TARGETS = $(basename $(notdir $(wildcard fuzz/fuzz_targets/*.rs)))
 
 .PHONY: fuzz
-fuzz: preflight ## every decoder of events against changed messages, 10 minutes each
+fuzz: preflight ## every decoder of events, requests and answers against changed messages, 10 minutes each
 	@[ "$$(cargo fuzz --version 2>/dev/null)" = "cargo-fuzz $(CARGO_FUZZ)" ] || { \
 		echo '==> building cargo-fuzz (a minute or two)'; \
 		cargo install --quiet --locked --root .tools --version $(CARGO_FUZZ) cargo-fuzz; }
@@ -127,6 +127,10 @@ fuzz: preflight ## every decoder of events against changed messages, 10 minutes 
 .PHONY: storm
 storm: tools filter filter-chaos ## a minute of ten times the load that engines can take
 	@KV_STORM_SECONDS=60 cargo test -p kv-tests --test storm --test queue -- an_overload ten_times
+
+.PHONY: churn
+churn: tools filter ## a minute of workers that join and leave five times a second, under load
+	@KV_CHURN_SECONDS=60 cargo test -p kv-tests --test fleet -- workers_come_and_go --nocapture
 
 .PHONY: test-memory
 test-memory: preflight ## 24 million random events into an index of 256 MiB (some minutes)
@@ -144,6 +148,12 @@ bench: ## every bench, one after the other: tables here, JSON in target/bench
 	@for name in $(patsubst benches/src/bin/%.rs,%,$(wildcard benches/src/bin/*.rs)); do \
 		$(MAKE) bench-$$name || exit 1; \
 	done
+
+.PHONY: bench-peers
+bench-peers: tools filter ## other routers before the same simulated engines (an hour and a half; PEERS_ARGS='--runs 1 --share 0.2' for less)
+	@echo '==> building kv-router and kv-sim (two to four minutes the first time)'
+	@cargo build --quiet --release -p kv-router -p kv-sim
+	@python3 -B benches/peers/main.py $(PEERS_ARGS)
 
 bench-%: tools filter ## one bench by name (a file of benches/src/bin)
 	@mkdir -p target/bench

@@ -52,6 +52,8 @@ impl Demand {
 pub struct Cost {
     /// Prefill work, 0 where it is not tracked: what is booked there plus this prompt, less the credit, scaled.
     pub prefill: f64,
+    /// Blocks to prefill, before scaling.
+    pub prefill_blocks: f64,
     /// Credit for cached blocks, before scaling.
     pub credit: f64,
     /// Blocks in use there once this request is there too.
@@ -87,9 +89,9 @@ impl Cost {
             0
         };
         let decode = f64::from(load.blocks) + f64::from(own);
+        let prefill_blocks = (blocks - credit).max(0.0);
         let (prefill, decode) = if policy.tracking.prefill_tokens {
-            let prefill = policy.prefill_load_scale * (blocks - credit).max(0.0);
-            (prefill, decode)
+            (policy.prefill_load_scale * prefill_blocks, decode)
         } else if policy.overlap_score_credit > 0.0 {
             (0.0, (decode - credit).max(0.0))
         } else {
@@ -97,6 +99,7 @@ impl Cost {
         };
         Self {
             prefill,
+            prefill_blocks,
             credit,
             decode,
             requests: policy.decode_active_request_weight * f64::from(load.requests()),

@@ -4,7 +4,9 @@
 
 use serde::Serialize;
 
+use crate::constraint::Shown;
 use crate::cost::{Cost, Demand};
+use crate::delay::{self, Delay, Pace};
 use crate::id::{DpRank, Tier, WorkerId};
 use crate::load::Load;
 use crate::overlap::Overlap;
@@ -27,6 +29,10 @@ pub struct Candidate {
     pub load: Load,
     /// Blocks of the request that are in use there already.
     pub shared_blocks: u32,
+    /// How it gets on with its prefills.
+    pub pace: Pace,
+    /// What the request's preferred taints multiply its cost by; 1 where there are none.
+    pub factor: f64,
 }
 
 /// A candidate and its cost.
@@ -34,8 +40,17 @@ pub struct Candidate {
 pub struct Scored {
     /// The candidate.
     pub candidate: Candidate,
-    /// Its cost, in blocks.
-    pub cost: Cost,
+    /// Its cost.
+    pub cost: Price,
+}
+
+/// What a candidate costs, by what its pool compares.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Price {
+    /// Dynamo's formula, in blocks.
+    Blocks(Cost),
+    /// The predicted delay, in milliseconds.
+    Delay(Delay),
 }
 
 /// What a decision rests on besides the candidates.
@@ -47,21 +62,21 @@ pub struct Request {
     pub trust: f64,
     /// Cursor of the round-robin mode.
     pub turn: u64,
+    /// Milliseconds that prompts of the pool usually take to prefill.
+    pub typical_ms: f64,
+    /// The owner that the request's session is bound to, and how many times the least cost its own
+    /// may be.
+    pub bound: Option<(usize, f64)>,
 }
 
 /// Scores candidates. Owners whose lanes are saturated don't take part unless all are.
 #[must_use]
 pub fn score(candidates: &[Candidate], request: &Request, policy: &Policy) -> Vec<Scored> {
     let policy = policy.trusted(request.trust);
+    let least = least_prefill(candidates);
     let score = |c: &Candidate| Scored {
         candidate: *c,
-        cost: Cost::new(
-            request.demand,
-            &c.overlap,
-            &c.load,
-            c.shared_blocks,
-            &policy,
-        ),
+        cost: Price::new(c, request.demand, least, request.typical_ms, &policy),
     };
     let fit = |c: &&Candidate| !c.load.is_saturated();
     let scored: Vec<Scored> = candidates.iter().filter(fit).map(score).collect();
@@ -69,6 +84,13 @@ pub fn score(candidates: &[Candidate], request: &Request, policy: &Policy) -> Ve
         return candidates.iter().map(score).collect();
     }
     scored
+}
+
+/// The fewest prefill tokens on any candidate.
+#[must_use]
+pub fn least_prefill(candidates: &[Candidate]) -> u32 {
+    let queued = candidates.iter().map(|c| c.load.prefill_tokens);
+    queued.min().unwrap_or(0)
 }
 
 /// Scores candidates and chooses one. Returns the chosen position in the returned list.
@@ -81,7 +103,11 @@ pub fn decide(
 ) -> (Vec<Scored>, Option<usize>) {
     let scored = score(candidates, request, policy);
     let compared = || -> Vec<f64> { scored.iter().map(|s| s.compared(policy.mode)).collect() };
+    if let Some(bound) = bound(&scored, request, policy.mode) {
+        return (scored, Some(bound));
+    }
     let chosen = match policy.mode {
+        Mode::Kv if policy.band().is_some() => longest_done(&scored, policy, rng),
         Mode::Kv => pick(&compared(), policy.temperature, rng),
         Mode::RoundRobin => request
             .turn
@@ -92,6 +118,37 @@ pub fn decide(
         Mode::PowerOfTwo => lesser_of_two(&compared(), rng),
     };
     (scored, chosen)
+}
+
+/// Position of the owner that the request's session is bound to, where its cost lets it stay. Modes
+/// that know no cost let it.
+#[must_use]
+pub fn bound(scored: &[Scored], request: &Request, mode: Mode) -> Option<usize> {
+    let (owner, slack) = request.bound?;
+    let position = scored.iter().position(|s| s.candidate.owner == owner)?;
+    let own = scored.get(position)?.total();
+    let least = scored
+        .iter()
+        .map(Scored::total)
+        .fold(f64::INFINITY, f64::min);
+    let stays = mode != Mode::Kv || own <= least.max(0.0) * slack;
+    stays.then_some(position)
+}
+
+/// Of the candidates that cost about the least, the one that has been done with its prefills for
+/// longest.
+fn longest_done(scored: &[Scored], policy: &Policy, rng: &mut Rng) -> Option<usize> {
+    let costs = || scored.iter().map(Scored::total);
+    let bound = costs().reduce(f64::min)? + policy.band().unwrap_or(0.0);
+    let finish = scored.iter().map(|s| match s.total() {
+        cost if cost <= bound => s.candidate.pace.finish_ms,
+        _ => f64::INFINITY,
+    });
+    let finish: Vec<f64> = finish.collect();
+    if finish.iter().all(|ms| ms.is_infinite()) {
+        return pick(&costs().collect::<Vec<_>>(), 0.0, rng);
+    }
+    pick(&finish, 0.0, rng)
 }
 
 /// Position of the best candidate other than the chosen one, among those for which `fits` holds.
@@ -113,12 +170,66 @@ pub fn second(
     positions.get(pick(&costs, 0.0, rng)?).copied()
 }
 
+impl Price {
+    /// The price of a candidate. `least_prefill` are the fewest prefill tokens on any of them.
+    #[must_use]
+    pub fn new(
+        candidate: &Candidate,
+        demand: Demand,
+        least_prefill: u32,
+        typical_ms: f64,
+        policy: &Policy,
+    ) -> Self {
+        let Candidate {
+            overlap,
+            load,
+            shared_blocks,
+            pace,
+            ..
+        } = candidate;
+        if policy.predicts_delay() {
+            let uncached = delay::uncached_tokens(demand, overlap, *shared_blocks, policy);
+            let delay = Delay::new(demand, uncached, load, pace, typical_ms, policy);
+            return Self::Delay(delay);
+        }
+        let policy = policy.decayed(demand, load, least_prefill);
+        Self::Blocks(Cost::new(demand, overlap, load, *shared_blocks, &policy))
+    }
+
+    /// The sum that is compared.
+    #[must_use]
+    pub fn total(&self) -> f64 {
+        match self {
+            Self::Blocks(cost) => cost.total(),
+            Self::Delay(delay) => delay.total(),
+        }
+    }
+}
+
+impl Candidate {
+    /// Prompt tokens that it still has to prefill.
+    #[must_use]
+    pub fn uncached_tokens(&self, demand: Demand, policy: &Policy) -> u32 {
+        if policy.predicts_delay() {
+            delay::uncached_tokens(demand, &self.overlap, self.shared_blocks, policy)
+        } else {
+            demand.uncached_tokens(&self.overlap, policy)
+        }
+    }
+}
+
 impl Scored {
+    /// The cost with what preferred taints make of it.
+    #[must_use]
+    pub fn total(&self) -> f64 {
+        self.cost.total() * self.candidate.factor
+    }
+
     /// What a mode compares: the cost, or for modes that know no cost the number of requests.
     #[must_use]
     pub fn compared(&self, mode: Mode) -> f64 {
         match mode {
-            Mode::Kv => self.cost.total(),
+            Mode::Kv => self.total(),
             Mode::RoundRobin
             | Mode::Random
             | Mode::LeastLoaded
@@ -130,6 +241,13 @@ impl Scored {
 }
 
 impl Policy {
+    /// By how much costs may differ and still be alike; `None` where only equal ones are.
+    #[must_use]
+    pub fn band(&self) -> Option<f64> {
+        let takes_least = self.temperature <= 0.0;
+        (self.predicts_delay() && takes_least).then_some(self.delay.band_ms)
+    }
+
     /// Whether the choice is the least of what was compared, so that it can be told from the
     /// loads alone whether it is still good.
     #[must_use]
@@ -179,6 +297,9 @@ pub struct Record<'a> {
     pub tokens: u32,
     /// Complete prompt blocks.
     pub blocks: u32,
+    /// What the request asked of its worker.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub constraints: Option<Shown<'a>>,
     /// The best candidates by cost, at most [`RECORDED`], and the chosen one among them.
     pub candidates: Vec<Considered<'a>>,
 }
@@ -204,14 +325,67 @@ pub struct Considered<'a> {
     pub shared_blocks: u32,
     /// Requests there.
     pub requests: u32,
-    /// Prefill term of the cost, in blocks.
-    pub prefill_cost: f64,
-    /// Decode term of the cost, in blocks.
-    pub decode_cost: f64,
-    /// Request term of the cost, in blocks.
-    pub request_cost: f64,
-    /// The cost that was compared, in blocks.
+    /// Terms of the cost.
+    #[serde(flatten)]
+    pub terms: Terms,
+    /// What preferred taints multiply their sum by, where that is not 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub factor: Option<f64>,
+    /// The cost that was compared: blocks, or milliseconds of a predicted delay.
     pub cost: f64,
+}
+
+/// The terms of a cost in records.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[serde(untagged)]
+pub enum Terms {
+    /// Of Dynamo's formula, in blocks.
+    Blocks {
+        /// Prefill term.
+        prefill_cost: f64,
+        /// Decode term.
+        decode_cost: f64,
+        /// Request term.
+        request_cost: f64,
+    },
+    /// Of a predicted delay, in milliseconds.
+    Delay {
+        /// Prefill to be done there before.
+        backlog_ms: f64,
+        /// Prefill of this prompt.
+        prefill_ms: f64,
+        /// What it adds for requests that wait.
+        waiting_ms: f64,
+        /// What it adds for requests that decode.
+        decoding_ms: f64,
+        /// What the number of requests counts for.
+        request_ms: f64,
+        /// What a token takes there.
+        ms_per_token: f64,
+        /// Requests there that wait for their first token.
+        waiting: u16,
+    },
+}
+
+impl From<&Scored> for Terms {
+    fn from(scored: &Scored) -> Self {
+        match &scored.cost {
+            Price::Blocks(cost) => Self::Blocks {
+                prefill_cost: cost.prefill,
+                decode_cost: cost.decode,
+                request_cost: cost.requests,
+            },
+            Price::Delay(delay) => Self::Delay {
+                backlog_ms: delay.backlog,
+                prefill_ms: delay.own,
+                waiting_ms: delay.waiting,
+                decoding_ms: delay.decoding,
+                request_ms: delay.requests,
+                ms_per_token: scored.candidate.pace.ms_per_token,
+                waiting: scored.candidate.load.waiting,
+            },
+        }
+    }
 }
 
 impl<'a> Record<'a> {
@@ -227,7 +401,7 @@ impl<'a> Record<'a> {
         let owner = |s: &Scored| pool.owners.get(s.candidate.owner);
         let picked = chosen.and_then(|i| owner(scored.get(i)?));
         let mut order: Vec<usize> = (0..scored.len()).collect();
-        let total = |i: &usize| scored.get(*i).map_or(f64::MAX, |s| s.cost.total());
+        let total = |i: &usize| scored.get(*i).map_or(f64::MAX, Scored::total);
         // The chosen one first, so that cutting the list never drops it.
         order.sort_by(|a, b| {
             (Some(*b) == chosen)
@@ -248,10 +422,9 @@ impl<'a> Record<'a> {
                 active_blocks: s.candidate.load.blocks,
                 shared_blocks: s.candidate.shared_blocks,
                 requests: s.candidate.load.requests(),
-                prefill_cost: s.cost.prefill,
-                decode_cost: s.cost.decode,
-                request_cost: s.cost.requests,
-                cost: s.cost.total(),
+                terms: s.into(),
+                factor: Some(s.candidate.factor).filter(|factor| *factor != 1.0),
+                cost: s.total(),
             })
         });
         Self {
@@ -262,6 +435,7 @@ impl<'a> Record<'a> {
             endpoint: picked.map(|o| o.endpoint.as_str()),
             tokens: demand.tokens,
             blocks: demand.blocks(),
+            constraints: None,
             candidates: candidates.collect(),
         }
     }
@@ -277,6 +451,7 @@ impl<'a> Record<'a> {
 mod tests {
     use super::*;
     use crate::id::{OwnerId, Role, Slot};
+    use crate::policy::Scoring;
     use crate::table::{Metadata, Owner, Traits};
 
     fn candidates(overlaps: &[u32]) -> Vec<Candidate> {
@@ -285,6 +460,8 @@ mod tests {
             overlap: Overlap::new([*depth; 4]),
             load: Load::default(),
             shared_blocks: 0,
+            pace: Pace::default(),
+            factor: 1.0,
         };
         overlaps.iter().enumerate().map(make).collect()
     }
@@ -296,6 +473,8 @@ mod tests {
         },
         trust: 1.0,
         turn: 5,
+        typical_ms: 0.0,
+        bound: None,
     };
 
     fn choose(list: &[Candidate], request: &Request, mode: Mode) -> usize {
@@ -348,6 +527,53 @@ mod tests {
         let mut list = candidates(&[0, 0]);
         list[1].shared_blocks = 3;
         assert_eq!(choose(&list, &REQUEST, Mode::Kv), 1);
+    }
+
+    #[test]
+    fn of_delays_that_are_alike_the_owner_that_is_done_for_longest_is_taken() {
+        let mut list = candidates(&[9, 9, 8, 2]);
+        for (candidate, finish_ms) in list.iter_mut().zip([-5.0, -9.0, -99.0, -999.0]) {
+            candidate.pace = Pace {
+                finish_ms,
+                ms_per_token: 0.1,
+            };
+        }
+        let policy = Policy {
+            scoring: Scoring::PredictedDelay,
+            ..Policy::default()
+        };
+        let chosen = |list: &[Candidate]| decide(list, &REQUEST, &policy, &mut Rng::new(3)).1;
+        // A block takes 1.6 ms, so the third is alike and the fourth is not.
+        assert_eq!(chosen(&list), Some(2));
+        list[2].overlap.depth = [7; 4];
+        assert_eq!(chosen(&list), Some(1));
+        list[1].load.prefill_tokens = 1_000;
+        assert_eq!(chosen(&list), Some(0));
+    }
+
+    #[test]
+    fn preferred_taints_scale_what_is_compared() {
+        let mut list = candidates(&[9, 2]);
+        assert_eq!(choose(&list, &REQUEST, Mode::Kv), 0);
+        // Costs of 11 and 18.
+        list[1].factor = 0.6;
+        assert_eq!(choose(&list, &REQUEST, Mode::Kv), 1);
+    }
+
+    #[test]
+    fn a_bound_owner_is_taken_up_to_its_slack() {
+        let list = candidates(&[9, 2]);
+        let bound = |owner, slack, mode| {
+            let request = Request {
+                bound: Some((owner, slack)),
+                ..REQUEST
+            };
+            choose(&list, &request, mode)
+        };
+        assert_eq!(bound(1, 2.0, Mode::Kv), 1);
+        assert_eq!(bound(1, 1.5, Mode::Kv), 0);
+        assert_eq!(bound(7, 9.0, Mode::Kv), 0);
+        assert_eq!(bound(1, 1.0, Mode::RoundRobin), 1);
     }
 
     #[test]

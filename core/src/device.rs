@@ -45,6 +45,7 @@ pub fn group<'a>(candidates: &'a [Candidate], pool: &Pool) -> Cow<'a, [Candidate
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::delay::Pace;
     use crate::id::{OwnerId, Role, Slot};
     use crate::load::Load;
     use crate::overlap::Overlap;
@@ -87,6 +88,8 @@ mod tests {
                 overlap: Overlap::default(),
                 load,
                 shared_blocks: 0,
+                pace: Pace::default(),
+                factor: 1.0,
             }
         });
         (pool, candidates.collect())

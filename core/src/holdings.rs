@@ -8,6 +8,8 @@
 //! A shared store has no depth of its own. What is reached from a worker's depth through blocks that
 //! the worker or some store has is the worker's [`Overlap::shared_cache`].
 
+use serde::{Deserialize, Serialize};
+
 use crate::family::{Namespace, Scheme};
 use crate::id::{Family, Slot, Tier};
 use crate::index::Index;
@@ -20,7 +22,7 @@ const MAX_FLAT: usize = 4096;
 const ROWS: usize = Tier::COUNT + 1;
 
 /// A prompt's blocks in one family.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Named {
     /// The family.
     pub family: Family,

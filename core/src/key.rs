@@ -44,7 +44,7 @@ pub(crate) fn decode<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Option<T> {
 /// Whose a mailbox is ([`crate::queue::Mailbox`]).
 #[must_use]
 pub fn mailbox(number: u8) -> [u8; 3] {
-    [FORMAT, b'm', number]
+    [FORMAT, b'q', number]
 }
 
 /// Mail for a mailbox ([`crate::queue::Mail`]): the bridge puts it into the mailbox's queue.
@@ -75,11 +75,26 @@ pub fn board(shard: u8) -> [u8; 3] {
     [FORMAT, b'b', shard]
 }
 
+/// A shard of the sessions that the sidecar has bound ([`crate::affinity`]).
+#[must_use]
+pub fn bound(shard: u16) -> [u8; 4] {
+    let [a, b] = shard.to_le_bytes();
+    [FORMAT, b'a', a, b]
+}
+
+/// A shard of the sessions that VMs of this process have bound, of which the sidecar may not know
+/// yet.
+#[must_use]
+pub fn binding(shard: u16) -> [u8; 4] {
+    let [a, b] = shard.to_le_bytes();
+    [FORMAT, b'm', a, b]
+}
+
 /// Whether the publisher may write this key through the bridge.
 #[must_use]
 pub fn is_published(key: &[u8]) -> bool {
     matches!(
         key,
-        [FORMAT, b'h' | b't' | b'c'] | [FORMAT, b'p', _, _, _, _]
+        [FORMAT, b'h' | b't' | b'c'] | [FORMAT, b'a', _, _] | [FORMAT, b'p', _, _, _, _]
     )
 }

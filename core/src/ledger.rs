@@ -435,6 +435,7 @@ mod tests {
             prefix: None,
             hashes: Vec::new(),
             evidence: None,
+            session: None,
         };
         let leaving = Report {
             complete: true,

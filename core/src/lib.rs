@@ -15,14 +15,18 @@
 )]
 #![forbid(unsafe_code)]
 
+pub mod affinity;
 pub mod approximate;
 pub mod board;
+pub mod chunk;
 pub mod constraint;
 pub mod cost;
 pub mod decide;
+pub mod delay;
 pub mod device;
 pub mod event;
 pub mod family;
+pub mod handover;
 pub mod hash;
 pub mod head;
 pub mod holdings;

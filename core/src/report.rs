@@ -7,6 +7,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::affinity::Session;
+use crate::constraint::Constraints;
 use crate::id::{OwnerId, Tier};
 use crate::load::Delta;
 use crate::wire::{self, WireError};
@@ -44,6 +46,13 @@ pub struct Report {
     /// [`Weighed::shared_cache`] of all candidates of all steps in order; 0 for those past the end
     /// of the list.
     pub shared_caches: Vec<u32>,
+    /// [`Weighed::paced`] of the candidates of all steps in order; `None` for those past the end
+    /// of the list.
+    pub paced: Vec<Option<Paced>>,
+    /// [`Evidence::constraints`] of those steps, by position, that have any.
+    pub constraints: Vec<(u32, Constraints)>,
+    /// [`Booked::session`] of those steps, by position, that have one.
+    pub sessions: Vec<(u32, Session)>,
 }
 
 /// A [`Report`] of protocol version 2.
@@ -68,6 +77,22 @@ impl Report {
             for (weighed, blocks) in weighed_mut(&mut report.steps).zip(shared_caches) {
                 weighed.shared_cache = blocks;
             }
+            let paced = report.paced.iter().copied();
+            for (weighed, paced) in weighed_mut(&mut report.steps).zip(paced) {
+                weighed.paced = paced;
+            }
+            for (step, constraints) in &report.constraints {
+                if let Some(Step::Book(booked)) = report.steps.get_mut(*step as usize)
+                    && let Some(evidence) = &mut booked.evidence
+                {
+                    evidence.constraints = constraints.clone();
+                }
+            }
+            for (step, session) in &report.sessions {
+                if let Some(Step::Book(booked)) = report.steps.get_mut(*step as usize) {
+                    booked.session = Some(*session);
+                }
+            }
             return Ok(report);
         }
         let Untimed {
@@ -86,16 +111,33 @@ impl Report {
             steps,
             ages_ns: Vec::new(),
             shared_caches: Vec::new(),
+            paced: Vec::new(),
+            constraints: Vec::new(),
+            sessions: Vec::new(),
         })
     }
 
-    /// Takes [`Report::shared_caches`] from the steps.
+    /// Takes what reports carry apart from the steps.
     #[must_use]
-    pub fn with_shared_caches(mut self) -> Self {
+    pub fn with_besides(mut self) -> Self {
         let shared = weighed_mut(&mut self.steps).map(|weighed| weighed.shared_cache);
         self.shared_caches = shared.collect();
         let used = self.shared_caches.iter().rposition(|blocks| *blocks > 0);
         self.shared_caches.truncate(used.map_or(0, |last| last + 1));
+        let paced = weighed_mut(&mut self.steps).map(|weighed| weighed.paced);
+        self.paced = paced.collect();
+        let used = self.paced.iter().rposition(Option::is_some);
+        self.paced.truncate(used.map_or(0, |last| last + 1));
+        let asked = (0..).zip(&self.steps).filter_map(|(at, step)| match step {
+            Step::Book(booked) => Some((at, booked.evidence.as_ref()?.constraints.clone())),
+            _ => None,
+        });
+        self.constraints = asked.filter(|(_, c)| !c.is_empty()).collect();
+        let sessions = (0..).zip(&self.steps).filter_map(|(at, step)| match step {
+            Step::Book(booked) => Some((at, booked.session?)),
+            _ => None,
+        });
+        self.sessions = sessions.collect();
         self
     }
 
@@ -291,6 +333,9 @@ pub struct Booked {
     pub hashes: Vec<u64>,
     /// What the decision rested on; not in complete reports.
     pub evidence: Option<Evidence>,
+    /// Its session, where those are kept together. Reports carry it apart.
+    #[serde(skip)]
+    pub session: Option<Session>,
 }
 
 /// What a filter saw when it decided.
@@ -306,6 +351,9 @@ pub struct Evidence {
     pub trust: f32,
     /// The best candidates by cost, the chosen one first.
     pub candidates: Vec<Weighed>,
+    /// What the request asked of its worker. Reports carry it apart.
+    #[serde(skip)]
+    pub constraints: Constraints,
 }
 
 /// A candidate as a filter weighed it.
@@ -326,8 +374,24 @@ pub struct Weighed {
     pub shared_blocks: u32,
     /// Requests there.
     pub requests: u32,
-    /// Its cost, in blocks.
+    /// Its cost: blocks, or milliseconds of a predicted delay.
     pub cost: f64,
+    /// What a predicted delay rests on besides. Reports carry it apart.
+    #[serde(skip)]
+    pub paced: Option<Paced>,
+}
+
+/// What a predicted delay rests on besides the load.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Paced {
+    /// Requests without a first token, of all that were there.
+    pub waiting: u16,
+    /// Milliseconds until the owner is done with its prefills; negative since it was.
+    pub finish_ms: f64,
+    /// Milliseconds that it takes to prefill a token.
+    pub ms_per_token: f64,
+    /// Milliseconds that prompts of the pool usually take.
+    pub typical_ms: f64,
 }
 
 #[cfg(test)]
@@ -345,6 +409,9 @@ mod tests {
             steps: vec![Step::Free { request: 3 }, Step::FirstToken { request: 4 }],
             ages_ns: vec![100],
             shared_caches: Vec::new(),
+            paced: Vec::new(),
+            constraints: Vec::new(),
+            sessions: Vec::new(),
         };
         assert_eq!(Report::decode(&wire::encode(&report)), Ok(report.clone()));
         let weighed = |worker, shared_cache| Weighed {
@@ -356,6 +423,12 @@ mod tests {
             shared_blocks: 5,
             requests: 6,
             cost: 7.5,
+            paced: (worker == 2).then_some(Paced {
+                waiting: 3,
+                finish_ms: -1.5,
+                ms_per_token: 0.05,
+                typical_ms: 9.0,
+            }),
         };
         let book = |candidates| {
             Step::Book(Box::new(Booked {
@@ -375,6 +448,14 @@ mod tests {
                     tokens: 32,
                     trust: 1.0,
                     candidates,
+                    constraints: Constraints {
+                        lora: "sql".into(),
+                        ..Constraints::default()
+                    },
+                }),
+                session: Some(Session {
+                    key: 5,
+                    is_last: true,
                 }),
             }))
         };
@@ -386,8 +467,10 @@ mod tests {
             steps,
             ..report.clone()
         };
-        let booked = booked.with_shared_caches();
+        let booked = booked.with_besides();
         assert_eq!(booked.shared_caches, [0, 11, 12]);
+        let paced: Vec<bool> = booked.paced.iter().map(Option::is_some).collect();
+        assert_eq!(paced, [false, true, false, true]);
         assert_eq!(Report::decode(&wire::encode(&booked)), Ok(booked));
         let times = report.timed().map(|(at_ns, _)| at_ns);
         assert_eq!(times.collect::<Vec<_>>(), [800, 900]);

@@ -77,6 +77,15 @@ impl Surface {
         }
     }
 
+    /// The top-level key of a prompt that is text.
+    #[must_use]
+    pub fn prompt_key(self) -> Option<&'static str> {
+        match self {
+            Self::Completions => Some("prompt"),
+            _ => self.text_key(),
+        }
+    }
+
     /// Whether Dynamo's `nvext.token_data` may stand in the body for its prompt.
     #[must_use]
     pub fn takes_token_data(self) -> bool {

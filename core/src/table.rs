@@ -6,11 +6,14 @@
 mod extension;
 mod metadata;
 mod queueing;
+mod warmth;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::affinity::Affinity;
 use crate::family::Scheme;
+use crate::handover::Handover;
 use crate::id::{Device, OwnerId, Role, Slot};
 use crate::key;
 use crate::policy::Policy;
@@ -68,10 +71,17 @@ pub struct Pool {
     /// Addresses whose privileged hints count.
     #[serde(skip)]
     pub trusted_sources: Vec<IpNet>,
+    /// How sessions are kept together; `None` where they are not.
+    #[serde(skip)]
+    pub affinity: Option<Affinity>,
     /// How many requests a worker with an accelerator takes for each of one without, in the mode
     /// device-aware-weighted; 0 counts as 1.
     #[serde(skip)]
     pub device_ratio: u32,
+    /// How long the share of a worker grows that is there for the first time, milliseconds; 0 for
+    /// none that does.
+    #[serde(skip)]
+    pub slow_start_ms: u32,
     /// Families in which blocks are looked up besides Dynamo's.
     #[serde(skip)]
     pub families: Vec<Scheme>,
@@ -91,6 +101,12 @@ pub struct Pool {
     /// How requests are refused because of load.
     #[serde(skip)]
     pub refusing: Refusing,
+    /// Whether prompts that are text are found by chunks of it where they are not tokenized.
+    #[serde(skip)]
+    pub chunks: bool,
+    /// How workers get the token ids of prompts that came as text.
+    #[serde(skip)]
+    pub handover: Handover,
 }
 
 /// A (worker, dp rank) of a pool.
@@ -121,6 +137,10 @@ pub struct Traits {
     pub device: Device,
     /// Prompt tokens that it prefills in a second, queueing included; 0 where not known.
     pub prefill_rate: u32,
+    /// Nanoseconds that it takes to prefill a token, without queueing; 0 where not known.
+    pub prefill_ns_per_token: u32,
+    /// Since when it takes requests, Unix milliseconds; 0 where it always has.
+    pub since_ms: u64,
 }
 
 /// Which pool serves a model, and as what.
@@ -219,9 +239,12 @@ impl Pool {
 #[cfg(test)]
 mod tests {
     use super::{Extension, Metadata, Owner, Pool, Served, Table, Traits};
+    use crate::affinity::Affinity;
     use crate::family::Scheme;
+    use crate::handover::Handover;
     use crate::id::{Device, Family, OwnerId, Role, Slot};
     use crate::key;
+    use crate::policy::Scoring;
     use crate::queue::{Class, Profile, Thresholds};
     use crate::tracker::Tracking;
 
@@ -251,6 +274,8 @@ mod tests {
                         traits: Traits {
                             device: Device::Cpu,
                             prefill_rate: 9_000,
+                            prefill_ns_per_token: 80_000,
+                            since_ms: u64::MAX,
                         },
                         metadata: Metadata {
                             taints: vec!["spot".into()],
@@ -261,7 +286,13 @@ mod tests {
                     }],
                     trusts_hints: true,
                     trusted_sources: vec!["10.0.0.0/8".parse().unwrap()],
+                    affinity: Some(Affinity {
+                        ttl_s: 60,
+                        slack: Some(2.0),
+                        headers: vec!["x-chat".into()],
+                    }),
                     device_ratio: 8,
+                    slow_start_ms: 5_000,
                     ..Pool::default()
                 },
             ],
@@ -287,11 +318,16 @@ mod tests {
         table.pools[1].stores = vec![Slot(7)];
         table.pools[0].overload.prefill_tokens = Some(9);
         table.pools[1].queue = Some(Profile::single(Class::new("default")));
+        table.pools[1].chunks = true;
+        table.pools[1].handover = Handover::Nvext;
         table.pools[1].families = vec![Scheme {
             family: Family::LmCache,
             block_size: 256,
             hash_seed: "7".into(),
         }];
+        table.pools[1].policy.scoring = Scoring::PredictedDelay;
+        table.pools[1].policy.delay.waiting = 0.5;
+        table.pools[1].policy.overlap_score_credit_decay = 0.1;
         let bytes = table.encode();
         assert_eq!(Table::decode(&bytes).as_ref(), Some(&table));
         // Earlier releases read as much as they know and wrote no more.

@@ -1,11 +1,20 @@
 //! Prompts that are text: what the filter asks the sidecar about them, and its answers.
 //!
 //! The call is `kv.router.v1.Text/Read` on the socket of the bridge, each message put through
-//! [`crate::wire::encode`]. Answers carry the hashes of blocks, not token ids.
+//! [`crate::wire::encode`]. Answers carry the hashes of blocks, and token ids only where they are
+//! asked for.
+//!
+//! What later releases added stands behind what the first one reads: [`Wanted`] behind [`Ask`],
+//! [`Further`] behind [`Answer`].
+
+use std::borrow::Cow;
 
 use serde::{Deserialize, Serialize};
 
+use crate::family::Scheme;
+use crate::holdings::Named;
 use crate::surface::Surface;
+use crate::wire::{self, WireError};
 
 /// gRPC service of the call.
 pub const SERVICE: &str = "kv.router.v1.Text";
@@ -53,8 +62,63 @@ pub struct Ask<'a> {
     /// After how many microseconds nobody waits for the answer any more.
     pub budget_us: u64,
     /// The body, as it came.
-    #[serde(borrow)]
+    #[serde(borrow, serialize_with = "wire::at_once")]
     pub body: &'a [u8],
+}
+
+/// What is to be answered besides Dynamo's hashes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wanted<'a> {
+    /// Families in which the pool looks blocks up.
+    pub families: Cow<'a, [Scheme]>,
+    /// LoRA adapter, empty for none.
+    pub lora: &'a str,
+    /// Cache salt, empty for none.
+    pub salt: &'a str,
+    /// Whether the token ids are to be handed over to the engine.
+    pub ids: bool,
+}
+
+impl<'a> Ask<'a> {
+    /// The question put through [`wire::encode`].
+    #[must_use]
+    pub fn encode(&self, wanted: &Wanted<'_>) -> Vec<u8> {
+        wire::encode(&(self, wanted))
+    }
+
+    /// The inverse of [`Ask::encode`]; an earlier filter wants nothing further.
+    ///
+    /// # Errors
+    /// When the bytes are none.
+    pub fn decode(bytes: &'a [u8]) -> Result<(Self, Wanted<'a>), WireError> {
+        wire::decode(bytes).or_else(|_| Ok((wire::decode(bytes)?, Wanted::default())))
+    }
+}
+
+/// What an answer has besides Dynamo's hashes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Further<'a> {
+    /// The blocks in the families that were asked for.
+    pub families: Vec<Named>,
+    /// The token ids as a JSON array, where they were asked for and are those of the whole prompt.
+    #[serde(borrow, serialize_with = "wire::at_once")]
+    pub ids: &'a [u8],
+}
+
+impl<'a> Answer<'a> {
+    /// The answer put through [`wire::encode`].
+    #[must_use]
+    pub fn encode(&self, further: &Further<'_>) -> Vec<u8> {
+        wire::encode(&(self, further))
+    }
+
+    /// The inverse of [`Answer::encode`]; an earlier sidecar has nothing further.
+    ///
+    /// # Errors
+    /// When the bytes are none.
+    pub fn decode(bytes: &'a [u8]) -> Result<(Self, Further<'a>), WireError> {
+        wire::decode(bytes).or_else(|_| Ok((wire::decode(bytes)?, Further::default())))
+    }
 }
 
 /// An answer.
@@ -75,7 +139,7 @@ pub struct Blocks<'a> {
     /// How far it was read.
     pub extent: Extent,
     /// Sequence hashes of the blocks that were read, little-endian, 8 bytes each.
-    #[serde(borrow)]
+    #[serde(borrow, serialize_with = "wire::at_once")]
     pub hashes: &'a [u8],
 }
 
@@ -127,6 +191,8 @@ pub enum Refusal {
     Overloaded,
     /// There was no time even to begin.
     Deadline,
+    /// The engine that is asked does not answer.
+    Engine,
 }
 
 impl Refusal {
@@ -139,6 +205,7 @@ impl Refusal {
             Self::Malformed => "malformed",
             Self::Overloaded => "overloaded",
             Self::Deadline => "deadline",
+            Self::Engine => "engine",
         }
     }
 }
@@ -146,7 +213,7 @@ impl Refusal {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire;
+    use crate::id::Family;
 
     #[test]
     fn questions_and_answers_survive_encoding() {
@@ -158,13 +225,40 @@ mod tests {
             budget_us: 20_000,
             body: b"{}",
         };
-        assert_eq!(wire::decode(&wire::encode(&ask)), Ok(ask));
+        let schemes = [Scheme {
+            family: Family::LmCache,
+            block_size: 256,
+            hash_seed: String::new(),
+        }];
+        let wanted = Wanted {
+            families: Cow::Borrowed(&schemes),
+            lora: "sql",
+            salt: "s",
+            ids: true,
+        };
+        let bytes = ask.encode(&wanted);
+        assert_eq!(Ask::decode(&bytes), Ok((ask, wanted)));
+        // As an earlier release reads it, and writes it.
+        assert_eq!(wire::decode(&bytes), Ok(ask));
+        let bytes = wire::encode(&ask);
+        assert_eq!(Ask::decode(&bytes), Ok((ask, Wanted::default())));
         let answer = Answer::Read(Blocks {
             tokens: 40,
             extent: Extent::Deadline,
             hashes: &[1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 1, 9],
         });
+        let further = Further {
+            families: vec![Named {
+                family: Family::LmCache,
+                blocks: 16,
+                hashes: vec![u64::MAX, 3],
+            }],
+            ids: b"[1,2]",
+        };
+        let bytes = answer.encode(&further);
+        assert_eq!(Answer::decode(&bytes), Ok((answer, further)));
         let bytes = wire::encode(&answer);
+        assert_eq!(Answer::decode(&bytes), Ok((answer, Further::default())));
         let Ok(Answer::Read(blocks)) = wire::decode(&bytes) else {
             panic!("{bytes:?}")
         };

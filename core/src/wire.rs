@@ -93,7 +93,7 @@ pub struct Write<'a> {
 
 /// Bytes in one piece: on the wire they are what a slice of numbers is, which would be written one
 /// by one.
-fn at_once<S: Serializer>(bytes: &[u8], to: S) -> Result<S::Ok, S::Error> {
+pub(crate) fn at_once<S: Serializer>(bytes: &[u8], to: S) -> Result<S::Ok, S::Error> {
     to.serialize_bytes(bytes)
 }
 

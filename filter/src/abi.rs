@@ -57,6 +57,13 @@ unsafe extern "C" {
         data: *mut *mut u8,
         size: *mut usize,
     ) -> u32;
+    fn proxy_set_buffer_bytes(
+        buffer: u32,
+        start: usize,
+        size: usize,
+        data: *const u8,
+        data_size: usize,
+    ) -> u32;
     fn proxy_get_header_map_pairs(map: u32, data: *mut *mut u8, size: *mut usize) -> u32;
     fn proxy_get_header_map_value(
         map: u32,
@@ -277,6 +284,11 @@ impl Host for Envoy {
         let body = BufferType::HttpRequestBody as u32;
         let call = |data, len| unsafe { proxy_get_buffer_bytes(body, start, size, data, len) };
         bytes(call).unwrap_or_default()
+    }
+
+    fn replace_body(&self, size: usize, body: &[u8]) -> bool {
+        let buffer = BufferType::HttpRequestBody as u32;
+        unsafe { proxy_set_buffer_bytes(buffer, 0, size, body.as_ptr(), body.len()) == OK }
     }
 
     fn answer(&self, start: usize, size: usize) -> Vec<u8> {

@@ -7,6 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use hashbrown::{HashMap, HashSet};
+use kv_core::affinity::Session;
 use kv_core::board::EntryId;
 use kv_core::load::{Delta, Leg};
 use kv_core::report::{Booked, Evidence, Failure, OwnerKey, Queued, Step, Sum};
@@ -61,6 +62,8 @@ pub struct Told {
     pub hashes: Vec<u64>,
     /// What the decision rested on.
     pub evidence: Option<Evidence>,
+    /// See [`Booked::session`].
+    pub session: Option<Session>,
     /// Whether the answer comes whole, so that its first token is not seen.
     pub whole: bool,
     /// Prompt tokens that the worker prefills in a second; 0 where not known.
@@ -121,6 +124,7 @@ impl Tentative {
     pub fn undo(mut self, bookings: &mut Bookings, host: &impl Host) {
         let delta = self.leg.release().plus(unlist(host, self.listing));
         bookings.add(host, self.place, delta);
+        self.place.lane.unwind(host, self.prefill_tokens);
     }
 
     /// Makes it known.
@@ -137,6 +141,7 @@ impl Tentative {
             prefix,
             mut hashes,
             evidence,
+            session,
             whole,
             prefill_rate,
         } = told;
@@ -151,6 +156,7 @@ impl Tentative {
             prefix,
             hashes,
             evidence: None,
+            session,
         };
         let live = Live {
             lane: self.place.lane,
@@ -213,6 +219,7 @@ impl Bookings {
         }
         let double = listed.map_or(0, |(_, shared)| shared.into());
         let delta = delta.plus(Delta::double(double));
+        place.lane.wind(host, prefill_tokens);
         self.add(host, place, delta);
         Tentative {
             place,
@@ -238,8 +245,12 @@ impl Bookings {
         let (left, joined) = moved.unwrap_or_default();
         let left = Delta::double(-i64::from(left));
         self.add(host, from, live.leg.release().plus(left));
+        from.lane.settle(host);
         let (mut leg, booked) = Leg::book(live.booked.prefill_tokens, live.booked.blocks);
         let joined = Delta::double(joined.into());
+        if !live.booked.decoding {
+            to.lane.wind(host, live.booked.prefill_tokens);
+        }
         self.add(host, to, booked.plus(joined));
         if live.booked.decoding {
             let delta = leg.first_token();
@@ -264,6 +275,7 @@ impl Bookings {
         let (place, delta, whole) = (live.place(), live.leg.first_token(), live.whole);
         let at_ns = host.unix_ns();
         self.add(host, place, delta);
+        place.lane.settle(host);
         let request = id.0;
         self.tell(host, metrics, place.owner, at_ns, || {
             if whole {
@@ -366,6 +378,9 @@ impl Bookings {
         let (place, delta) = (live.place(), live.leg.release());
         let at_ns = host.unix_ns();
         self.add(host, place, delta.plus(unlist(host, live.listing)));
+        if !live.booked.decoding {
+            place.lane.settle(host);
+        }
         self.tell(host, metrics, place.owner, at_ns, || Step::Free {
             request: id.0,
         });

@@ -2,9 +2,11 @@
 
 use std::borrow::Cow;
 
-use kv_core::constraint::Pin;
+use kv_core::affinity::Session;
+use kv_core::constraint::Constraints;
 use kv_core::cost::Demand;
-use kv_core::decide::{self, Candidate, Request, Scored};
+use kv_core::decide::{self, Candidate, Price, Request, Scored};
+use kv_core::delay::{self, Pace};
 use kv_core::device;
 use kv_core::holdings::{Holdings, Named, Pages};
 use kv_core::id::{Family, OwnerId, Slot, WorkerId};
@@ -16,6 +18,9 @@ use kv_core::policy::{Mode, Policy};
 use kv_core::queue::Profile;
 use kv_core::reader::{Reader, View};
 use kv_core::rng::Rng;
+use kv_core::table::Pool;
+
+use hashbrown::HashMap;
 
 use crate::board::Glimpse;
 use crate::bookings::{Bookings, Place, Tentative};
@@ -31,6 +36,10 @@ const SCORE_ALL: usize = 128;
 const DEEPEST: usize = 64;
 /// In a larger pool: owners scored besides, at random.
 const SAMPLED: usize = 32;
+/// Pools whose usual prompts are remembered, at most.
+const MAX_TYPICAL: usize = 64;
+/// Owners that are named to the sidecar of a request that only some can take, at most.
+const MAX_NAMED: usize = 64;
 /// Bookings of one request that are undone, at most.
 const MAX_UNDONE: u32 = 2;
 
@@ -45,8 +54,12 @@ pub struct Ask<'a> {
     pub hashes: &'a [u64],
     /// Its hashes in the pool's further families.
     pub families: &'a [Named],
-    /// The worker that it is to go to, in the mode direct.
-    pub pin: Option<Pin>,
+    /// Positions of the owners that may have it, ascending.
+    pub owners: &'a [usize],
+    /// What it asks of its worker.
+    pub constraints: &'a Constraints,
+    /// Its session, where those are kept together.
+    pub session: Option<Session>,
     /// What answer it asks for.
     pub answer: Answer,
     /// Where it may have to wait; `None` for one that goes on whatever the load.
@@ -122,6 +135,8 @@ pub struct Choice {
     pub second: Option<usize>,
     /// Why.
     pub reason: Reason,
+    /// Whether nobody was chosen because all have as many requests as they take.
+    pub is_full: bool,
     /// What was booked.
     pub booking: Option<Tentative>,
     /// The longest prefix of the prompt that some owner holds: its blocks, and the hash of the last.
@@ -143,6 +158,8 @@ pub struct Weighed {
     pub scored: Vec<Scored>,
     /// Position of the chosen one.
     pub chosen: Option<usize>,
+    /// What prompts of the pool usually take to prefill, milliseconds; 0 where nothing predicts.
+    pub typical_ms: f64,
 }
 
 /// Chooses workers. Reused between requests, which spares allocations.
@@ -156,6 +173,8 @@ pub struct Chooser {
     read_ns: u64,
     /// Leading blocks of the prompt that are in use elsewhere, ascending by slot.
     in_use: Vec<(Slot, u32)>,
+    /// By key of a pool: what its prompts usually take to prefill, milliseconds.
+    typical: HashMap<u64, f64>,
 }
 
 impl Chooser {
@@ -169,6 +188,7 @@ impl Chooser {
             read: Vec::new(),
             read_ns: 0,
             in_use: Vec::new(),
+            typical: HashMap::new(),
         }
     }
 
@@ -212,15 +232,16 @@ impl Chooser {
             .then(|| Glimpse::new(host, ask.hashes))
             .flatten();
         let policy = pool.policy.trusted(trust);
-        let candidates = match ask.pin {
-            Some(pin) => {
-                let pinned = served.pinned(pin);
-                pinned
-                    .map(|owner| self.candidate(served, false, owner))
-                    .collect()
-            }
-            None => self.candidates(served, looked_up, &policy),
+        let all = self.candidates(served, looked_up, &policy, ask);
+        let candidates = match ask.constraints.pin {
+            Some(_) => all,
+            None => self.warm(host, served, all),
         };
+        let bound = ask.constraints.bound.and_then(|bound| {
+            let mut owners = ask.owners.iter();
+            let is_it = |at: &&usize| served.owner(**at).is_some_and(|o| o.id == bound.owner);
+            Some((*owners.find(is_it)?, bound.slack?))
+        });
         let request = Request {
             demand: Demand {
                 tokens: ask.tokens,
@@ -236,24 +257,33 @@ impl Chooser {
                 | Mode::Direct
                 | Mode::DeviceAwareWeighted => 0,
             },
+            typical_ms: self.typical.get(&pool.key).copied().unwrap_or(0.0),
+            bound,
         };
         let mut round = Round {
             served,
             loads: published.loads,
             request,
             prompt,
+            // What is not for generation is no load to speak of.
+            is_capped: reason != Reason::Passed,
+            is_full: false,
+            is_whole: candidates.len() == ask.owners.len(),
+            ask,
             candidates,
         };
         self.read_loads(host, &mut round, None);
         self.bar(host, &mut round, ask)?;
         let (weighed, booking) = self.book(host, metrics, bookings, &mut round);
         let picked = weighed.picked().map(|s| s.candidate.owner);
+        self.learn(pool, &weighed);
         let second = self.second(served, &weighed);
         Ok(Choice {
             endpoints: picked.and_then(|picked| served.endpoints(picked, second)),
             owner: picked,
             second,
             reason: picked.map_or(Reason::NoOwner, |_| reason),
+            is_full: picked.is_none() && round.is_full,
             booking,
             prefix: looked_up.then(|| self.prefix(ask.hashes)).flatten(),
             trust,
@@ -287,7 +317,7 @@ impl Chooser {
         };
         let demand = round.request.demand;
         let trusted = pool.policy.trusted(round.request.trust);
-        let uncached = |c: &Candidate| demand.uncached_tokens(&c.overlap, &trusted);
+        let uncached = |c: &Candidate| c.uncached_tokens(demand, &trusted);
         let uncached = round.candidates.iter().map(uncached).min();
         let uncached = uncached.unwrap_or(demand.tokens);
         let at = gate.profile.class_of(gate.named, uncached);
@@ -299,23 +329,26 @@ impl Chooser {
             let prefill = u64::from(load.prefill_tokens);
             owner.is_some_and(|owner| owner.has_room(class, prefill, load.requests()))
         };
-        let is_sample = ask.pin.is_none() && round.candidates.len() < served.accepting().len();
         let mut candidates = round.candidates.iter();
         let is_free = candidates.any(|c| has_room(c.owner, &c.load))
-            || is_sample && {
-                let mut all = served.accepting().iter();
+            || !round.is_whole && {
+                let mut all = ask.owners.iter();
                 all.any(|owner| has_room(*owner, &round.load(host, *owner)))
             };
         let waits = u32::try_from(at).is_ok_and(|at| gate.backlog >> at & 1 == 1);
         if is_free && !waits {
             return Ok(());
         }
-        let pinned = round.candidates.iter().filter(|_| ask.pin.is_some());
+        // Of too many to be named the sidecar takes any.
+        let is_narrowed = ask.owners.len() < served.accepting().len();
+        let is_named =
+            (is_narrowed || ask.constraints.pin.is_some()) && ask.owners.len() <= MAX_NAMED;
+        let owners = ask.owners.iter().filter(|_| is_named);
         Err(Barred::Busy(Busy {
             class: at,
             cached_tokens: demand.tokens.saturating_sub(uncached),
-            owners: pinned
-                .filter_map(|c| Some(served.owner(c.owner)?.id))
+            owners: owners
+                .filter_map(|owner| Some(served.owner(*owner)?.id))
                 .collect(),
         }))
     }
@@ -344,8 +377,9 @@ impl Chooser {
         (round.candidates, self.read) = kept.unzip();
     }
 
-    /// Decides and books, loads having been read. Another VM may have read the same loads at the same time: where the lane
-    /// shows that one was quicker, the choice has to stand against the load as it is then.
+    /// Decides and books, loads having been read. Another VM may have read the same loads at the same
+    /// time: where the lane shows that one was quicker, the choice has to stand against the load as it
+    /// is then.
     fn book(
         &mut self,
         host: &impl Host,
@@ -356,6 +390,16 @@ impl Chooser {
         let pool = round.served.pool;
         let policy = &pool.policy;
         let demand = round.request.demand;
+        self.leave_out_full(round);
+        if round.candidates.is_empty() && round.is_full && !round.is_whole {
+            // Those that were looked at are full; others may have room.
+            let (served, ask) = (round.served, round.ask);
+            let all = ask.owners.iter();
+            let make = |owner: &usize| self.candidate(served, false, ask, *owner);
+            round.candidates = all.map(make).collect();
+            self.read_loads(host, round, None);
+            self.leave_out_full(round);
+        }
         let mut undone = 0;
         loop {
             let (scored, chosen) =
@@ -364,12 +408,13 @@ impl Chooser {
                 demand,
                 scored,
                 chosen,
+                typical_ms: round.request.typical_ms,
             };
             let picked = weighed.picked().map(|s| s.candidate);
             let booked = picked.and_then(|picked| {
                 let place = round.served.place(picked.owner)?;
                 let trusted = policy.trusted(round.request.trust);
-                let prefill = demand.uncached_tokens(&picked.overlap, &trusted);
+                let prefill = picked.uncached_tokens(demand, &trusted);
                 let size = (prefill, demand.blocks());
                 let prompt = round.prompt.as_mut();
                 let booking = bookings.hold(host, metrics, place, policy.tracking, size, prompt);
@@ -378,6 +423,19 @@ impl Chooser {
             let Some((picked, place, booking)) = booked else {
                 return (weighed, None);
             };
+            if round.is_over(host, place, picked.owner) {
+                // Others were quicker: it has no room any more.
+                if let Some(prompt) = &mut round.prompt {
+                    prompt.again(host, booking.listing());
+                }
+                metrics.count(host, Event::Undone, 1);
+                booking.undo(bookings, host);
+                round.is_full = true;
+                round.candidates.retain(|c| c.owner != picked.owner);
+                self.read_loads(host, round, None);
+                self.leave_out_full(round);
+                continue;
+            }
             let settled = undone == MAX_UNDONE || !policy.takes_least();
             if settled || !self.was_raced(host, round, place, &picked, booking.delta()) {
                 return (weighed, Some(booking));
@@ -394,6 +452,50 @@ impl Chooser {
             booking.undo(bookings, host);
             undone += 1;
         }
+    }
+
+    /// Leaves out workers that have joined a moment ago, as often as their share is not whole yet,
+    /// unless nobody else is there.
+    fn warm(
+        &mut self,
+        host: &impl Host,
+        served: &Served<'_>,
+        candidates: Vec<Candidate>,
+    ) -> Vec<Candidate> {
+        let slow_start_ms = served.pool.slow_start_ms;
+        if slow_start_ms == 0 {
+            return candidates;
+        }
+        let now_ms = host.unix_ns() / 1_000_000;
+        let takes_part = |candidate: &&Candidate| {
+            let owner = served.owner(candidate.owner);
+            let share = owner.map_or(1.0, |o| o.traits.share(slow_start_ms, now_ms));
+            share >= 1.0 || self.rng.unit() < share
+        };
+        let taking: Vec<Candidate> = candidates.iter().filter(takes_part).copied().collect();
+        if taking.is_empty() {
+            return candidates;
+        }
+        taking
+    }
+
+    /// Takes those out of a round that have as many requests as they take. Loads have been read.
+    fn leave_out_full(&mut self, round: &mut Round<'_>) {
+        if !round.is_capped {
+            return;
+        }
+        let served = round.served;
+        let is_full = |c: &Candidate| {
+            let owner = served.owner(c.owner);
+            owner.is_some_and(|owner| owner.metadata.is_full(c.load.requests()))
+        };
+        if !round.candidates.iter().any(is_full) {
+            return;
+        }
+        round.is_full = true;
+        let read = std::mem::take(&mut self.read);
+        let candidates = std::mem::take(&mut round.candidates).into_iter().zip(read);
+        (round.candidates, self.read) = candidates.filter(|(c, _)| !is_full(c)).unzip();
     }
 
     /// Whether the lane of the chosen owner shows more than what was read and booked.
@@ -420,6 +522,8 @@ impl Chooser {
     ) {
         self.read.clear();
         self.read_ns = host.unix_ns();
+        let predicts_delay = round.served.pool.policy.predicts_delay();
+        let now_ns = if predicts_delay { host.now_ns() } else { 0 };
         for candidate in &mut round.candidates {
             let place = round.served.place(candidate.owner);
             let mut lanes = place.map_or_else(Default::default, |place| place.lane.read(host));
@@ -440,17 +544,50 @@ impl Chooser {
                 Some((loads, owner)) => loads.correction(owner.slot).apply(&lanes.load()),
                 None => lanes.load(),
             };
+            if let Some(place) = place.filter(|_| predicts_delay) {
+                candidate.pace = place.lane.pace(host, now_ns);
+                if let Some((owner, delta)) = booked
+                    && owner == candidate.owner
+                {
+                    let own = Load::from_lanes(0_u64.wrapping_add_signed(delta.a), 0);
+                    candidate.pace.finish_ms -=
+                        f64::from(own.prefill_tokens) * candidate.pace.ms_per_token;
+                }
+                // The clock knows nothing of what other proxies have booked.
+                let booked = lanes.load().prefill_tokens;
+                let elsewhere = candidate.load.prefill_tokens.saturating_sub(booked);
+                if elsewhere > 0 {
+                    let takes = f64::from(elsewhere) * candidate.pace.ms_per_token;
+                    candidate.pace.finish_ms = candidate.pace.finish_ms.max(0.0) + takes;
+                }
+            }
         }
     }
 
-    /// Position of the best owner of another worker than the chosen one. A worker that the request
-    /// names has no second.
+    /// What the chosen owner has to prefill goes into what prompts usually take.
+    fn learn(&mut self, pool: &Pool, weighed: &Weighed) {
+        let Some(Price::Delay(delay)) = weighed.picked().map(|s| s.cost) else {
+            return;
+        };
+        if self.typical.len() >= MAX_TYPICAL && !self.typical.contains_key(&pool.key) {
+            self.typical.clear();
+        }
+        let before = self.typical.get(&pool.key).copied();
+        self.typical
+            .insert(pool.key, delay::typical(before, delay.own));
+    }
+
+    /// Position of the best owner of another worker than the chosen one, for which the request need
+    /// not be another.
     fn second(&mut self, served: &Served<'_>, weighed: &Weighed) -> Option<usize> {
-        let endpoint = |candidate: &Candidate| Some(&served.owner(candidate.owner)?.endpoint);
+        let endpoint = |owner: usize| Some(&served.owner(owner)?.endpoint);
         let chosen = weighed.chosen?;
-        let first = endpoint(&weighed.picked()?.candidate);
+        let first = weighed.picked()?.candidate.owner;
         let mode = served.pool.policy.mode;
-        let elsewhere = |c: &Candidate| endpoint(c) != first;
+        // The request says its rank, so it has to be the same one there.
+        let elsewhere = |c: &Candidate| {
+            endpoint(c.owner) != endpoint(first) && served.rank(c.owner) == served.rank(first)
+        };
         let second = decide::second(&weighed.scored, chosen, mode, &mut self.rng, elsewhere)?;
         Some(weighed.scored.get(second)?.candidate.owner)
     }
@@ -498,10 +635,11 @@ impl Chooser {
         served: &Served<'_>,
         looked_up: bool,
         policy: &Policy,
+        ask: &Ask<'_>,
     ) -> Vec<Candidate> {
-        let accepting = served.accepting();
+        let accepting = ask.owners;
         if accepting.len() <= SCORE_ALL || policy.mode != Mode::Kv {
-            let make = |owner: &usize| self.candidate(served, looked_up, *owner);
+            let make = |owner: &usize| self.candidate(served, looked_up, ask, *owner);
             return accepting.iter().map(make).collect();
         }
         let mut owners = Vec::with_capacity(DEEPEST + SAMPLED);
@@ -525,20 +663,32 @@ impl Chooser {
         for _ in 0..SAMPLED {
             owners.extend(accepting.get(self.rng.below(accepting.len())));
         }
+        if let Some(bound) = ask.constraints.bound {
+            let is_it = |at: &&usize| served.owner(**at).is_some_and(|o| o.id == bound.owner);
+            owners.extend(accepting.iter().find(is_it));
+        }
         owners.sort_unstable();
         owners.dedup();
-        let make = |owner: &usize| self.candidate(served, looked_up, *owner);
+        let make = |owner: &usize| self.candidate(served, looked_up, ask, *owner);
         owners.iter().map(make).collect()
     }
 
-    fn candidate(&self, served: &Served<'_>, looked_up: bool, owner: usize) -> Candidate {
-        let slot = served.owner(owner).map(|o| o.slot);
-        let held = slot.filter(|_| looked_up);
+    fn candidate(
+        &self,
+        served: &Served<'_>,
+        looked_up: bool,
+        ask: &Ask<'_>,
+        position: usize,
+    ) -> Candidate {
+        let owner = served.owner(position);
+        let held = owner.map(|o| o.slot).filter(|_| looked_up);
         Candidate {
-            owner,
+            owner: position,
             overlap: held.map_or_else(Overlap::default, |slot| self.holdings.overlap(slot)),
             load: Load::default(),
             shared_blocks: 0,
+            pace: Pace::default(),
+            factor: owner.map_or(1.0, |owner| ask.constraints.factor(owner)),
         }
     }
 
@@ -553,10 +703,17 @@ impl Chooser {
 /// One decision under way.
 struct Round<'a> {
     served: &'a Served<'a>,
+    ask: &'a Ask<'a>,
     loads: Option<&'a PoolLoads>,
     request: Request,
     /// The prompt among the live ones of this process.
     prompt: Option<Glimpse>,
+    /// Whether workers take no more requests than they are said to.
+    is_capped: bool,
+    /// Whether some were left out for that.
+    is_full: bool,
+    /// Whether no owner that could take the request is missing among the candidates.
+    is_whole: bool,
     candidates: Vec<Candidate>,
 }
 
@@ -571,6 +728,22 @@ impl Round<'_> {
         }
     }
 
+    /// Whether an owner has more requests than it takes, the one just booked among them.
+    fn is_over(&self, host: &impl Host, place: Place, owner: usize) -> bool {
+        let Some(owner) = self.served.owner(owner).filter(|_| self.is_capped) else {
+            return false;
+        };
+        let most = owner.metadata.max_requests;
+        if most == 0 {
+            return false;
+        }
+        let mut load = place.lane.read(host).load();
+        if let Some(loads) = self.loads {
+            load = loads.correction(owner.slot).apply(&load);
+        }
+        load.requests() > most
+    }
+
     /// The candidates that are compared with each other.
     fn group(&self) -> Cow<'_, [Candidate]> {
         device::group(&self.candidates, self.served.pool)
@@ -580,9 +753,14 @@ impl Round<'_> {
     fn is_least(&self, owner: usize) -> bool {
         let policy = &self.served.pool.policy;
         let scored = decide::score(&self.group(), &self.request, policy);
+        if let Some(bound) = decide::bound(&scored, &self.request, policy.mode) {
+            return scored
+                .get(bound)
+                .is_some_and(|s| s.candidate.owner == owner);
+        }
         let own = scored.iter().find(|s| s.candidate.owner == owner);
         own.is_some_and(|own| {
-            let own = own.compared(policy.mode);
+            let own = own.compared(policy.mode) - policy.band().unwrap_or(0.0);
             scored.iter().all(|s| own <= s.compared(policy.mode))
         })
     }

@@ -441,6 +441,14 @@ impl Host for Fake {
         })
     }
 
+    fn replace_body(&self, size: usize, body: &[u8]) -> bool {
+        self.context(|context| {
+            assert_eq!(context.body.len(), size);
+            context.body = body.to_vec();
+        });
+        true
+    }
+
     fn answer(&self, start: usize, size: usize) -> Vec<u8> {
         self.context(|context| {
             let rest = context.answer.get(start..).unwrap_or_default();

@@ -1,11 +1,10 @@
 //! The worker table with what this VM derives from it once per version.
 
 use hashbrown::HashMap;
-use kv_core::constraint::Pin;
 use kv_core::family::Namespace;
 use kv_core::hash::{Hashing, Seed};
 use kv_core::holdings::{self, Named};
-use kv_core::id::{Role, Slot};
+use kv_core::id::{DpRank, Role, Slot, WorkerId};
 use kv_core::policy::Mode;
 use kv_core::report::OwnerKey;
 use kv_core::scan::Scan;
@@ -34,6 +33,10 @@ struct Derived {
     accepting: Vec<usize>,
     /// In the order of [`Pool::owners`].
     places: Vec<Option<Place>>,
+    /// In the order of [`Pool::owners`]: whether its worker has several ranks.
+    is_ranked: Vec<bool>,
+    /// Whether some owner says which adapters it has.
+    says_adapters: bool,
     /// Position in [`Pool::owners`] of the first owner at an endpoint.
     by_endpoint: HashMap<String, usize>,
     turns: Option<MetricId>,
@@ -71,8 +74,10 @@ impl Fleet {
                 if lane.is_none() {
                     metrics.fault(host, Fault::Lane);
                 }
+                let delay = Some(&pool.policy.delay).filter(|_| pool.policy.predicts_delay());
+                let prefill_ns = delay.map_or(0, |delay| delay.prefill_ns(&owner.traits));
                 derived.places.push(lane.map(|lane| Place {
-                    lane,
+                    lane: lane.paced(prefill_ns),
                     owner: OwnerKey {
                         pool: position,
                         id: owner.id,
@@ -80,6 +85,14 @@ impl Fleet {
                 }));
                 derived.by_endpoint.entry_ref(&owner.endpoint).or_insert(i);
             }
+            let mut ranks: HashMap<WorkerId, u32> = HashMap::new();
+            for owner in &pool.owners {
+                *ranks.entry(owner.id.worker).or_default() += 1;
+            }
+            let is_ranked = |owner: &Owner| ranks.get(&owner.id.worker).is_some_and(|n| *n > 1);
+            derived.is_ranked = pool.owners.iter().map(is_ranked).collect();
+            let mut said = pool.owners.iter().map(|owner| &owner.metadata.lora);
+            derived.says_adapters = said.any(|lora| !lora.is_empty());
             if pool.policy.mode == Mode::RoundRobin {
                 let turns = labelled(TURNS, &[("pool", &pool.name)]);
                 derived.turns = host.define(MetricKind::Counter, &turns);
@@ -195,15 +208,19 @@ impl<'a> Served<'a> {
         self.derived.by_endpoint.get(endpoint).copied()
     }
 
-    /// Positions of the owners that a request names, whether or not they take requests.
-    pub fn pinned(&self, pin: Pin) -> impl Iterator<Item = usize> + use<'a> {
-        let owners = self.pool.owners.iter().enumerate();
-        let is_it = move |owner: &Owner| {
-            let is_named = owner.id.worker == pin.worker;
-            let is_ranked = pin.rank.is_none_or(|rank| owner.id.rank == rank);
-            is_named && is_ranked && owner.role == Role::Aggregated
-        };
-        owners.filter(move |(_, o)| is_it(o)).map(|(at, _)| at)
+    /// Whether some worker says which adapters it has loaded.
+    #[must_use]
+    pub fn says_adapters(&self) -> bool {
+        self.derived.says_adapters
+    }
+
+    /// The rank of an owner whose worker has several: its engine is to be told.
+    #[must_use]
+    pub fn rank(&self, position: usize) -> Option<DpRank> {
+        let is_ranked = self.derived.is_ranked.get(position) == Some(&true);
+        self.owner(position)
+            .filter(|_| is_ranked)
+            .map(|owner| owner.id.rank)
     }
 
     /// The endpoints of an owner and of the one to try after it, as `override_host` reads them.

@@ -154,10 +154,11 @@ impl Hints {
         let preferred = faults.take(said.preferred_taints());
         self.constraints = Constraints {
             pin: worker.map(|worker| Pin { worker, rank }),
-            workers: workers.or_else(|| nvext.allowed_workers.clone()),
-            endpoints: faults.take(said.endpoints()),
+            workers: ascending(workers.or_else(|| nvext.allowed_workers.clone())),
+            endpoints: ascending(faults.take(said.endpoints())),
             required_taints: required.unwrap_or_else(|| nvext.required_taints.clone()),
             preferred_taints: preferred.unwrap_or_else(|| nvext.preferred_taints.clone()),
+            ..Constraints::default()
         };
         let jump = said.priority().or(nvext.agent.priority).map(f64::from);
         let jump = jump.or(nvext.agent.latency_sensitivity);
@@ -169,6 +170,13 @@ impl Hints {
         self.malformed = faults.0;
         self
     }
+}
+
+fn ascending<T: Ord>(list: Option<Vec<T>>) -> Option<Vec<T>> {
+    list.map(|mut list| {
+        list.sort_unstable();
+        list
+    })
 }
 
 /// The first thing that could not be read.

@@ -128,6 +128,8 @@ pub trait Host {
     fn remove_header(&self, map: Headers, name: &str) -> bool;
     /// Part of the buffered request body.
     fn body(&self, start: usize, size: usize) -> Vec<u8>;
+    /// Puts another request body in the place of the buffered one, which has this size.
+    fn replace_body(&self, size: usize, body: &[u8]) -> bool;
     /// Part of the part of the response body that is at hand.
     fn answer(&self, start: usize, size: usize) -> Vec<u8>;
     /// Lets a held request go on.

@@ -54,6 +54,7 @@ pub mod mailbox;
 pub mod metrics;
 pub mod models;
 pub mod outbox;
+mod placement;
 #[cfg(target_arch = "wasm32")]
 mod plugin;
 pub mod reason;
@@ -62,7 +63,8 @@ pub mod refusal;
 pub mod relay;
 pub mod request;
 pub mod routed;
-pub mod text;
+pub mod session;
+mod text;
 pub mod usage;
 pub mod vm;
 pub mod waiting;

@@ -79,6 +79,19 @@ pub enum Event {
     Raced,
     /// `kv_router_bookings_undone_total`: bookings undone because that made another worker better.
     Undone,
+    /// `kv_router_lora_missing_total`: requests for an adapter that no worker has loaded of those
+    /// that might have them. *Action*: load it on one, or correct what workers say.
+    LoraMissing,
+    /// `kv_router_pinned_out_total`: requests sent to the worker that they name although it takes
+    /// none.
+    PinnedOut,
+    /// `kv_router_sessions_bound_total`: requests whose session was bound nowhere.
+    SessionBound,
+    /// `kv_router_sessions_kept_total`: requests that went where their session is bound.
+    SessionKept,
+    /// `kv_router_sessions_left_total`: requests that went elsewhere: the worker was gone, or cost
+    /// too much.
+    SessionLeft,
     /// `kv_router_worker_failures_total`: times a worker was not reached, broke off or answered
     /// with a status of 500 or above.
     Failure,
@@ -101,10 +114,13 @@ pub enum Event {
     /// `kv_router_held_bypassed_total`: requests that should have been held and went on at once,
     /// because no sidecar was heard of or their body was not at hand as a whole.
     HeldBypassed,
+    /// `kv_router_handed_over_total`: requests whose worker got the token ids of a prompt that came
+    /// as text.
+    HandedOver,
 }
 
 impl Event {
-    const COUNT: usize = 19;
+    const COUNT: usize = 25;
 
     fn name(self) -> &'static str {
         match self {
@@ -119,6 +135,11 @@ impl Event {
             Self::Complete => "kv_router_reports_complete_total",
             Self::Raced => "kv_router_bookings_raced_total",
             Self::Undone => "kv_router_bookings_undone_total",
+            Self::LoraMissing => "kv_router_lora_missing_total",
+            Self::PinnedOut => "kv_router_pinned_out_total",
+            Self::SessionBound => "kv_router_sessions_bound_total",
+            Self::SessionKept => "kv_router_sessions_kept_total",
+            Self::SessionLeft => "kv_router_sessions_left_total",
             Self::Failure => "kv_router_worker_failures_total",
             Self::WrittenOff => "kv_router_written_off_total",
             Self::Estimated => "kv_router_prefills_estimated_total",
@@ -127,6 +148,7 @@ impl Event {
             Self::HeldReleased => "kv_router_held_released_total",
             Self::HeldLeft => "kv_router_held_left_total",
             Self::HeldBypassed => "kv_router_held_bypassed_total",
+            Self::HandedOver => "kv_router_handed_over_total",
         }
     }
 }

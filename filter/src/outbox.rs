@@ -195,8 +195,11 @@ impl Outbox {
             steps,
             ages_ns: Vec::new(),
             shared_caches: Vec::new(),
+            paced: Vec::new(),
+            constraints: Vec::new(),
+            sessions: Vec::new(),
         };
-        self.send(host, &report, now_ns)
+        self.send(host, &report.with_besides(), now_ns)
     }
 
     /// Reports all that waits. `false` if it could not.
@@ -222,8 +225,11 @@ impl Outbox {
                 steps,
                 ages_ns,
                 shared_caches: Vec::new(),
+                paced: Vec::new(),
+                constraints: Vec::new(),
+                sessions: Vec::new(),
             };
-            let report = report.with_shared_caches();
+            let report = report.with_besides();
             if !self.send(host, &report, now_ns) {
                 let timed = report.steps.into_iter().zip(report.ages_ns);
                 let timed = timed.map(|(step, age)| Timed {
@@ -323,11 +329,13 @@ fn is_urgent(step: &Step) -> bool {
 /// Encoded size of a step, about, in bytes.
 fn size(step: &Step) -> usize {
     const FIXED: usize = 32;
-    const CANDIDATE: usize = 40;
+    const CANDIDATE: usize = 64;
     match step {
         Step::Book(booked) => {
-            let candidates = booked.evidence.as_ref().map_or(0, |e| e.candidates.len());
-            2 * FIXED + booked.hashes.len() * HASH_BYTES + candidates * CANDIDATE
+            let evidence = booked.evidence.as_ref();
+            let candidates = evidence.map_or(0, |e| e.candidates.len());
+            let asked = evidence.map_or(0, |e| e.constraints.size());
+            2 * FIXED + booked.hashes.len() * HASH_BYTES + candidates * CANDIDATE + asked
         }
         Step::Queued(queued) => {
             const OWNER: usize = 12;

@@ -11,6 +11,8 @@ pub enum Reason {
     KvBeginning,
     /// By cost, with the overlaps of the text before the first image, sound or film.
     KvBeforeMedia,
+    /// By cost, with the overlaps of chunks of the prompt's text: its pool has no tokenizer.
+    KvText,
     /// In turn, as the pool's mode asks.
     RoundRobin,
     /// At random, as the pool's mode asks.
@@ -27,7 +29,7 @@ pub enum Reason {
     NoIndex,
     /// By load: the sidecar has been silent for so long that the pages count for nothing.
     Stale,
-    /// By load: the prompt is text, and its pool has no tokenizer.
+    /// By load: the prompt is text, and its pool has no tokenizer and has KV events.
     Text,
     /// By load: the prompt is text that was not read in time.
     TextLate,
@@ -67,7 +69,7 @@ pub enum Reason {
 
 impl Reason {
     /// Number of reasons.
-    pub const COUNT: usize = 28;
+    pub const COUNT: usize = 29;
 
     /// The reason as an index below [`Reason::COUNT`].
     #[must_use]
@@ -82,6 +84,7 @@ impl Reason {
             Self::Kv => "kv",
             Self::KvBeginning => "kv_beginning",
             Self::KvBeforeMedia => "kv_before_media",
+            Self::KvText => "kv_text",
             Self::RoundRobin => "round-robin",
             Self::Random => "random",
             Self::LeastLoaded => "least-loaded",
@@ -110,10 +113,13 @@ impl Reason {
         }
     }
 
-    /// Whether the prompt's blocks are known, or those of its beginning.
+    /// Whether the prompt's blocks are known, or those of its beginning, or chunks of its text.
     #[must_use]
     pub fn has_blocks(self) -> bool {
-        matches!(self, Self::Kv | Self::KvBeginning | Self::KvBeforeMedia)
+        matches!(
+            self,
+            Self::Kv | Self::KvBeginning | Self::KvBeforeMedia | Self::KvText
+        )
     }
 
     /// The reason in a pool of this mode. Modes other than kv look at no prompt, so nothing about

@@ -2,6 +2,7 @@
 
 use std::rc::Rc;
 
+use kv_core::constraint::Constraints;
 use kv_core::decide::{RECORDED, Record, Scored};
 use kv_core::report;
 use kv_core::table::Pool;
@@ -21,17 +22,25 @@ pub struct Evidence {
     pool: usize,
     reason: Reason,
     weighed: Weighed,
+    constraints: Constraints,
 }
 
 impl Evidence {
     /// `pool` is its position in the table.
     #[must_use]
-    pub fn new(fleet: Rc<Fleet>, pool: usize, reason: Reason, weighed: Weighed) -> Self {
+    pub fn new(
+        fleet: Rc<Fleet>,
+        pool: usize,
+        reason: Reason,
+        weighed: Weighed,
+        constraints: Constraints,
+    ) -> Self {
         Self {
             fleet,
             pool,
             reason,
             weighed,
+            constraints,
         }
     }
 
@@ -43,14 +52,18 @@ impl Evidence {
             demand,
             scored,
             chosen,
+            ..
         } = &self.weighed;
         let mut record = Record::new(pool, self.reason.name(), *demand, scored, *chosen);
+        record.constraints = self.constraints.shown();
         loop {
             let json = record.to_json();
             if json.len() <= MAX_BYTES {
                 return Some(json);
             }
-            record.candidates.pop()?;
+            if record.candidates.pop().is_none() {
+                record.constraints.take()?;
+            }
         }
     }
 }
@@ -59,6 +72,7 @@ impl Evidence {
 /// `weighed` is cut by [`keep_best`].
 #[must_use]
 pub fn told(pool: &Pool, weighed: &Weighed) -> Vec<report::Weighed> {
+    let predicts_delay = pool.policy.predicts_delay();
     let tell = |s: &Scored| {
         let owner = pool.owners.get(s.candidate.owner)?;
         Some(report::Weighed {
@@ -69,7 +83,13 @@ pub fn told(pool: &Pool, weighed: &Weighed) -> Vec<report::Weighed> {
             active_blocks: s.candidate.load.blocks,
             shared_blocks: s.candidate.shared_blocks,
             requests: s.candidate.load.requests(),
-            cost: s.cost.total(),
+            cost: s.total(),
+            paced: predicts_delay.then_some(report::Paced {
+                waiting: s.candidate.load.waiting,
+                finish_ms: s.candidate.pace.finish_ms,
+                ms_per_token: s.candidate.pace.ms_per_token,
+                typical_ms: weighed.typical_ms,
+            }),
         })
     };
     weighed.scored.iter().filter_map(tell).collect()
@@ -88,7 +108,7 @@ pub fn keep_best(weighed: &mut Weighed) {
         return;
     }
     if let [_, others @ ..] = scored.as_mut_slice() {
-        let cost = |s: &Scored| s.cost.total();
+        let cost = Scored::total;
         others.select_nth_unstable_by(RECORDED - 1, |a, b| cost(a).total_cmp(&cost(b)));
     }
     scored.truncate(RECORDED);
@@ -100,7 +120,8 @@ mod tests {
     use super::keep_best;
     use crate::choose::Weighed;
     use kv_core::cost::Cost;
-    use kv_core::decide::{Candidate, RECORDED, Scored};
+    use kv_core::decide::{Candidate, Price, RECORDED, Scored};
+    use kv_core::delay::Pace;
     use kv_core::load::Load;
     use kv_core::overlap::Overlap;
 
@@ -111,11 +132,13 @@ mod tests {
                 overlap: Overlap::default(),
                 load: Load::default(),
                 shared_blocks: 0,
+                pace: Pace::default(),
+                factor: 1.0,
             },
-            cost: Cost {
+            cost: Price::Blocks(Cost {
                 prefill: *cost,
                 ..Cost::default()
-            },
+            }),
         });
         Weighed {
             scored: scored.collect(),
@@ -131,7 +154,7 @@ mod tests {
         keep_best(&mut weighed);
         assert_eq!(weighed.scored.len(), RECORDED);
         assert_eq!(weighed.scored[weighed.chosen.unwrap()].candidate.owner, 20);
-        let mut kept: Vec<f64> = weighed.scored[1..].iter().map(|s| s.cost.total()).collect();
+        let mut kept: Vec<f64> = weighed.scored[1..].iter().map(|s| s.total()).collect();
         kept.sort_by(f64::total_cmp);
         assert_eq!(kept, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
     }

@@ -25,6 +25,14 @@ pub enum Refusal {
     RankAlone,
     /// A hint of a trusted client can't be read: this one.
     HintMalformed(&'static str),
+    /// No worker that takes requests is what it asks for.
+    NoWorkerFits,
+    /// All workers have as many requests as they take.
+    WorkersFull,
+    /// Its body was packed and did not unpack to JSON: it is broken, or grows too much.
+    BodyBroken,
+    /// Its body was packed and is too long.
+    BodyTooLong,
     /// All workers that could take it have more load than they are to have.
     Overloaded,
     /// Its class lets no more requests wait.
@@ -39,7 +47,7 @@ pub enum Refusal {
 
 impl Refusal {
     /// Number of kinds.
-    pub const COUNT: usize = 11;
+    pub const COUNT: usize = 15;
 
     /// The kind as an index below [`Refusal::COUNT`].
     #[must_use]
@@ -51,11 +59,15 @@ impl Refusal {
             Self::ModelUnknown => 3,
             Self::RankAlone => 4,
             Self::HintMalformed(_) => 5,
-            Self::Overloaded => 6,
-            Self::QueueFull(_) => 7,
-            Self::HeldFull => 8,
-            Self::QueueLate => 9,
-            Self::NoWorkers => 10,
+            Self::NoWorkerFits => 6,
+            Self::WorkersFull => 7,
+            Self::BodyBroken => 8,
+            Self::BodyTooLong => 9,
+            Self::Overloaded => 10,
+            Self::QueueFull(_) => 11,
+            Self::HeldFull => 12,
+            Self::QueueLate => 13,
+            Self::NoWorkers => 14,
         }
     }
 
@@ -68,8 +80,12 @@ impl Refusal {
             Self::HintUntrusted => "hint_untrusted",
             // As OpenAI's API has it.
             Self::ModelUnknown => "model_not_found",
+            Self::BodyBroken => "body_broken",
+            Self::BodyTooLong => "body_too_long",
             Self::RankAlone => "rank_alone",
             Self::HintMalformed(_) => "hint_malformed",
+            Self::NoWorkerFits => "no_worker_fits",
+            Self::WorkersFull => "workers_full",
             Self::Overloaded => "overloaded",
             Self::QueueFull(_) => "queue_full",
             Self::HeldFull => "held_full",
@@ -85,9 +101,12 @@ impl Refusal {
             Self::WorkerMissing
             | Self::WorkerUnknown(_)
             | Self::RankAlone
-            | Self::HintMalformed(_) => 400,
+            | Self::HintMalformed(_)
+            | Self::BodyBroken => 400,
             Self::HintUntrusted => 403,
             Self::ModelUnknown => 404,
+            Self::NoWorkerFits | Self::WorkersFull => 503,
+            Self::BodyTooLong => 413,
             Self::Overloaded | Self::QueueFull(_) | Self::HeldFull => refusing.status.into(),
             Self::QueueLate => 429,
             Self::NoWorkers => 503,
@@ -103,12 +122,16 @@ impl Refusal {
             | Self::HintUntrusted
             | Self::ModelUnknown
             | Self::RankAlone
-            | Self::HintMalformed(_) => false,
+            | Self::HintMalformed(_)
+            | Self::BodyBroken
+            | Self::BodyTooLong => false,
             Self::Overloaded
             | Self::QueueFull(_)
             | Self::HeldFull
             | Self::QueueLate
-            | Self::NoWorkers => true,
+            | Self::NoWorkers
+            | Self::NoWorkerFits
+            | Self::WorkersFull => true,
         }
     }
 
@@ -150,6 +173,26 @@ impl Refusal {
                 "invalid_request_error",
                 hint,
             ),
+            Self::NoWorkerFits => (
+                "no worker that takes requests is among those asked for".to_owned(),
+                "server_error",
+                "nvext.routing_constraints",
+            ),
+            Self::WorkersFull => (
+                "all workers have as many requests as they take".to_owned(),
+                "server_error",
+                "",
+            ),
+            Self::BodyBroken => (
+                "the compressed body is broken, or grows too much when it is unpacked".to_owned(),
+                "invalid_request_error",
+                "body",
+            ),
+            Self::BodyTooLong => (
+                "the compressed body is too long when it is unpacked".to_owned(),
+                "invalid_request_error",
+                "body",
+            ),
             Self::Overloaded => overloaded("all workers are overloaded, try again later"),
             Self::QueueFull(_) | Self::HeldFull => {
                 overloaded("too many requests wait for a worker, try again later")
@@ -157,11 +200,7 @@ impl Refusal {
             Self::QueueLate => overloaded("no worker had room for the request in time"),
             Self::NoWorkers => overloaded("no worker takes requests, try again later"),
         };
-        let param = if param.is_empty() {
-            Value::Null
-        } else {
-            param.into()
-        };
+        let param = Some(param).filter(|param| !param.is_empty());
         let code = self.name();
         let details = match self {
             Self::QueueFull(full) => json!({
@@ -197,6 +236,10 @@ mod tests {
             Refusal::ModelUnknown,
             Refusal::RankAlone,
             Refusal::HintMalformed("x-kv-required-taints"),
+            Refusal::NoWorkerFits,
+            Refusal::WorkersFull,
+            Refusal::BodyBroken,
+            Refusal::BodyTooLong,
             Refusal::Overloaded,
             Refusal::QueueFull(Full {
                 kind: Limit::Tokens,
@@ -217,13 +260,15 @@ mod tests {
         let body: serde_json::Value = serde_json::from_str(&all[3].body("a\"b")).unwrap();
         assert_eq!(body["error"]["message"], "The model `a\"b` does not exist");
         assert_eq!(all.len(), Refusal::COUNT);
-        let body: serde_json::Value = serde_json::from_str(&all[7].body("m")).unwrap();
+        let body: serde_json::Value = serde_json::from_str(&all[11].body("m")).unwrap();
         assert_eq!(body["error"]["details"]["limit_kind"], "raw_isl_tokens");
         assert_eq!(body["error"]["param"], Value::Null);
         let statuses = all.map(|refusal| refusal.status(&Refusing::default()));
         assert_eq!(
             statuses,
-            [400, 400, 403, 404, 400, 400, 529, 529, 529, 429, 503]
+            [
+                400, 400, 403, 404, 400, 400, 503, 503, 400, 413, 529, 529, 529, 429, 503
+            ]
         );
     }
 }

@@ -13,7 +13,8 @@
 
 use std::rc::Rc;
 
-use kv_core::constraint::Pin;
+use kv_core::holdings::Named;
+use kv_core::id::DpRank;
 use kv_core::policy::Mode;
 use kv_core::queue::Verdict;
 use kv_core::report::Queued;
@@ -24,7 +25,7 @@ use kv_core::table::Pool;
 use crate::choose::{Answer, Ask, Barred, Busy, Gate, Published};
 use crate::fleet::Served;
 use crate::header_map::HeaderMap;
-use crate::hints::{self, Hints, Malformed, Nvext};
+use crate::hints::{self, Hints, Nvext};
 use crate::hold;
 use crate::host::{Headers, Host, Token};
 use crate::metrics::{Event, Fault, Miss, Timing};
@@ -43,6 +44,11 @@ pub const DESTINATION: &str = "x-gateway-destination-endpoint";
 pub const POOL: &str = "x-kv-pool";
 /// The decision record, on responses.
 pub const DECISION: &str = "x-kv-router-decision";
+/// Request header with the `content-encoding` of a body that Envoy has unpacked.
+pub const PACKED: &str = "x-kv-packed";
+
+/// Size of the body.
+const LENGTH: &str = "content-length";
 
 /// Milliseconds after which a request that has to wait is of no use any more.
 pub const DEADLINE: &str = "x-kv-router-deadline-ms";
@@ -96,6 +102,9 @@ struct Waiting {
     since_ns: u64,
     /// When the last body part came.
     part_ns: u64,
+    /// The API, and bytes of the body.
+    surface: Surface,
+    bytes: usize,
     asked: Asked,
     read: Read,
 }
@@ -127,10 +136,14 @@ struct Read {
     scan: Scan,
     /// Sequence hashes of a prompt that is text.
     hashes: Vec<u64>,
+    /// Its blocks in the pool's further families.
+    families: Vec<Named>,
     /// Whether the body was read to its end.
     is_complete: bool,
     /// Bytes of the body that Envoy keeps.
     bytes: usize,
+    /// The size of the body, and what is to stand in its place once it is routed.
+    changed: Option<(usize, Vec<u8>)>,
     headers: HeaderMap,
     /// The body's extensions.
     nvext: Nvext,
@@ -186,8 +199,10 @@ impl Read {
             tokens: 0,
             scan: Scan::default(),
             hashes: Vec::new(),
+            families: Vec::new(),
             is_complete: false,
             bytes: 0,
+            changed: None,
             headers,
             nvext: Nvext::default(),
             hints: None,
@@ -281,6 +296,8 @@ impl Request {
         let Waiting {
             since_ns,
             part_ns,
+            surface,
+            bytes,
             asked,
             mut read,
         } = *waiting;
@@ -292,6 +309,11 @@ impl Request {
         read.reason = told.reason;
         read.tokens = told.tokens;
         read.hashes = told.hashes;
+        read.families = told.families;
+        let changed = (!told.ids.is_empty())
+            .then(|| router.with_ids(surface, bytes, &read.scan, &told.ids))
+            .flatten();
+        read.changed = changed.map(|body| (bytes, body));
         if self.route(router, read, since_ns, part_ns, Pass::Asks) == Action::Continue {
             router.resume();
         }
@@ -444,10 +466,23 @@ impl Request {
             taken,
             ..
         } = *held;
+        let is_packed = held.whole && held.headers.get(PACKED).is_some();
         let read = match cut {
             Some(reason) => held.cut(reason),
             None => held.read(&router.host),
         };
+        // Envoy passes on what it could unpack, and then no more.
+        let refusal = match read.reason {
+            Reason::BadJson if is_packed => Some(Refusal::BodyBroken),
+            Reason::TooLong if is_packed => Some(Refusal::BodyTooLong),
+            _ => None,
+        };
+        if let Some(refusal) = refusal
+            && let Some(fleet) = router.world.fleet()
+            && let Some(served) = fleet.serve(None)
+        {
+            return self.refuse(router, served.pool, refusal, "");
+        }
         if read.reason == Reason::Text {
             return self.ask(router, read, (surface, taken), since_ns, part_ns);
         }
@@ -465,18 +500,26 @@ impl Request {
     ) -> Action {
         router.refresh(part_ns);
         read.hints(router);
-        let asked = router.ask(&Question {
+        let question = Question {
             contexts: (self.context, self.root),
             surface,
             bytes,
-            model: read.scan.model.value().map(String::as_str),
+            scan: &read.scan,
             salt: salt(read.hints.as_ref(), &read.scan.cache_salt),
-        });
-        match asked {
+        };
+        if let Some(chunks) = router.chunks(&question) {
+            read.reason = Reason::KvText;
+            read.tokens = chunks.tokens;
+            read.hashes = chunks.hashes;
+            return self.route(router, read, since_ns, part_ns, Pass::Asks);
+        }
+        match router.ask(&question) {
             Ok(asked) => {
                 self.state = State::Asked(Box::new(Waiting {
                     since_ns,
                     part_ns,
+                    surface,
+                    bytes,
                     asked,
                     read,
                 }));
@@ -516,7 +559,7 @@ impl Request {
     ) -> Action {
         router.refresh(part_ns);
         read.hints(router);
-        let hints = read.hints.take().unwrap_or_default();
+        let mut hints = read.hints.take().unwrap_or_default();
         let model = read.scan.model.value().map(String::as_str);
         let fleet = router.world.fleet();
         let served = fleet.as_ref().and_then(|fleet| {
@@ -535,8 +578,13 @@ impl Request {
                     }
                 }
                 let answer = read.answer(&router.host, hints.expected_output);
-                let pin = match hinted(served, read.reason, &hints) {
-                    Ok(pin) => pin,
+                if served.says_adapters() {
+                    served.lora.clone_into(&mut hints.constraints.lora);
+                }
+                let placed =
+                    router.session(served, read.reason, &read.headers, &mut hints.constraints);
+                let narrowed = match router.narrow(served, read.reason, &hints) {
+                    Ok(narrowed) => narrowed,
                     Err(refusal) => {
                         let model = model.unwrap_or_default();
                         return self.refuse(router, served.pool, refusal, model);
@@ -549,7 +597,8 @@ impl Request {
                         let families = served.named(tokens.ids(), salt);
                         (tokens.hashes(hashing), families)
                     }
-                    _ => (&read.hashes[..], Vec::new()),
+                    // It may be routed again.
+                    _ => (&read.hashes[..], read.families.clone()),
                 };
                 let loads = router.world.loads();
                 let published = loads.as_ref().map_or(0, |l| l.backlog(served.position));
@@ -564,7 +613,9 @@ impl Request {
                     tokens: read.tokens,
                     hashes,
                     families: &families,
-                    pin,
+                    owners: &narrowed.owners,
+                    constraints: &hints.constraints,
+                    session: placed.map(|(session, _)| session),
                     answer,
                     gate: gate.filter(|_| is_asked),
                 };
@@ -594,12 +645,25 @@ impl Request {
                 if is_empty && read.reason != Reason::Passed {
                     return self.refuse(router, served.pool, Refusal::NoWorkers, "");
                 }
-                router.send_to(&served.pool.name, choice.endpoints.as_deref());
+                if choice.is_full {
+                    let model = model.unwrap_or_default();
+                    return self.refuse(router, served.pool, Refusal::WorkersFull, model);
+                }
+                router.place_session(served, placed, choice.owner);
+                let rank = choice.owner.and_then(|owner| served.rank(owner));
+                router.send_to(&served.pool.name, choice.endpoints.as_deref(), rank);
+                if hints.constraints.is_strict() {
+                    router.limit_retries(choice.second.is_some());
+                }
                 Routed::new(router, Rc::clone(fleet), served, &ask, choice)
             }
         };
         if let Pass::Goes(Some(ticket)) = pass {
             router.unqueue(ticket);
+        }
+        // What routing reads of the body has been read.
+        if let Some((bytes, body)) = &read.changed {
+            router.hand_over(*bytes, body);
         }
         let metrics = &mut router.metrics;
         metrics.request(&router.host, routed.pool(), routed.reason());
@@ -656,7 +720,7 @@ impl Request {
             pool: pool.key,
             class: busy.class,
             tokens: read.tokens,
-            body_bytes: read.bytes,
+            body_bytes: read.bytes + read.changed.as_ref().map_or(0, |(_, body)| body.len()),
         });
         let Router {
             host,
@@ -704,8 +768,12 @@ impl Request {
         let Router { host, metrics, .. } = router;
         metrics.request(host, &pool.name, Reason::Refused);
         metrics.refused(host, refusal);
-        // Where no pool serves the model there was no worker to be missed.
-        if refusal != Refusal::ModelUnknown {
+        // Where no pool serves the model, or nothing can be read, no worker is missed.
+        let misses = !matches!(
+            refusal,
+            Refusal::ModelUnknown | Refusal::BodyBroken | Refusal::BodyTooLong
+        );
+        if misses {
             metrics.missed(host, Miss::Unanswered);
         }
         // Callbacks on the answer find nothing left to do.
@@ -725,28 +793,6 @@ impl Request {
             metrics.fault(host, Fault::Reply);
         }
         Action::Pause
-    }
-}
-
-/// The worker that a request is to go to, in a pool of the mode direct. A request that is not
-/// for generation need not name one.
-fn hinted(served: &Served<'_>, reason: Reason, hints: &Hints) -> Result<Option<Pin>, Refusal> {
-    if let Some(Malformed(hint)) = hints.malformed {
-        return Err(Refusal::HintMalformed(hint));
-    }
-    if hints.is_rank_alone {
-        return Err(Refusal::RankAlone);
-    }
-    if served.pool.policy.mode != Mode::Direct {
-        return Ok(None);
-    }
-    let is_needed = reason != Reason::Passed;
-    match hints.constraints.pin {
-        None if is_needed && hints.is_untrusted_pin => Err(Refusal::HintUntrusted),
-        None if is_needed => Err(Refusal::WorkerMissing),
-        None => Ok(None),
-        Some(pin) if served.pinned(pin).next().is_none() => Err(Refusal::WorkerUnknown(pin.worker)),
-        Some(pin) => Ok(Some(pin)),
     }
 }
 
@@ -784,14 +830,41 @@ impl<H: Host> Router<H> {
         headers.unwrap_or_default()
     }
 
+    /// The body with its prompt's token ids, as the pool hands them over.
+    fn with_ids(&self, surface: Surface, bytes: usize, scan: &Scan, ids: &[u8]) -> Option<Vec<u8>> {
+        let fleet = self.world.fleet()?;
+        let served = fleet.serve(scan.model.value().map(String::as_str))?;
+        let body = self.host.body(0, bytes);
+        let handover = served.pool.handover;
+        handover.body(surface, &body, &scan.members, ids)
+    }
+
+    /// Sends this body instead of the one that came.
+    fn hand_over(&mut self, bytes: usize, body: &[u8]) {
+        if !self.host.replace_body(bytes, body) {
+            self.metrics.fault(&self.host, Fault::Body);
+            return;
+        }
+        self.metrics.count(&self.host, Event::HandedOver, 1);
+        // One that is given must be true; without one the body goes in chunks.
+        let length = body.len().to_string();
+        let host = &self.host;
+        let is_given = host.header(Headers::Request, LENGTH).is_some();
+        if is_given && !host.set_header(Headers::Request, LENGTH, length.as_bytes()) {
+            self.metrics.fault(&self.host, Fault::Header);
+        }
+    }
+
     /// Tells Envoy where to send the request: to the first of the endpoints that takes it.
-    fn send_to(&mut self, pool: &str, endpoints: Option<&str>) {
+    /// Its engine is told the rank, where it has several.
+    fn send_to(&mut self, pool: &str, endpoints: Option<&str>, rank: Option<DpRank>) {
         let set = |name, value: &str| {
             self.host
                 .set_header(Headers::Request, name, value.as_bytes())
         };
         let named = endpoints.is_none_or(|endpoints| set(DESTINATION, endpoints));
-        if !(set(POOL, pool) && named) {
+        let ranked = rank.is_none_or(|rank| set(hints::RANK, &rank.to_string()));
+        if !(set(POOL, pool) && named && ranked) {
             self.metrics.fault(&self.host, Fault::Header);
         }
     }
@@ -871,8 +944,10 @@ impl Held {
             tokens,
             scan,
             hashes: Vec::new(),
+            families: Vec::new(),
             is_complete: true,
             bytes,
+            changed: None,
             headers: self.headers,
             nvext,
             hints: None,

@@ -107,7 +107,9 @@ impl Routed {
                     #[allow(clippy::cast_possible_truncation)]
                     trust: trust as f32,
                     candidates: record::told(served.pool, &weighed),
+                    constraints: ask.constraints.clone(),
                 }),
+                session: ask.session,
                 whole: ask.answer == Answer::Whole,
                 prefill_rate: owner.and_then(|owner| served.owner(owner)).map_or(0, rate),
             };
@@ -122,7 +124,7 @@ impl Routed {
         let position = served.position;
         let evidence = fleet.table.settings.decision_header.then(|| {
             let fleet = Rc::clone(&fleet);
-            Evidence::new(fleet, position, reason, weighed)
+            Evidence::new(fleet, position, reason, weighed, ask.constraints.clone())
         });
         let key = |owner: usize| Some(served.place(owner)?.owner);
         let is_tracked = served.pool.policy.tracking.output_blocks;

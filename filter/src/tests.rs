@@ -3,6 +3,7 @@
 mod answers;
 mod board;
 mod bridge;
+mod delay;
 mod direct;
 mod failures;
 mod hints;
@@ -10,6 +11,7 @@ mod load;
 mod noise;
 mod reports;
 mod requests;
+mod sessions;
 mod staleness;
 mod text;
 mod waiting;

@@ -4,10 +4,14 @@
 //! then. The root context makes the call, so that a client which leaves meanwhile leaves nothing
 //! behind.
 
+use std::borrow::Cow;
+
+use kv_core::chunk::Chunks;
+use kv_core::holdings::Named;
 use kv_core::policy::Mode;
+use kv_core::scan::Scan;
 use kv_core::surface::Surface;
-use kv_core::text::{Answer, Ask, Extent, LONGEST_BODY, METHOD, Refusal, SERVICE};
-use kv_core::wire;
+use kv_core::text::{Answer, Ask, Extent, LONGEST_BODY, METHOD, Refusal, SERVICE, Wanted};
 
 use crate::host::{Host, Method, Token};
 use crate::metrics::Fault;
@@ -19,6 +23,15 @@ const READ: Method = Method {
     service: SERVICE,
     method: METHOD,
 };
+/// Values of a body that chat templates put before the messages.
+const BESIDE: [&str; 6] = [
+    "system",
+    "instructions",
+    "tools",
+    "documents",
+    "chat_template_kwargs",
+    "reasoning_effort",
+];
 
 /// What to ask about.
 #[derive(Clone, Copy, Debug)]
@@ -29,10 +42,16 @@ pub struct Question<'a> {
     pub surface: Surface,
     /// Bytes of the body.
     pub bytes: usize,
-    /// The model it names.
-    pub model: Option<&'a str>,
+    /// What it said.
+    pub scan: &'a Scan,
     /// Its cache salt.
     pub salt: &'a str,
+}
+
+impl<'a> Question<'a> {
+    fn model(&self) -> Option<&'a str> {
+        self.scan.model.value().map(String::as_str)
+    }
 }
 
 /// A question under way.
@@ -52,6 +71,10 @@ pub struct Told {
     pub tokens: u32,
     /// Sequence hashes of its blocks.
     pub hashes: Vec<u64>,
+    /// Its blocks in the pool's further families.
+    pub families: Vec<Named>,
+    /// Its token ids as a JSON array, where they are to be handed over.
+    pub ids: Vec<u8>,
 }
 
 impl Told {
@@ -60,18 +83,40 @@ impl Told {
             reason,
             tokens: 0,
             hashes: Vec::new(),
+            families: Vec::new(),
+            ids: Vec::new(),
         }
     }
 }
 
 impl<H: Host> Router<H> {
+    /// The chunks of a text, in a pool that finds texts by them.
+    pub fn chunks(&self, question: &Question<'_>) -> Option<Chunks> {
+        let fleet = self.world.fleet()?;
+        let served = fleet.serve(question.model())?;
+        if !served.pool.chunks || served.pool.policy.mode != Mode::Kv {
+            return None;
+        }
+        let members = &question.scan.members;
+        let value = |key: &str, most: usize| {
+            let place = members.get(key);
+            place.map_or_else(Vec::new, |place| {
+                self.host.body(place.start, place.len().min(most))
+            })
+        };
+        let text = value(question.surface.prompt_key()?, LONGEST_BODY);
+        let beside = BESIDE.map(|key| value(key, LONGEST_BODY));
+        let seed = served.hashing(question.salt).seed;
+        Some(Chunks::of(&text, &beside, served.pool.block_size, seed))
+    }
+
     /// Asks the sidecar.
     ///
     /// # Errors
     /// The reason why it is not asked.
     pub fn ask(&mut self, question: &Question<'_>) -> Result<Asked, Reason> {
         let fleet = self.world.fleet().ok_or(Reason::Text)?;
-        let served = fleet.serve(question.model).ok_or(Reason::Text)?;
+        let served = fleet.serve(question.model()).ok_or(Reason::Text)?;
         let budget = served.pool.text.ok_or(Reason::Text)?;
         if served.pool.policy.mode != Mode::Kv {
             return Err(Reason::Text);
@@ -86,13 +131,19 @@ impl<H: Host> Router<H> {
             return Err(Reason::TextFailed);
         }
         let budget_us = budget.of(body.len());
-        let message = wire::encode(&Ask {
+        let ask = Ask {
             pool: &served.pool.name,
             surface: question.surface,
             block_size: served.pool.block_size,
             seed: served.hashing(question.salt).seed.0,
             budget_us,
             body: &body,
+        };
+        let message = ask.encode(&Wanted {
+            families: Cow::Borrowed(&served.pool.families),
+            lora: served.lora,
+            salt: question.salt,
+            ids: served.pool.handover.takes(question.surface),
         });
         let since_ns = host.now_ns();
         let (request, root) = question.contexts;
@@ -138,15 +189,16 @@ impl Asked {
             };
             return Told::nothing(reason);
         };
-        match wire::decode::<Answer<'_>>(message) {
+        match Answer::decode(message) {
             Err(_) => Told::nothing(Reason::TextFailed),
-            Ok(Answer::Refused(refusal)) => Told::nothing(match refusal {
+            Ok((Answer::Refused(refusal), _)) => Told::nothing(match refusal {
                 Refusal::NoTokenizer => Reason::Text,
                 Refusal::Template | Refusal::Malformed => Reason::TextRefused,
                 Refusal::Overloaded => Reason::TextOverloaded,
                 Refusal::Deadline => Reason::TextLate,
+                Refusal::Engine => Reason::TextFailed,
             }),
-            Ok(Answer::Read(blocks)) => Told {
+            Ok((Answer::Read(blocks), further)) => Told {
                 reason: match blocks.extent {
                     Extent::Whole => Reason::Kv,
                     Extent::Deadline => Reason::KvBeginning,
@@ -154,6 +206,8 @@ impl Asked {
                 },
                 tokens: blocks.tokens,
                 hashes: blocks.hashes(),
+                families: further.families,
+                ids: further.ids.to_vec(),
             },
         }
     }

@@ -1,5 +1,8 @@
-//! What the fuzz targets do with bytes: every decoder of events, each holding the promise that
-//! nothing in a message makes it panic, and that what comes out is bounded.
+//! What the fuzz targets do with bytes: every decoder of events and every reader of requests and
+//! answers, each holding the promise that nothing in a message makes it panic, and that what comes
+//! out is bounded.
+
+mod text;
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::Path;
@@ -22,6 +25,8 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio_util::codec::{Decoder as _, Encoder as _};
 
+pub use text::{answer_stream, prompt, request_body};
+
 /// One way in for bytes from outside.
 #[derive(Clone, Copy, Debug)]
 pub struct Target {
@@ -31,10 +36,12 @@ pub struct Target {
     pub run: fn(&[u8]),
     /// Makes an input of an engine's message.
     pub wrap: fn(&[u8]) -> Vec<u8>,
+    /// How many times as long as the others it takes.
+    pub cost: usize,
 }
 
 /// The targets.
-pub const TARGETS: [Target; 7] = [
+pub const TARGETS: [Target; 10] = [
     bare("engine_msgpack", engine_msgpack),
     bare("engine_json", engine_json),
     bare("dynamo_plane", dynamo_plane),
@@ -44,11 +51,31 @@ pub const TARGETS: [Target; 7] = [
         name: "post_body",
         run: post_body,
         wrap: posted,
+        cost: 1,
     },
     Target {
         name: "zmtp",
         run: zmtp,
         wrap: published,
+        cost: 1,
+    },
+    Target {
+        name: "request_body",
+        run: request_body,
+        wrap: text::chat,
+        cost: 1,
+    },
+    Target {
+        name: "prompt",
+        run: prompt,
+        wrap: text::chat,
+        cost: 20,
+    },
+    Target {
+        name: "answer_stream",
+        run: answer_stream,
+        wrap: text::streamed,
+        cost: 1,
     },
 ];
 
@@ -57,6 +84,7 @@ const fn bare(name: &'static str, run: fn(&[u8])) -> Target {
         name,
         run,
         wrap: <[u8]>::to_vec,
+        cost: 1,
     }
 }
 

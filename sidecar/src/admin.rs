@@ -5,6 +5,7 @@ mod dump;
 mod error;
 mod events;
 mod explain;
+mod fleet;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -14,12 +15,14 @@ use axum::extract::{ConnectInfo, DefaultBodyLimit, Query, RawQuery, Request, Sta
 use axum::http::{StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::decision::{DecisionsReport, Wanted};
+use crate::fleet::Front;
+use crate::fleet::lease::Lease;
 use crate::index::{Control, IndexReport, WorkersReport};
 use crate::ingest::post::Desk;
 use crate::load::RawReport;
@@ -37,6 +40,8 @@ pub struct Admin {
     control: mpsc::Sender<Control>,
     desk: Arc<Desk>,
     metrics: Arc<Metrics>,
+    /// Takes registrations, where somebody does.
+    fleet: Option<Front>,
     /// What peers of other machines show to see content.
     token: Option<Token>,
 }
@@ -49,6 +54,7 @@ impl Admin {
             control,
             desk,
             metrics,
+            fleet: None,
             token: None,
         }
     }
@@ -57,6 +63,13 @@ impl Admin {
     #[must_use]
     pub fn with_token(mut self, token: Option<String>) -> Self {
         self.token = token.map(Token::new);
+        self
+    }
+
+    /// Hands registrations of workers to `fleet`.
+    #[must_use]
+    pub fn with_fleet(mut self, fleet: Front) -> Self {
+        self.fleet = Some(fleet);
         self
     }
 
@@ -77,7 +90,11 @@ impl Admin {
 /// token, but for posts of events, which show whose they are; serve it with connection info.
 pub fn router(admin: Admin) -> Router {
     let content = Router::new()
-        .route("/v1/workers", get(workers))
+        .route("/v1/workers", get(workers).post(fleet::join))
+        .route(
+            "/v1/workers/{id}",
+            put(fleet::renew).post(fleet::renew).delete(fleet::leave),
+        )
         .route("/v1/queue", get(queue))
         .route("/busy_threshold", get(busy::list).post(busy::post))
         .route("/v1/index", get(index))
@@ -153,6 +170,8 @@ async fn decisions(
 struct Workers {
     #[serde(flatten)]
     report: WorkersReport,
+    /// Who is registered.
+    leases: Vec<Lease>,
     #[serde(skip_serializing_if = "Option::is_none")]
     raw: Option<RawReport>,
 }
@@ -168,5 +187,10 @@ async fn workers(
     } else {
         None
     };
-    Ok(Json(Workers { report, raw }))
+    let leases = admin.fleet.as_ref().map_or_else(Vec::new, Front::leases);
+    Ok(Json(Workers {
+        report,
+        leases,
+        raw,
+    }))
 }

@@ -19,6 +19,7 @@ use tonic::transport::Server;
 use crate::index::Control;
 use crate::metrics::Metrics;
 use crate::text::Reader;
+use crate::xds::{self, Endpoints};
 pub use codec::Raw;
 pub use socket::SocketError;
 
@@ -55,8 +56,11 @@ impl Bridge {
         control: mpsc::Sender<Control>,
         metrics: Arc<Metrics>,
         reader: Arc<Reader>,
+        endpoints: Endpoints,
         cancel: CancellationToken,
     ) -> Result<(), tonic::transport::Error> {
+        let (aggregated, of_endpoints) =
+            xds::services(endpoints, Arc::clone(&metrics), cancel.clone());
         let service = service::Bridge::new(control, metrics, cancel.clone());
         let served = Server::builder()
             // A body comes in one go.
@@ -64,6 +68,8 @@ impl Bridge {
             .initial_connection_window_size(CONNECTION_WINDOW)
             .add_service(service)
             .add_service(text::Text(reader))
+            .add_service(aggregated)
+            .add_service(of_endpoints)
             .serve_with_incoming_shutdown(
                 UnixListenerStream::new(self.listener),
                 cancel.cancelled_owned(),

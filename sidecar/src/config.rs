@@ -21,13 +21,18 @@ mod setting;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use ipnet::IpNet;
+use kv_core::affinity::Affinity;
+use kv_core::handover::Handover;
 use kv_core::id::{Device, OwnerId, Role, WorkerId};
 use kv_core::policy::Policy;
 use kv_core::queue::{Profile, Refusing, Thresholds};
 use kv_core::table::{Metadata, Settings};
 use kv_core::text::Budget;
+use serde::Serialize;
+use serde_json::{Value, json};
 
 use crate::ingest::engine::{self, media::Media};
 use crate::ingest::subject::Template;
@@ -36,7 +41,7 @@ use crate::load;
 pub use effective::{Effective, From, Key};
 pub use error::{ConfigErrors, Problem};
 pub use events::{Events, FamilyUse, Socket, ZmqAddress};
-pub use file::{CachePolicy, File, Tls};
+pub use file::{AddressFamily, CachePolicy, EngineFace, File, Tls};
 pub use guide::dynamo_settings;
 pub use layer::{Layer, Note, Origin};
 pub use restart::{Restart, restart};
@@ -83,12 +88,46 @@ pub struct Config {
     pub load: load::Settings,
     /// Whether workers that fail are left out.
     pub eject_workers: bool,
+    /// Share of a pool's workers that stay though they fail.
+    pub eject_floor: f64,
+    /// How workers are asked whether they are well, if they are.
+    pub health_check: Option<HealthCheck>,
+    /// Which workers may register at run time, if any.
+    pub registration: Option<Registration>,
+    /// Workers that have to be there before the sidecar counts as ready for the first time.
+    pub min_initial_workers: u32,
     /// What holds for all pools.
     pub settings: Settings,
     /// The pools, at least one; the first serves requests that name no known model.
     pub pools: Vec<Pool>,
     /// What it was made of, with the layers in it.
     file: File,
+}
+
+/// How workers are asked whether they are well.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HealthCheck {
+    /// Path of a GET.
+    pub path: String,
+    /// Time between two, milliseconds.
+    pub interval_ms: u64,
+    /// How long an answer may take, milliseconds.
+    pub timeout_ms: u64,
+    /// Bad answers in a row after which a worker is left out.
+    pub unwell_after: u32,
+}
+
+/// Workers that may register at run time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Registration {
+    /// Networks inside which their addresses must be.
+    pub networks: Vec<ipnet::IpNet>,
+    /// How many there may be.
+    pub max_workers: usize,
+    /// How long one counts that does not say for how long, milliseconds.
+    pub ttl_ms: u64,
+    /// The longest that one may ask for, milliseconds.
+    pub max_ttl_ms: u64,
 }
 
 /// An HTTP interface on a port of its own.
@@ -111,6 +150,8 @@ pub struct Nats {
     pub json: Option<Template>,
     /// JetStream stream that keeps them; they are read from there.
     pub json_stream: Option<String>,
+    /// Subject on which workers register.
+    pub workers: Option<Box<Template>>,
     /// Whether load is exchanged with other sidecars and Dynamo's routers; needs `dynamo`.
     pub replica_sync: bool,
     /// Credentials file.
@@ -130,6 +171,7 @@ impl Nats {
             dynamo: None,
             json: None,
             json_stream: None,
+            workers: None,
             replica_sync: false,
             credentials_file: None,
             nkey_seed_file: None,
@@ -179,6 +221,8 @@ pub struct Pool {
     pub trusts_hints: bool,
     /// Addresses whose privileged hints count.
     pub trusted_sources: Vec<IpNet>,
+    /// How sessions are kept together.
+    pub affinity: Option<Affinity>,
     /// Requests on a worker with an accelerator for each on one without.
     pub device_ratio: u32,
     /// How requests wait while all workers are busy.
@@ -187,10 +231,14 @@ pub struct Pool {
     pub overload: Thresholds,
     /// How requests are refused because of load.
     pub refusing: Refusing,
+    /// How long the share of a worker grows that joins, milliseconds.
+    pub slow_start_ms: u32,
     /// How prompts that are text are read.
     pub tokenizer: Option<Tokenizer>,
     /// The workers.
     pub workers: Vec<Worker>,
+    /// Names that stand for further workers.
+    pub dns: Vec<Dns>,
     /// Routing group, of a pool that workers registered for at run time. No request is routed to it.
     pub routing_group: Option<String>,
 }
@@ -207,12 +255,59 @@ impl Pool {
 /// How prompts that are text are read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tokenizer {
-    /// The model's folder.
-    pub path: PathBuf,
+    /// Who knows.
+    pub from: TokenizerFrom,
     /// Bytes of token ids that are remembered.
     pub cache_bytes: u64,
     /// How long reading may take.
     pub budget: Budget,
+    /// How workers get the token ids.
+    pub handover: Handover,
+}
+
+/// Who knows the token ids of a text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TokenizerFrom {
+    /// The model's folder.
+    Folder(PathBuf),
+    /// The pool's workers.
+    Engine(EngineFace),
+}
+
+/// A DNS name that stands for workers.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Dns {
+    /// The name.
+    pub name: String,
+    /// Where the workers take requests.
+    pub port: u16,
+    /// Which addresses count.
+    pub family: AddressFamily,
+    /// Time between lookups.
+    pub refresh: Duration,
+    /// Data-parallel ranks of each.
+    pub ranks: u32,
+    /// What each is said to be.
+    pub metadata: Metadata,
+    /// Port of rank 0's socket of events.
+    pub zmq_port: Option<u16>,
+    /// Port of rank 0's socket of replays.
+    pub zmq_replay_port: Option<u16>,
+}
+
+/// How a worker came to be known.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Source {
+    /// The configuration file names it.
+    #[default]
+    File,
+    /// It registered, under a lease.
+    Registered,
+    /// A DNS name stands for it.
+    Dns,
+    /// It registered with the standalone indexer, to be indexed alone.
+    Indexer,
 }
 
 /// One engine instance.
@@ -231,6 +326,10 @@ pub struct Worker {
     pub ranks: u32,
     /// What it is said to be.
     pub metadata: Metadata,
+    /// Whether it is to get no more requests.
+    pub draining: bool,
+    /// How it came to be known.
+    pub source: Source,
     /// The stream of events that it publishes itself.
     pub events: Option<Events>,
 }
@@ -241,6 +340,19 @@ impl Worker {
         let worker = self.id;
         (0..self.ranks).map(move |rank| OwnerId { worker, rank })
     }
+}
+
+/// A worker by itself, as the file would have it.
+///
+/// # Errors
+/// Everything that is wrong with it.
+pub fn worker(said: &Value) -> Result<Worker, ConfigErrors> {
+    let mut root = json!({"pools": [{"name": DEFAULT_POOL, "workers": [said]}]});
+    let problems = schema::prune(&mut root);
+    let problems = problems.into_iter().map(Problem::of_worker).collect();
+    let file: Result<File, _> = serde_json::from_value(root);
+    let file = file.map_err(|e| ConfigErrors::from(Problem::Syntax { why: e.to_string() }))?;
+    check::worker(&file, problems)
 }
 
 impl Config {

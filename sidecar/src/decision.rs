@@ -7,7 +7,7 @@ mod shadow;
 use std::collections::VecDeque;
 
 use kv_core::cost::Demand;
-use kv_core::decide::RECORDED;
+use kv_core::decide::{RECORDED, Terms};
 use kv_core::id::{DpRank, OwnerId, Tier, WorkerId};
 use kv_core::report::{Booked, Evidence, Weighed};
 use serde::{Deserialize, Serialize};
@@ -56,7 +56,8 @@ pub struct Decision {
     pub verdict: Verdict,
     /// Whether it agrees; `null` where there is nothing to agree with.
     pub agree: Option<bool>,
-    /// Cost of the choice less the least cost, both exact, in blocks.
+    /// Cost of the choice less the least cost, both exact: blocks, or milliseconds of a
+    /// predicted delay.
     pub regret: Option<f64>,
     /// The choice that the exact state asks for.
     pub best: Option<Best>,
@@ -71,7 +72,7 @@ pub struct Best {
     pub worker: WorkerId,
     /// Its data-parallel rank.
     pub rank: DpRank,
-    /// Its cost, in blocks.
+    /// Its cost: blocks, or milliseconds of a predicted delay.
     pub cost: f64,
 }
 
@@ -103,12 +104,16 @@ pub struct Side {
     pub shared_blocks: u32,
     /// Requests there.
     pub requests: u32,
-    /// The cost, in blocks.
+    /// Terms of the cost.
+    #[serde(flatten)]
+    pub terms: Terms,
+    /// The cost: blocks, or milliseconds of a predicted delay.
     pub cost: f64,
 }
 
-impl From<&Weighed> for Side {
-    fn from(weighed: &Weighed) -> Self {
+impl Side {
+    /// As the filter weighed it.
+    fn seen(field: &Field, evidence: &Evidence, weighed: &Weighed) -> Self {
         Self {
             overlap: weighed.overlap,
             shared_cache: weighed.shared_cache,
@@ -116,6 +121,7 @@ impl From<&Weighed> for Side {
             active_blocks: weighed.active_blocks,
             shared_blocks: weighed.shared_blocks,
             requests: weighed.requests,
+            terms: (&shadow::scored_seen(field, evidence, weighed)).into(),
             cost: weighed.cost,
         }
     }
@@ -148,7 +154,10 @@ impl Decision {
         reason.truncate(reason.floor_char_boundary(LONGEST_REASON));
         let seen = evidence.candidates.iter().take(RECORDED);
         let mut candidates: Vec<Compared> = seen
-            .map(|weighed| compared(weighed.owner, Some(weighed.into()), field, shadow))
+            .map(|weighed| {
+                let side = Side::seen(field, evidence, weighed);
+                compared(weighed.owner, Some(side), field, shadow)
+            })
             .collect();
         let is_listed = |best: &OwnerId| {
             let is_it = |c: &Compared| c.worker == best.worker && c.rank == best.rank;

@@ -2,8 +2,9 @@
 //! milliseconds of any clock that doesn't go back.
 //!
 //! A worker that was not reached is looked at, and left out if nothing listens there. One that
-//! fails several requests in a row is left out without a look. After a pause it is looked at, and
-//! comes back once something listens; each pause in a row is twice the one before.
+//! fails several requests in a row is left out without a look, and one that several looks in a row
+//! found unwell. After a pause it is looked at, and comes back once it is well; each pause in a row
+//! is twice the one before.
 
 use std::collections::HashMap;
 
@@ -29,14 +30,27 @@ struct Worker {
     pauses: u32,
     /// Until when it is left out at least; `None` while it takes requests.
     out_until_ms: Option<u64>,
-    /// Whether somebody looks whether it is there.
+    /// Looks in a row that found it unwell.
+    unwell: u32,
+    /// Whether somebody looks at it.
     is_probed: bool,
+}
+
+/// What somebody who looked at a worker has found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Look {
+    /// It is there, and well as far as was asked.
+    Well,
+    /// It is there and says that it is not well, or says nothing in time.
+    Unwell,
+    /// Nothing listens there.
+    Gone,
 }
 
 /// What is to be done about a worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Due {
-    /// Look whether it is there, and tell [`Ejection::probed`].
+    /// Look at it, and tell [`Ejection::looked`].
     Probe,
     /// Leave it out if others are enough, and tell [`Ejection::left_out`].
     LeaveOut(Why),
@@ -51,6 +65,8 @@ pub enum Why {
     Unreachable,
     /// It has failed requests in a row.
     Failing,
+    /// Looks in a row found it unwell.
+    Unwell,
 }
 
 impl Why {
@@ -60,16 +76,22 @@ impl Why {
         match self {
             Self::Unreachable => "unreachable",
             Self::Failing => "failing",
+            Self::Unwell => "unwell",
         }
     }
 
-    /// How many of so many workers have to be left. Where nothing listens, nothing is lost by
-    /// leaving it out; errors may be the requests' fault.
+    /// How many of so many workers have to be left, where `share` of them are to be. Where nothing
+    /// listens, nothing is lost by leaving it out; errors may be the requests' fault.
     #[must_use]
-    pub fn floor(self, workers: usize) -> usize {
+    #[allow(
+        clippy::cast_precision_loss,
+        clippy::cast_sign_loss,
+        clippy::cast_possible_truncation
+    )]
+    pub fn floor(self, workers: usize, share: f64) -> usize {
         match self {
             Self::Unreachable => 1,
-            Self::Failing => workers.div_ceil(2).max(1),
+            Self::Failing | Self::Unwell => ((workers as f64 * share).ceil() as usize).max(1),
         }
     }
 }
@@ -93,28 +115,56 @@ impl Ejection {
     /// A worker has answered a request to its end.
     pub fn answered(&mut self, worker: WorkerId) {
         // One that answers what it had before it was left out has to be looked at all the same.
-        let is_in = |known: &Worker| known.out_until_ms.is_none() && !known.is_probed;
-        if self.workers.get(&worker).is_some_and(is_in) {
-            self.workers.remove(&worker);
+        let is_in = |known: &&mut Worker| known.out_until_ms.is_none() && !known.is_probed;
+        if let Some(known) = self.workers.get_mut(&worker).filter(is_in) {
+            known.streak = 0;
+            known.pauses = 0;
+            if known.unwell == 0 {
+                self.workers.remove(&worker);
+            }
         }
     }
 
-    /// Somebody has looked whether a worker is there.
-    pub fn probed(&mut self, worker: WorkerId, is_there: bool, now_ms: u64) -> Option<Due> {
+    /// Somebody begins to look at a worker that takes requests, unless somebody does already.
+    pub fn begin_look(&mut self, worker: WorkerId) -> bool {
+        let known = self.workers.entry(worker).or_default();
+        known.out_until_ms.is_none() && !std::mem::replace(&mut known.is_probed, true)
+    }
+
+    /// Somebody has looked at a worker. It is left out after `unwell` looks in a row that found it
+    /// so.
+    pub fn looked(
+        &mut self,
+        worker: WorkerId,
+        look: Look,
+        unwell: u32,
+        now_ms: u64,
+    ) -> Option<Due> {
         let known = self.workers.get_mut(&worker)?;
         known.is_probed = false;
-        match (known.out_until_ms, is_there) {
-            (None, true) => None,
-            (None, false) => Some(Due::LeaveOut(Why::Unreachable)),
-            (Some(_), true) => {
-                known.out_until_ms = None;
-                known.streak = 0;
-                Some(Due::TakeBack)
-            }
-            (Some(_), false) => {
+        if known.out_until_ms.is_some() {
+            if look != Look::Well {
                 known.pause(now_ms);
+                return None;
+            }
+            known.out_until_ms = None;
+            known.streak = 0;
+            known.unwell = 0;
+            return Some(Due::TakeBack);
+        }
+        match look {
+            Look::Well => {
+                known.unwell = 0;
+                if known.streak == 0 && known.pauses == 0 {
+                    self.workers.remove(&worker);
+                }
                 None
             }
+            Look::Unwell => {
+                known.unwell = known.unwell.saturating_add(1);
+                (known.unwell >= unwell).then_some(Due::LeaveOut(Why::Unwell))
+            }
+            Look::Gone => Some(Due::LeaveOut(Why::Unreachable)),
         }
     }
 
@@ -181,7 +231,7 @@ mod tests {
         assert_eq!(ejection.failed(1, UNREACHED), None, "it is being looked at");
         assert!(ejection.is_in(1));
         let gone = Some(Due::LeaveOut(Why::Unreachable));
-        assert_eq!(ejection.probed(1, false, 0), gone);
+        assert_eq!(ejection.looked(1, Look::Gone, 1, 0), gone);
         ejection.left_out(1, 0);
         assert!(!ejection.is_in(1));
         assert_eq!((ejection.out(), ejection.failed(1, UNREACHED)), (1, None));
@@ -191,7 +241,7 @@ mod tests {
     fn one_that_refused_once_stays() {
         let mut ejection = Ejection::default();
         assert_eq!(ejection.failed(1, UNREACHED), Some(Due::Probe));
-        assert_eq!(ejection.probed(1, true, 0), None);
+        assert_eq!(ejection.looked(1, Look::Well, 1, 0), None);
         ejection.answered(1);
         for _ in 0..2 {
             assert_eq!(ejection.failed(1, STATUS), None);
@@ -225,14 +275,17 @@ mod tests {
             }
             pauses.push(now_ms - since);
             assert!(ejection.due(now_ms).is_empty(), "it is being looked at");
-            assert_eq!(ejection.probed(1, false, now_ms), None);
+            assert_eq!(ejection.looked(1, Look::Gone, 1, now_ms), None);
         }
         assert_eq!(pauses, [1_000, 2_000, 4_000, 8_000, 16_000, 30_000, 30_000]);
         now_ms += 30_000;
         assert_eq!(ejection.due(now_ms), [1]);
         ejection.answered(1);
         assert!(!ejection.is_in(1));
-        assert_eq!(ejection.probed(1, true, now_ms), Some(Due::TakeBack));
+        assert_eq!(
+            ejection.looked(1, Look::Well, 1, now_ms),
+            Some(Due::TakeBack)
+        );
         assert!(ejection.is_in(1));
         // Unless it answers, the next pause is as long.
         ejection.left_out(1, 0);
@@ -242,8 +295,38 @@ mod tests {
     }
 
     #[test]
+    fn looks_that_find_it_unwell_in_a_row_are_enough() {
+        let mut ejection = Ejection::default();
+        let mut look = |look| {
+            assert!(ejection.begin_look(1));
+            assert!(!ejection.begin_look(1), "it is being looked at");
+            ejection.looked(1, look, 2, 0)
+        };
+        assert_eq!(look(Look::Unwell), None);
+        assert_eq!(look(Look::Well), None);
+        assert_eq!(look(Look::Unwell), None);
+        let unwell = Some(Due::LeaveOut(Why::Unwell));
+        assert_eq!(look(Look::Unwell), unwell);
+        // Answers don't speak against it.
+        ejection.answered(1);
+        assert!(ejection.begin_look(1));
+        assert_eq!(ejection.looked(1, Look::Unwell, 2, 0), unwell);
+        ejection.left_out(1, 0);
+        assert!(!ejection.begin_look(1) && !ejection.is_in(1));
+        assert_eq!(ejection.due(1_000), [1]);
+        assert_eq!(
+            ejection.looked(1, Look::Well, 2, 1_000),
+            Some(Due::TakeBack)
+        );
+    }
+
+    #[test]
     fn enough_workers_are_left() {
-        assert_eq!([1, 2, 3, 8].map(|n| Why::Failing.floor(n)), [1, 1, 2, 4]);
-        assert_eq!([1, 2, 8].map(|n| Why::Unreachable.floor(n)), [1, 1, 1]);
+        for why in [Why::Failing, Why::Unwell] {
+            assert_eq!([1, 2, 3, 8].map(|n| why.floor(n, 0.5)), [1, 1, 2, 4]);
+            assert_eq!([1, 4, 5].map(|n| why.floor(n, 0.75)), [1, 3, 4]);
+            assert_eq!([0, 8].map(|n| why.floor(n, 0.0)), [1, 1]);
+        }
+        assert_eq!([1, 2, 8].map(|n| Why::Unreachable.floor(n, 0.5)), [1, 1, 1]);
     }
 }

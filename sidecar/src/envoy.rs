@@ -4,7 +4,7 @@ mod bootstrap;
 mod check;
 mod files;
 
-pub use bootstrap::bootstrap;
+pub use bootstrap::{Discovery, bootstrap};
 pub use check::{CheckError, Lack, check};
 pub use files::{Files, FilesError, endpoints_of};
 
@@ -12,6 +12,9 @@ pub use files::{Files, FilesError, endpoints_of};
 pub const DESTINATION: &str = "x-gateway-destination-endpoint";
 /// Request header that names the chosen pool; the filter sets it and removes a client's.
 pub const POOL: &str = "x-kv-pool";
+/// Request header with the `content-encoding` that a body had; Envoy sets it before it unpacks one,
+/// and removes it before a worker sees it.
+pub const PACKED: &str = "x-kv-packed";
 /// Envoy cluster of the sidecar.
 pub const SIDECAR_CLUSTER: &str = "kv_router_sidecar";
 /// Name of the filter, its extension configuration, root id and VM id.

@@ -26,6 +26,7 @@ mod report;
 mod roster;
 mod saving;
 mod selecting;
+mod sessions;
 mod slots;
 mod snapshots;
 mod strangers;
@@ -57,9 +58,10 @@ use tokio_util::sync::CancellationToken;
 use crate::config::{self, Config};
 use crate::decision::{Decisions, Past};
 use crate::dump::Line;
-use crate::ejection::Ejection;
+use crate::ejection::{Ejection, Look};
 use crate::ingest::{Arrival, Plane};
 use crate::load::{Accounts, ProxyId};
+use crate::look::Looker;
 use crate::metrics::{Kind, Metrics};
 use crate::queue::Queues;
 use crate::select::{Reservations, Served};
@@ -96,6 +98,8 @@ const TICK: Duration = Duration::from_millis(100);
 const BEAT_TICKS: u32 = 5;
 /// Ticks between two snapshots to disk, and between two looks at what was learned of workers.
 const SAVE_TICKS: u32 = 100;
+/// Ticks between two looks for sessions whose time is over.
+const SESSION_TICKS: u32 = 5;
 /// How long a fresh index waits for the engines' snapshots before it counts as complete.
 const RECOVERY: Duration = Duration::from_secs(15);
 /// Protocol version from which on proxies report their load and are told about it.
@@ -133,8 +137,13 @@ pub struct Service {
     ejection: Ejection,
     /// Whether workers that fail are left out.
     ejects: bool,
+    /// Share of a pool's workers that stay though they fail.
+    eject_floor: f64,
+    looker: Looker,
+    /// When each worker is looked at next.
+    next_looks: HashMap<WorkerId, u64>,
     /// Looks at workers under way, at most one to each.
-    probes: JoinSet<(WorkerId, bool)>,
+    probes: JoinSet<(WorkerId, Look)>,
     peering: Option<peering::Peering>,
     queues: Queues,
     /// Thresholds that were set at run time, by pool, and what the configuration said then.
@@ -148,6 +157,9 @@ pub struct Service {
     epoch: u32,
     table_version: u64,
     is_restored: bool,
+    min_initial_workers: u32,
+    /// Whether so many workers have been there.
+    is_staffed: bool,
     /// Whether a peer's index was taken over.
     is_bootstrapped: bool,
     /// Whether one may yet be.
@@ -164,6 +176,7 @@ pub struct Service {
     flush_at: Option<Instant>,
     received_ns: Vec<u64>,
     saving: saving::Saving,
+    sessions: sessions::Sessions,
     /// Kept for the standalone indexer alone.
     tokens: Option<tokens::Tokens>,
     silence: Arc<Notify>,
@@ -185,9 +198,9 @@ impl Service {
         metrics.restores.get_or_create(&Kind { kind }).inc();
         let state = restored.into_state();
         let is_restored = state.is_some();
-        let (epoch, level, states) = match state {
-            Some(state) => (state.epoch, state.level, state.pools),
-            None => (random_u32(), LEVEL, Vec::new()),
+        let (epoch, level, states, sessions) = match state {
+            Some(state) => (state.epoch, state.level, state.pools, state.sessions),
+            None => (random_u32(), LEVEL, Vec::new(), Vec::new()),
         };
         let index = Index::new(IndexConfig {
             epoch,
@@ -228,6 +241,9 @@ impl Service {
             underway: underway::Underway::default(),
             ejection: Ejection::default(),
             ejects: config.eject_workers,
+            eject_floor: config.eject_floor,
+            looker: Looker::new(config.health_check.clone()),
+            next_looks: HashMap::new(),
             probes: JoinSet::new(),
             peering: None,
             queues: Queues::new(Arc::clone(&metrics)),
@@ -239,6 +255,8 @@ impl Service {
             epoch,
             table_version: 0,
             is_restored,
+            min_initial_workers: config.min_initial_workers,
+            is_staffed: false,
             is_bootstrapped: false,
             awaits_peer: false,
             ready: false,
@@ -252,6 +270,7 @@ impl Service {
             flush_at: None,
             received_ns: Vec::new(),
             saving: saving::Saving::new(config.state_dir.as_deref().map(state::file)),
+            sessions: sessions::Sessions::restored(&sessions),
             tokens: config.indexer.as_ref().map(|_| tokens::Tokens::default()),
             silence: Arc::default(),
             metrics,
@@ -319,8 +338,8 @@ impl Service {
                 }
                 () = at(flush_at) => self.flush(),
                 () = at(self.loads_at) => self.publish_loads(),
-                Some(Ok((worker, is_there))) = self.probes.join_next() => {
-                    self.worker_probed(worker, is_there);
+                Some(Ok((worker, look))) = self.probes.join_next() => {
+                    self.worker_looked_at(worker, look);
                 }
                 Some(arrival) = arrivals.recv(), if !self.awaits_peer => self.arrived(arrival),
                 () = std::future::ready(()), if self.saving.is_under_way() => self.save_step(),
@@ -454,11 +473,19 @@ impl Service {
     /// Removed workers' pages go out before the table that drops them or gives their slots away.
     fn configure(&mut self, config: &Config, written: oneshot::Sender<()>) {
         self.settings = config.settings;
+        self.eject_floor = config.eject_floor;
+        self.looker = Looker::new(config.health_check.clone());
+        self.min_initial_workers = config.min_initial_workers;
         self.index.resize(config.index_bytes, config.page_bytes);
         self.accounts.track(config.load);
         self.ejects = config.eject_workers;
         self.add_pools(config);
         let change = self.roster.update(&config.pools);
+        for worker in &change.joined {
+            if let Some((_, worker)) = self.roster.worker(*worker) {
+                worker.since_ms = unix_ms();
+            }
+        }
         for (pool, slot) in &change.removed {
             self.drop_blocks(*pool, *slot);
         }
@@ -541,6 +568,9 @@ impl Service {
         self.look_after_repairs();
         self.sweep_loads();
         self.sweep_queues();
+        if tick.is_multiple_of(SESSION_TICKS) {
+            self.sweep_sessions();
+        }
         self.tick_health();
         self.tick_peers(tick);
         self.expire_predictions();
@@ -567,6 +597,8 @@ impl Service {
     /// A restored index is complete enough; a fresh one once every engine that answers has
     /// answered, or after [`RECOVERY`].
     fn check_ready(&mut self) {
+        let wanted = usize::try_from(self.min_initial_workers).unwrap_or(usize::MAX);
+        self.is_staffed = self.is_staffed || self.workers_there() >= wanted;
         if self.ready || self.awaits_peer {
             return;
         }

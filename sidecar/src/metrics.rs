@@ -219,14 +219,31 @@ metrics! {
     /// `kv_router_worker_failures_total{kind}`: requests that a worker failed, kind `unreached`,
     /// `broken`, `status` ([`kv_core::report::Failure`]).
     worker_failures: Family<Kind, Counter> = Family::default(), "worker_failures", None, "Requests that a worker failed";
-    /// `kv_router_worker_changes_total{kind}`: workers left out, kind `unreachable` or `failing`
-    /// ([`crate::ejection::Why`]), taken back, kind `returned`, or kept because too few others were
+    /// `kv_router_worker_changes_total{kind}`: workers left out, kind `unreachable`, `failing` or
+    /// `unwell` ([`crate::ejection::Why`]), taken back, kind `returned`, or kept because too few others were
     /// left, kind `spared`.
     worker_changes: Family<Kind, Counter> = Family::default(), "worker_changes", None, "Workers left out and taken back";
     /// `kv_router_workers_out`: workers that take no requests because they fail.
     workers_out: Gauge = Gauge::default(), "workers_out", None, "Workers that take no requests because they fail";
+    /// `kv_router_registrations_total{kind}`: what workers said of themselves, kind `joined`,
+    /// `changed`, `renewed`, `left`, `refused`, and leases that ran out, kind `expired`.
+    registrations: Family<Kind, Counter> = Family::default(), "registrations", None, "What workers said of themselves";
+    /// `kv_router_registered_workers`: workers under a lease.
+    registered: Gauge = Gauge::default(), "registered_workers", None, "Workers under a lease";
+    /// `kv_router_dns_lookups_total{kind}`: lookups of workers' names, kind `found`, `failed`. While
+    /// they fail, the workers found before stay.
+    lookups: Family<Kind, Counter> = Family::default(), "dns_lookups", None, "Lookups of workers' names";
+    /// `kv_router_endpoint_discovery_total{kind}`: what went on between Envoys and the endpoints they
+    /// are served: streams `opened`, responses `sent`, `taken`, `refused`, requests `malformed` or
+    /// for an `other_type`.
+    discovery: Family<Kind, Counter> = Family::default(), "endpoint_discovery", None, "Endpoints served to Envoys";
     /// `kv_router_bookings`: requests booked, over all Envoys.
     bookings: Gauge = Gauge::default(), "bookings", None, "Requests booked";
+    /// `kv_router_sessions_total{outcome}`: requests of sessions by what became of the binding,
+    /// `bound`, `kept`, `moved`, `lost`, `full`; and bindings that were `released`.
+    sessions: Family<Outcome, Counter> = Family::default(), "sessions", None, "Requests of sessions, and bindings released";
+    /// `kv_router_bound_sessions`: sessions that are bound to a worker.
+    bound_sessions: Gauge = Gauge::default(), "bound_sessions", None, "Sessions bound to a worker";
     /// `kv_router_active_blocks{pool,worker,rank}`: distinct blocks in use on an owner.
     active_blocks: Family<OfOwner, Gauge> = Family::default(), "active_blocks", None, "Distinct blocks in use";
     /// `kv_router_active_prefill_tokens{pool,worker,rank}`: prompt tokens still to be prefilled.
@@ -245,6 +262,8 @@ metrics! {
     /// ([`crate::decision::Verdict`]). `not_least` is a defect; much `overlap` or `load`: filters
     /// learn too late.
     shadow: Family<Outcome, Counter> = Family::default(), "shadow", None, "Decisions against the exact state";
+    /// `kv_router_regret_milliseconds`: the same of predicted delays.
+    regret_delay: Histogram = Histogram::new(regret_buckets()), "regret_milliseconds", None, "Exact predicted delay of the choice above the least";
     /// `kv_router_regret_blocks`: exact cost of the choice less the least exact cost.
     regret: Histogram = Histogram::new(regret_buckets()), "regret_blocks", None, "Exact cost of the choice above the least";
     /// `kv_router_queue_depth{pool,class}`: requests that wait because all workers are busy.
@@ -306,7 +325,7 @@ fn wait_histogram() -> Histogram {
     Histogram::new(exponential_buckets(0.001, 2.0, 17))
 }
 
-/// Nothing at all, then doubling from half a block.
+/// Nothing at all, then doubling from half a block or half a millisecond.
 fn regret_buckets() -> impl Iterator<Item = f64> {
     std::iter::once(0.0).chain(exponential_buckets(0.5, 2.0, 14))
 }

@@ -11,8 +11,9 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::bridge::Bridge;
-use crate::config::{self, Config, ConfigErrors, Layer, Pool};
-use crate::envoy::{Files, FilesError, endpoints_of};
+use crate::config::{self, Config, ConfigErrors, Layer};
+use crate::envoy::{Files, FilesError, cluster};
+use crate::fleet::{self, Fleet};
 use crate::index::{Control, Service, state_file};
 use crate::indexer::{self, Ask, Registry};
 use crate::ingest::doors::Doors;
@@ -23,6 +24,7 @@ use crate::peers::Link;
 use crate::state;
 use crate::text::Reader;
 use crate::watch::Watch;
+use crate::xds::{Assignments, Endpoints};
 use crate::{admin, bootstrap, select};
 
 /// Messages of events that wait for the index; a full channel slows the source down.
@@ -36,6 +38,8 @@ const ASKED: usize = 64;
 /// Least time between two replacements of trapped VMs: one that was taken for trapped wrongly must
 /// not keep Envoy busy.
 const REPLACE_PAUSE: Duration = Duration::from_secs(10);
+/// How long Envoys may take to have endpoints before the worker table names them.
+const ENDPOINTS_TAKEN: Duration = Duration::from_secs(1);
 /// How long Envoy may take to have a worker table before its endpoints follow.
 const TABLE_WRITTEN: Duration = Duration::from_secs(2);
 /// How long tasks may take to end.
@@ -65,9 +69,13 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
     let listener = tokio::net::TcpListener::bind(config.admin)
         .await
         .with_context(|| format!("can't listen on admin {}", config.admin))?;
+    let (fleet, front) = Fleet::restore(&config, Arc::clone(&metrics));
+    let served = fleet.over(config.clone());
+    let endpoints = Endpoints::default();
+    endpoints.publish(fleet::assignments(&served));
     let files = if source.envoy_files.is_some() || config.state_dir.is_some() {
         let files = Files::new(&config, source.envoy_files.clone())?;
-        files.write(&config)?;
+        files.write(&served)?;
         Some(files)
     } else {
         tracing::warn!("without state_dir nothing is saved and no files are written for envoy");
@@ -80,7 +88,7 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
     let state_file = state_file(&config);
     let restored =
         tokio::task::spawn_blocking(move || state::restore(state_file.as_deref())).await?;
-    let mut service = Service::new(&config, restored, requests, Arc::clone(&metrics));
+    let mut service = Service::new(&served, restored, requests, Arc::clone(&metrics));
     let silence = service.silence();
     let token = match &config.admin_token_file {
         Some(file) => Some(read_token("admin_token_file", file).await?),
@@ -96,6 +104,17 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
         let cancel = cancel.clone();
         tasks.spawn(async move {
             nats.run(cancel).await;
+            Ok(())
+        });
+    }
+    let registering = config.nats.as_ref();
+    if let Some((nats, subject)) = registering.and_then(|n| Some((n, n.workers.as_ref()?))) {
+        let desk = fleet::subject::Desk::open(nats, subject, front.asks().clone()).await?;
+        let cancel = cancel.clone();
+        tasks.spawn(async move {
+            desk.run(cancel.clone()).await;
+            // Without a connection the others go on.
+            cancel.cancelled().await;
             Ok(())
         });
     }
@@ -120,7 +139,7 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
         service = service.awaiting_peer();
         Events::AfterPeer(token.clone())
     } else {
-        doors.open(&config, service.resumes());
+        doors.open(&served, service.resumes());
         Events::Open
     };
     let (index_cancel, bridge_cancel) = (cancel.clone(), cancel.clone());
@@ -129,12 +148,19 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
         Ok(())
     });
     let (bridge_control, bridge_metrics) = (control.clone(), Arc::clone(&metrics));
+    let (bridge_reader, served_endpoints) = (Arc::clone(&reader), endpoints.clone());
     tasks.spawn(async move {
-        let served = bridge.run(bridge_control, bridge_metrics, reader, bridge_cancel);
+        let served = bridge.run(
+            bridge_control,
+            bridge_metrics,
+            bridge_reader,
+            served_endpoints,
+            bridge_cancel,
+        );
         served.await.context("the bridge's socket failed")
     });
     let api = admin::Admin::new(control.clone(), doors.desk(), Arc::clone(&metrics));
-    let app = admin::router(api.with_token(token));
+    let app = admin::router(api.with_token(token).with_fleet(front));
     let admin_cancel = cancel.clone();
     tasks.spawn(async move {
         let app = app.into_make_service_with_connect_info::<std::net::SocketAddr>();
@@ -156,6 +182,9 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
     tracing::info!(admin = %config.admin, socket = %config.socket.display(), "serving");
     let reloader = Reloader {
         config,
+        served,
+        fleet,
+        endpoints,
         registry: Registry::default(),
         asked,
         source,
@@ -163,6 +192,7 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
         control,
         doors,
         events,
+        reader,
         metrics,
         silence,
     };
@@ -263,7 +293,13 @@ fn refuse(errors: &ConfigErrors) {
 struct Reloader {
     /// As the file has it.
     config: Config,
-    /// What lies over it at run time.
+    /// With what lies over it at run time.
+    served: Config,
+    /// Workers that come and go.
+    fleet: Fleet,
+    /// What Envoys are served of them.
+    endpoints: Endpoints,
+    /// Workers that are indexed alone.
     registry: Registry,
     asked: mpsc::Receiver<Ask>,
     source: Source,
@@ -271,6 +307,7 @@ struct Reloader {
     control: mpsc::Sender<Control>,
     doors: Doors,
     events: Events,
+    reader: Arc<Reader>,
     metrics: Arc<Metrics>,
     silence: Arc<Notify>,
 }
@@ -290,7 +327,7 @@ impl Reloader {
             let (config, token) = (&self.config, token.as_deref());
             let taken = bootstrap::take_over(config, token, &self.control, &self.metrics);
             let resumes = taken.await;
-            self.doors.open(&self.config, resumes);
+            self.doors.open(&self.served, resumes);
         }
         let mut replaced_at = None;
         match Watch::new(&self.source.file) {
@@ -311,6 +348,7 @@ impl Reloader {
                             replaced_at = Some(Instant::now());
                         }
                         Some(ask) = self.asked.recv() => self.answer(ask).await,
+                        asks = self.fleet.due() => self.fleet_asked(asks).await,
                     }
                 }
                 tracing::error!("watching the configuration has failed, changes need a restart");
@@ -326,11 +364,24 @@ impl Reloader {
                     replaced_at = Some(Instant::now());
                 }
                 Some(ask) = self.asked.recv() => self.answer(ask).await,
+                asks = self.fleet.due() => self.fleet_asked(asks).await,
             }
         }
     }
 
-    /// Workers come and go at run time. They take no requests, so Envoy's files stay as they are.
+    /// Workers that take requests come and go.
+    async fn fleet_asked(&mut self, asks: Vec<fleet::Ask>) {
+        let round = self.fleet.take(&self.config, asks);
+        if round.is_changed
+            && let Err(error) = self.apply(self.config.clone()).await
+        {
+            tracing::error!(%error, "can't write envoy's files");
+        }
+        round.answer();
+    }
+
+    /// Workers to be indexed alone come and go. They take no requests, so Envoy's endpoints stay as
+    /// they are.
     async fn answer(&mut self, ask: Ask) {
         // Whoever asked may have gone away.
         match ask {
@@ -355,15 +406,21 @@ impl Reloader {
     }
 
     async fn registry_changed(&mut self) {
-        self.configure(&self.config).await;
-        self.doors.configure(&self.registry.over(&self.config));
+        let served = self.over(&self.config);
+        self.configure(&served).await;
+        self.doors.configure(&served);
+        self.served = served;
     }
 
-    /// Tells the index of a configuration and of what lies over it. The channel says when every
-    /// Envoy has the table.
-    async fn configure(&self, config: &Config) -> Option<oneshot::Receiver<()>> {
+    /// A configuration with everything that lies over it.
+    fn over(&self, config: &Config) -> Config {
+        self.registry.over(&self.fleet.over(config.clone()))
+    }
+
+    /// Tells the index. The channel says when every Envoy has the table.
+    async fn configure(&self, served: &Config) -> Option<oneshot::Receiver<()>> {
         let (written, has_table) = oneshot::channel();
-        let config = Arc::new(self.registry.over(config));
+        let config = Arc::new(served.clone());
         let told = Control::Configure { config, written };
         self.control.send(told).await.ok().map(|()| has_table)
     }
@@ -430,35 +487,40 @@ impl Reloader {
     /// Envoy knows a joining worker's endpoint before the table names it, and a leaving one's
     /// until no table does.
     async fn apply(&mut self, next: Config) -> Result<(), FilesError> {
-        self.write_endpoints(&next, |before, after| {
-            let mut both = endpoints_of(after);
-            let leaving = endpoints_of(before).into_iter();
-            both.extend(leaving.filter(|e| !after.workers.iter().any(|w| w.endpoint == Some(*e))));
-            both
-        })?;
-        if let Some(has_table) = self.configure(&next).await
+        self.fleet.configure(&next);
+        let served = self.over(&next);
+        let both = fleet::both(&self.served, &served);
+        self.write_endpoints(&both)?;
+        let version = self.endpoints.publish(both);
+        let taken = self.endpoints.taken(version);
+        if tokio::time::timeout(ENDPOINTS_TAKEN, taken).await.is_err() {
+            tracing::warn!("not every envoy has the endpoints yet, the worker table goes ahead");
+        }
+        if let Some(has_table) = self.configure(&served).await
             && tokio::time::timeout(TABLE_WRITTEN, has_table)
                 .await
                 .is_err()
         {
             tracing::warn!("not every envoy has the worker table yet, endpoints go ahead");
         }
-        self.doors.configure(&self.registry.over(&next));
-        self.write_endpoints(&next, |_, after| endpoints_of(after))?;
+        self.doors.configure(&served);
+        self.reader.configure(&served);
+        let after = fleet::assignments(&served);
         self.config = next;
-        Ok(())
+        self.served = served;
+        let written = self.write_endpoints(&after);
+        self.endpoints.publish(after);
+        written
     }
 
-    fn write_endpoints(
-        &self,
-        next: &Config,
-        choose: impl Fn(&Pool, &Pool) -> Vec<std::net::SocketAddr>,
-    ) -> Result<(), FilesError> {
+    fn write_endpoints(&self, assignments: &Assignments) -> Result<(), FilesError> {
         let Some(files) = &self.files else {
             return Ok(());
         };
-        for (before, after) in self.config.pools.iter().zip(&next.pools) {
-            files.write_endpoints(&after.name, &choose(before, after))?;
+        for pool in &self.config.pools {
+            if let Some(endpoints) = assignments.get(&cluster(&pool.name)) {
+                files.write_endpoints(&pool.name, endpoints)?;
+            }
         }
         Ok(())
     }

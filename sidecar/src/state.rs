@@ -6,6 +6,7 @@ use std::io::Write as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
+use kv_core::affinity::Saved;
 use kv_core::id::{OwnerId, WorkerId};
 use kv_core::index::Held;
 use serde::{Deserialize, Serialize};
@@ -30,6 +31,9 @@ pub struct State {
     pub level: u8,
     /// The pools.
     pub pools: Vec<PoolState>,
+    /// Sessions that are bound. The file has them after the rest.
+    #[serde(skip)]
+    pub sessions: Vec<Saved>,
 }
 
 /// A pool.
@@ -159,10 +163,11 @@ pub fn save(file: &Path, state: &State) -> Result<(), StateError> {
     let mut bytes = Vec::from(MAGIC);
     bytes.push(VERSION);
     bytes.extend([0; 8]);
-    let mut bytes = postcard::to_extend(state, bytes).map_err(|_| StateError::Corrupt {
-        file: file.into(),
-        why: "can't be encoded",
-    })?;
+    let mut bytes =
+        postcard::to_extend(&(state, &state.sessions), bytes).map_err(|_| StateError::Corrupt {
+            file: file.into(),
+            why: "can't be encoded",
+        })?;
     let sum = xxh3_64(&bytes[HEADER..]).to_le_bytes();
     bytes[HEADER - sum.len()..HEADER].copy_from_slice(&sum);
     // It holds the pools' secrets.
@@ -257,7 +262,10 @@ pub fn load(file: &Path) -> Result<Option<State>, StateError> {
     if u64::from_le_bytes(*sum) != xxh3_64(payload) {
         return Err(corrupt("the checksum is wrong"));
     }
-    let state = postcard::from_bytes(payload).map_err(|_| corrupt("malformed"))?;
+    let read = postcard::take_from_bytes::<State>(payload);
+    let (mut state, rest) = read.map_err(|_| corrupt("malformed"))?;
+    // What an earlier release wrote ends here.
+    state.sessions = postcard::from_bytes(rest).unwrap_or_default();
     Ok(Some(state))
 }
 
@@ -307,6 +315,12 @@ mod tests {
                 slots,
                 streams: vec![stream],
                 owners: vec![owner],
+            }],
+            sessions: vec![Saved {
+                key: 5,
+                owner: id,
+                idle_ms: 6,
+                ttl_ms: 7,
             }],
         }
     }
@@ -365,7 +379,7 @@ mod tests {
         save(&file, &state()).unwrap();
         let bytes = std::fs::read(&file).unwrap();
         let sum = &bytes[MAGIC.len() + 1..HEADER];
-        let expected = [250, 197, 83, 182, 142, 25, 104, 92];
+        let expected = [9, 137, 227, 29, 139, 247, 230, 75];
         assert_eq!((VERSION, sum), (3, &expected[..]));
     }
 }

@@ -3,21 +3,26 @@
 //! A **model** is a folder as Hugging Face lays it out: a tokenizer and, for chat, a template. A
 //! conversation's next turn repeats everything before it, so the ids of a text's beginning are
 //! kept, chunk by chunk, and only what is new is tokenized ([`Cached`]). Chunks end where no
-//! tokenizer can tell that the text was cut ([`cut`]).
+//! tokenizer can tell that the text was cut ([`cut`]). Where there are no files an engine is asked
+//! ([`Engine`]).
 
 mod body;
 mod cached;
 mod chat;
 pub mod cut;
 mod encoder;
+mod engine;
 mod model;
 mod python;
 mod reader;
 mod template;
+mod vision;
 
 pub use body::{BodyError, Conversation, Prompt};
 pub use cached::{Cached, Encoded};
 pub use encoder::{Encoder, EncoderError};
+pub use engine::{Engine, EngineError};
 pub use model::{Model, ModelError};
 pub use reader::Reader;
 pub use template::{Chat, Template, TemplateError};
+pub use vision::{Image, Vision};

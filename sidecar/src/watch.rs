@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 /// Changes within this time are one change.
 const SETTLE: Duration = Duration::from_millis(100);
@@ -18,8 +19,8 @@ pub struct Watch {
     file: PathBuf,
     text: Option<Vec<u8>>,
     events: mpsc::Receiver<()>,
-    /// An event has come that has not been looked into: waiting may be broken off.
-    is_pending: bool,
+    /// When an event that has come is looked into: waiting may be broken off, as often as may be.
+    look_at: Option<Instant>,
     _watcher: RecommendedWatcher,
 }
 
@@ -50,7 +51,7 @@ impl Watch {
             text: std::fs::read(file).ok(),
             file: file.into(),
             events,
-            is_pending: false,
+            look_at: None,
             _watcher: watcher,
         })
     }
@@ -59,12 +60,15 @@ impl Watch {
     /// off loses no change.
     pub async fn changed(&mut self) -> Option<()> {
         loop {
-            if !self.is_pending {
-                self.events.recv().await?;
-                self.is_pending = true;
-            }
-            tokio::time::sleep(SETTLE).await;
-            self.is_pending = false;
+            let at = match self.look_at {
+                Some(at) => at,
+                None => {
+                    self.events.recv().await?;
+                    *self.look_at.insert(Instant::now() + SETTLE)
+                }
+            };
+            tokio::time::sleep_until(at).await;
+            self.look_at = None;
             // What came meanwhile is seen by reading below.
             let _ = self.events.try_recv();
             // A file that is away for a moment is being replaced.

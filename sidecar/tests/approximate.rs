@@ -12,7 +12,8 @@ use support::{Bridge, Sidecar, eventually, subscribe};
 
 fn config(ttl_secs: u32) -> String {
     format!(
-        "kv_cache_block_size: {BLOCK}\nkv_events: false\nrouter_ttl_secs: {ttl_secs}\n\
+        "policy: dynamo\nkv_cache_block_size: {BLOCK}\nkv_events: false\n\
+         router_ttl_secs: {ttl_secs}\n\
          workers: [{{id: 1, endpoint: '1.1.1.1:1'}}, {{id: 2, endpoint: '1.1.1.1:2'}}]"
     )
 }
@@ -141,6 +142,7 @@ fn evidence(tokens: u32, candidates: &[(u64, u32, f64)]) -> Evidence {
         shared_blocks: 0,
         requests: 0,
         cost: *cost,
+        paced: None,
     };
     Evidence {
         at_ns: 1,
@@ -148,6 +150,7 @@ fn evidence(tokens: u32, candidates: &[(u64, u32, f64)]) -> Evidence {
         tokens,
         trust: 1.0,
         candidates: candidates.iter().map(weighed).collect(),
+        constraints: Default::default(),
     }
 }
 

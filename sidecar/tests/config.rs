@@ -2,7 +2,7 @@
 
 use clap::{Args as _, FromArgMatches as _};
 use kv_core::id::{Family, Role, Tier};
-use kv_core::policy::Mode;
+use kv_core::policy::{Mode, Policy, Scoring};
 use kv_router::config::{Config, Events, Flags, Layer, from_environment, schema};
 
 fn flags(arguments: &[&str]) -> Vec<Layer> {
@@ -171,17 +171,99 @@ fn a_pools_flag_reaches_every_pool() {
 #[test]
 fn the_overlap_weight_scales_prefill_and_zero_drops_the_credit() {
     let policy = |weight: &str| {
-        let layers = flags(&["--kv-overlap-score-weight", weight]);
+        let layers = flags(&["--compat=dynamo", "--kv-overlap-score-weight", weight]);
         let config = Config::parse("{}", &layers).unwrap();
         let policy = config.pools[0].policy;
         (policy.prefill_load_scale, policy.overlap_score_credit)
     };
     assert_eq!(policy("2.5"), (2.5, 1.0));
     assert_eq!(policy("0"), (0.0, 0.0));
-    let both = refused("kv_overlap_score_weight: 1\nprefill_load_scale: 2", &[]);
+    let both = "compat: dynamo\nkv_overlap_score_weight: 1\nprefill_load_scale: 2";
+    let both = refused(both, &[]);
     assert_eq!(
         both,
         ["kv_overlap_score_weight: excludes prefill_load_scale and overlap_score_credit, got 1"]
+    );
+}
+
+#[test]
+fn delays_are_predicted_unless_a_pool_or_compat_says_dynamo() {
+    let policies = |text: &str, arguments: &[&str]| {
+        let config = Config::parse(text, &flags(arguments)).unwrap();
+        let pools = config.pools.into_iter();
+        pools.map(|pool| pool.policy).collect::<Vec<_>>()
+    };
+    let scoring = |text: &str, arguments: &[&str]| policies(text, arguments)[0].scoring;
+    assert_eq!(scoring("{}", &[]), Scoring::PredictedDelay);
+    assert_eq!(scoring("{}", &["--compat", "dynamo"]), Scoring::Dynamo);
+    assert_eq!(scoring("{}", &["--policy", "dynamo"]), Scoring::Dynamo);
+    let two = "pools: [{name: a, policy: dynamo}, {name: b, models: [m]}]";
+    let two = policies(two, &[]).into_iter().map(|policy| policy.scoring);
+    assert_eq!(
+        two.collect::<Vec<_>>(),
+        [Scoring::Dynamo, Scoring::PredictedDelay]
+    );
+    let weights = "predicted_delay: {waiting_weight: 0.5, backlog_floor: 0, band_ms: 5}";
+    let delay = policies(weights, &[])[0].delay;
+    assert_eq!(
+        (delay.waiting, delay.backlog_floor, delay.band_ms),
+        (0.5, 0.0, 5.0)
+    );
+    assert_eq!(delay.decoding, 0.03);
+}
+
+#[test]
+fn compat_gives_dynamos_formula_and_takes_all_its_knobs() {
+    let knobs = [
+        ("prefill_load_scale", "DYN_ROUTER_PREFILL_LOAD_SCALE"),
+        ("overlap_score_credit", "DYN_ROUTER_KV_OVERLAP_SCORE_CREDIT"),
+        (
+            "overlap_score_credit_decay",
+            "DYN_ROUTER_KV_OVERLAP_SCORE_CREDIT_DECAY",
+        ),
+        ("host_cache_hit_weight", "DYN_ROUTER_HOST_CACHE_HIT_WEIGHT"),
+        ("disk_cache_hit_weight", "DYN_ROUTER_DISK_CACHE_HIT_WEIGHT"),
+        ("shared_cache_multiplier", "DYN_SHARED_CACHE_MULTIPLIER"),
+        (
+            "decode_active_request_weight",
+            "DYN_ROUTER_DECODE_ACTIVE_REQUEST_WEIGHT",
+        ),
+        ("router_temperature", "DYN_ROUTER_TEMPERATURE"),
+    ];
+    let of = |text: &str, layers: &[Layer]| Config::parse(text, layers).unwrap().pools[0].policy;
+    let defaults = Policy {
+        scoring: Scoring::Dynamo,
+        shared_cache_multiplier: 0.0,
+        ..Policy::default()
+    };
+    assert_eq!(of("compat: dynamo", &[]), defaults);
+    for (key, variable) in knobs {
+        let layers = variables(&[(variable, "0.7")]);
+        let policy = of("compat: dynamo", &layers);
+        assert_eq!(of(&format!("compat: dynamo\n{key}: 0.7"), &[]), policy);
+        assert_ne!(policy, defaults, "{key}");
+    }
+}
+
+#[test]
+fn knobs_that_would_do_nothing_are_refused() {
+    let text = r#"
+overlap_score_credit_decay: 0.5
+decode_active_request_weight: 1
+"#;
+    let layers = flags(&["--router-prefill-load-scale", "4"]);
+    let why = "is of Dynamo's formula alone and takes policy: dynamo, or compat: dynamo";
+    assert_eq!(
+        refused(text, &layers),
+        [
+            format!("decode_active_request_weight: {why}, got 1"),
+            format!("overlap_score_credit_decay: {why}, got 0.5"),
+            format!("prefill_load_scale: {why}, got 4 (from --router-prefill-load-scale)"),
+        ]
+    );
+    assert_eq!(
+        refused("kv_overlap_score_weight: 0", &[]),
+        [format!("kv_overlap_score_weight: {why}, got 0")]
     );
 }
 

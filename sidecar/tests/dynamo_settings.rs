@@ -7,6 +7,7 @@ use serde_json::Value;
 const SETTINGS: &str = include_str!("fixtures/dynamo-settings.txt");
 /// What the settings need around them, with values that none of them gives.
 const FILE: &str = r#"
+compat: dynamo
 nats: {url: "nats://127.0.0.1:4222", dynamo: {namespace: dynamo, component: backend}}
 "#;
 
@@ -78,7 +79,7 @@ fn every_setting_of_dynamos_router_has_its_effect_or_is_refused_with_a_sentence(
 
 #[test]
 fn a_flag_lies_over_a_variable_over_the_file_over_compat_over_the_default() {
-    let text = "kv_events: true\nrouter_temperature: 0.1\n";
+    let text = "compat: dynamo\nrouter_temperature: 0.1\n";
     let variable = ("DYN_ROUTER_TEMPERATURE".to_owned(), "0.2".to_owned());
     let mut over = from_environment([variable]);
     over.extend(layers("--router-temperature", "0.3"));
@@ -93,6 +94,11 @@ fn a_flag_lies_over_a_variable_over_the_file_over_compat_over_the_default() {
     let overruled: Vec<String> = key.over.iter().map(ToString::to_string).collect();
     assert_eq!(overruled, ["DYN_ROUTER_TEMPERATURE", "line 2"]);
     let says = |key| value_of(&effective, key);
+    assert_eq!(says("policy"), ("dynamo".into(), "compat".into()));
+    assert_eq!(
+        says("shared_cache_multiplier"),
+        (0.0.into(), "compat".into())
+    );
     assert_eq!(says("router_mode"), ("kv".into(), "default".into()));
     assert_eq!(says("state_dir"), (Value::Null, "default".into()));
     assert_eq!(says("prefill_load_scale"), (1.0.into(), "default".into()));
@@ -100,6 +106,8 @@ fn a_flag_lies_over_a_variable_over_the_file_over_compat_over_the_default() {
     let effective = Effective::parse("", &[]).unwrap();
     let multiplier = value_of(&effective, "shared_cache_multiplier");
     assert_eq!(multiplier, (0.5.into(), "default".into()));
+    let policy = value_of(&effective, "policy");
+    assert_eq!(policy, ("predicted-delay".into(), "default".into()));
 }
 
 #[test]

@@ -5,7 +5,7 @@ mod support;
 use std::process::Command;
 
 use kv_router::config::Config;
-use kv_router::envoy::{Files, bootstrap, check};
+use kv_router::envoy::{Discovery, Files, bootstrap, check};
 use support::tool;
 use tempfile::TempDir;
 
@@ -25,18 +25,27 @@ fn config() -> Config {
 }
 
 /// A bootstrap with its files in a folder.
-fn printed(config: &Config, folder: &TempDir) -> String {
+fn printed(config: &Config, folder: &TempDir, discovery: Discovery) -> String {
     let files = Files::new(config, Some(folder.path().into())).unwrap();
     files.write(config).unwrap();
-    bootstrap(config, &files)
+    bootstrap(config, &files, discovery)
+}
+
+/// Every example with each way of having endpoints.
+fn all() -> impl Iterator<Item = (String, Config, Discovery)> {
+    let ways = [Discovery::Grpc, Discovery::Files];
+    let of = move |(name, config): (String, Config)| {
+        ways.map(|discovery| (format!("{name} {discovery:?}"), config.clone(), discovery))
+    };
+    examples().into_iter().flat_map(of)
 }
 
 #[test]
 fn a_real_envoy_takes_the_bootstrap_of_every_example() {
-    for (name, config) in examples() {
+    for (name, config, discovery) in all() {
         let folder = TempDir::new().unwrap();
         let file = folder.path().join("bootstrap.yaml");
-        std::fs::write(&file, printed(&config, &folder)).unwrap();
+        std::fs::write(&file, printed(&config, &folder, discovery)).unwrap();
         let output = Command::new(tool("ENVOY", "envoy"))
             .args(["--mode", "validate", "--use-dynamic-base-id", "-c"])
             .arg(&file)
@@ -49,9 +58,9 @@ fn a_real_envoy_takes_the_bootstrap_of_every_example() {
 
 #[test]
 fn the_printed_bootstrap_lacks_nothing() {
-    for (name, config) in examples() {
+    for (name, config, discovery) in all() {
         let folder = TempDir::new().unwrap();
-        let lacks = check(&printed(&config, &folder), &config).unwrap();
+        let lacks = check(&printed(&config, &folder, discovery), &config).unwrap();
         assert_eq!(lacks, [], "{name}");
     }
 }
@@ -60,7 +69,7 @@ fn the_printed_bootstrap_lacks_nothing() {
 fn lacking(from: &str, to: &str) -> Vec<String> {
     let folder = TempDir::new().unwrap();
     let config = config();
-    let text = printed(&config, &folder);
+    let text = printed(&config, &folder, Discovery::Files);
     let mut is_changed = text.contains(from);
     for entry in std::fs::read_dir(folder.path()).unwrap() {
         let path = entry.unwrap().path();
@@ -170,7 +179,9 @@ fn files_are_rewritten_only_when_they_differ() {
     let before = (id(files.filter()), id(files.endpoints("default")));
     files.write(&config).unwrap();
     assert_eq!((id(files.filter()), id(files.endpoints("default"))), before);
-    files.write_endpoints("default", &[]).unwrap();
+    files
+        .write_endpoints("default", &Default::default())
+        .unwrap();
     let text = std::fs::read_to_string(files.endpoints("default")).unwrap();
     assert!(text.contains("endpoints: []"), "{text}");
     let value: serde_json::Value = serde_saphyr::from_str(&text).unwrap();
@@ -184,7 +195,7 @@ fn files_are_rewritten_only_when_they_differ() {
 fn sources_are_trusted_by_their_connections() {
     let config = Config::parse("trusted_sources: [10.0.0.0/8]", &[]).unwrap();
     let folder = TempDir::new().unwrap();
-    let text = printed(&config, &folder);
+    let text = printed(&config, &folder, Discovery::Grpc);
     assert_eq!(check(&text, &config).unwrap(), []);
     let spoofable = text.replace("use_remote_address: true", "use_remote_address: false");
     assert_ne!(text, spoofable);

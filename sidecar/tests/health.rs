@@ -6,6 +6,7 @@ use kv_core::hash::{Hashing, Seed, sequence_hashes};
 use kv_core::report::Step;
 use serde_json::{Value, json};
 use support::engine::{BLOCK, Engine, stored, tokens};
+use support::service::Scripted;
 use support::vm::{Gauges, Vm};
 use support::{Bridge, Nats, Sidecar, eventually, subscribe};
 
@@ -212,4 +213,23 @@ async fn a_worker_whose_events_are_all_dropped_says_why() {
     assert_eq!(ill["events"]["dropped_as"], "unknown_rank");
     assert_eq!(ill["events"]["rejected"], json!({"unknown_rank": 19}));
     is_told(&at.sidecar, "kv_router_unwell_workers{kind=\"dropping\"} 1").await;
+}
+
+#[tokio::test]
+async fn readiness_waits_for_the_first_workers_once() {
+    let yaml = |workers: &str| format!("router_min_initial_workers: 2\nworkers: [{workers}]");
+    let one = "{id: 1, endpoint: '1.1.1.1:1'}";
+    let scripted = Scripted::start(&yaml(one));
+    let missing = scripted.readiness().await["missing"].to_string();
+    assert!(missing.contains("1 of 2 workers are there"), "{missing}");
+    let both = format!("{one}, {{id: 2, endpoint: '1.1.1.1:2'}}");
+    scripted.configure(&yaml(&both)).await;
+    let there = async || {
+        let missing = scripted.readiness().await["missing"].to_string();
+        (!missing.contains("workers are there")).then_some(())
+    };
+    eventually("both workers", &there).await;
+    // Who leaves later does not count.
+    scripted.configure(&yaml("")).await;
+    assert_eq!(there().await, Some(()));
 }

@@ -47,3 +47,22 @@ async fn a_mounted_config_map_is_swapped_by_its_link() {
         is_noticed(&mut watch).await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn waiting_that_is_broken_off_again_and_again_misses_nothing() {
+    let folder = TempDir::new().unwrap();
+    let file = folder.path().join("config.yaml");
+    write(&file, "a");
+    let mut watch = Watch::new(&file).unwrap();
+    write(&file, "b");
+    let noticed = async {
+        loop {
+            tokio::select! {
+                changed = watch.changed() => break changed,
+                () = tokio::time::sleep(Duration::from_millis(5)) => {}
+            }
+        }
+    };
+    let changed = tokio::time::timeout(Duration::from_secs(20), noticed);
+    changed.await.expect("in time").expect("watching goes on");
+}

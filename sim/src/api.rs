@@ -1,4 +1,4 @@
-//! The engine's HTTP face: OpenAI's completions and chat, and pages for tests.
+//! The engine's HTTP face: OpenAI's completions and chat, their token ids, and pages for tests.
 
 mod answer;
 mod request;
@@ -16,7 +16,7 @@ use axum::routing::{get, post};
 use serde_json::json;
 
 use self::answer::{Form, Reply};
-use self::request::{ChatRequest, CompletionRequest, Options};
+use self::request::{ChatRequest, CompletionRequest, Options, Tokenized};
 use crate::engine::{Refusal, Shared};
 
 /// Header that names the engine on every response.
@@ -33,6 +33,9 @@ pub(crate) fn router(shared: Arc<Shared>) -> axum::Router {
     axum::Router::new()
         .route("/v1/completions", post(completions))
         .route("/v1/chat/completions", post(chat))
+        .route("/tokenize", post(tokenize))
+        .route("/v1/completions/render", post(render))
+        .route("/v1/chat/completions/render", post(render))
         .route("/v1/models", get(models))
         .route("/health", get(|| async { StatusCode::OK }))
         .route("/metrics", get(metrics))
@@ -75,6 +78,24 @@ async fn chat(
     }
     let prompt = request.tokens();
     generate(&shared, Form::Chat, prompt, request.options).await
+}
+
+/// vLLM's `/tokenize`.
+async fn tokenize(
+    State(shared): State<Arc<Shared>>,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, ApiError> {
+    let tokens = parse::<Tokenized>(body)?.into_tokens();
+    let config = &shared.config;
+    let longest = config.blocks * config.limits.block_size;
+    let answer = json!({"count": tokens.len(), "max_model_len": longest, "tokens": tokens});
+    Ok(Json(answer).into_response())
+}
+
+/// The ids of a request that is not served, as vLLM and TensorRT-LLM render it.
+async fn render(body: Result<Bytes, BytesRejection>) -> Result<Response, ApiError> {
+    let tokens = parse::<Tokenized>(body)?.into_tokens();
+    Ok(Json(json!({"token_ids": tokens})).into_response())
 }
 
 fn parse<T: serde::de::DeserializeOwned>(

@@ -37,6 +37,18 @@ impl Client {
     /// # Errors
     /// When there is no answer, or none within ten seconds.
     pub async fn send(&self, request: Request<Full<Bytes>>) -> Result<Response<Bytes>, String> {
+        let (head, body) = self.receive(request).await?.into_parts();
+        Ok(Response::from_parts(head, body?))
+    }
+
+    /// Sends a request and reads the answer as far as it comes: its body may break off.
+    ///
+    /// # Errors
+    /// When there is no answer, or none within ten seconds.
+    pub async fn receive(
+        &self,
+        request: Request<Full<Bytes>>,
+    ) -> Result<Response<Result<Bytes, String>>, String> {
         let answer = async {
             let answer = self
                 .hyper
@@ -44,8 +56,9 @@ impl Client {
                 .await
                 .map_err(|e| format!("{e:?}"))?;
             let (head, body) = answer.into_parts();
-            let body = body.collect().await.map_err(|e| format!("{e:?}"))?;
-            Ok(Response::from_parts(head, body.to_bytes()))
+            let body = body.collect().await.map_err(|e| format!("{e:?}"));
+            let body = body.map(http_body_util::Collected::to_bytes);
+            Ok(Response::from_parts(head, body))
         };
         timeout(LIMIT, answer)
             .await

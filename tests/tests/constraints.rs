@@ -29,7 +29,16 @@ async fn send(
     nvext: Value,
 ) -> (u16, Value, Value) {
     let body = json!({"model": "sim", "prompt": [1, 2, 3], "nvext": nvext});
-    let mut request = json_request(port, "/v1/completions", &body).expect("a request");
+    post(stack, port, headers, &body).await
+}
+
+async fn post(
+    stack: &Stack,
+    port: u16,
+    headers: &[(&'static str, &str)],
+    body: &Value,
+) -> (u16, Value, Value) {
+    let mut request = json_request(port, "/v1/completions", body).expect("a request");
     for (name, value) in headers {
         let value = value.parse().expect("a header's value");
         request
@@ -127,4 +136,188 @@ async fn a_trusted_source_is_known_by_its_address() {
         (200, &"a".into())
     );
     stack.idle().await;
+}
+
+/// Workers 1 to 3, 4 with two ranks, and 5 that nobody can reach.
+async fn constrained() -> (Stack, Vec<Upstream>) {
+    let mut upstreams = Vec::new();
+    for id in 1..=4 {
+        upstreams.push(Upstream::start(id).await);
+    }
+    let gone = kv_tests::place::free_port();
+    let at = |i: usize| json!(upstreams[i].address);
+    let workers = json!([
+        {"id": 1, "endpoint": at(0), "taints": ["fast"], "labels": {"zone": "a"}, "lora": ["sql"]},
+        {"id": 2, "endpoint": at(1), "taints": ["fast", "spot"], "labels": {"zone": "b"}, "lora": ["chat"]},
+        {"id": 3, "endpoint": at(2), "labels": {"zone": "a"}, "lora": ["chat"]},
+        {"id": 4, "endpoint": at(3), "taints": ["ranked"], "data_parallel_size": 2, "lora": ["chat"]},
+        {"id": 5, "endpoint": format!("127.0.0.1:{gone}"), "taints": ["gone"], "lora": ["chat"]},
+    ]);
+    let more = json!({
+        "trust_hints": true,
+        "models": ["sim"],
+        "lora_adapters": ["sql", "chat"],
+        "workers": workers,
+    });
+    let stack = Stack::start(&Setup {
+        threads: 2,
+        workers: Vec::new(),
+        more,
+    })
+    .await;
+    (stack, upstreams)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_goes_where_its_constraints_let_it() {
+    let (stack, upstreams) = constrained().await;
+    let port = stack.envoy.port;
+    let second = upstreams[1].address.to_string();
+    let none = Value::Null;
+    let taints = |required: Value| json!({"routing_constraints": {"required_taints": required}});
+    // Long enough that prefills differ by more than what counts as alike.
+    let ask = async |model: &str, headers: &[(&'static str, &str)], nvext: &Value| {
+        let prompt: Vec<u32> = (0..4_000).collect();
+        let body = json!({"model": model, "prompt": prompt, "nvext": nvext});
+        post(&stack, port, headers, &body).await
+    };
+    let preferred = json!({"routing_constraints": {"preferred_taints": {"spot": 5.0}}});
+    let cases: [(&str, &[(&'static str, &str)], Value, &[u64]); 13] = [
+        ("sim", &[("x-worker-instance-id", "3")], none.clone(), &[3]),
+        (
+            "sim",
+            &[],
+            json!({"decode_worker_id": 2, "backend_instance_id": 1}),
+            &[2],
+        ),
+        (
+            "sim",
+            &[
+                ("x-dynamo-prefill-instance-id", "1"),
+                ("x-kv-allowed-workers", "3"),
+            ],
+            none.clone(),
+            &[3],
+        ),
+        (
+            "sim",
+            &[("x-kv-allowed-workers", "1, 3")],
+            json!({"allowed_worker_ids": [2]}),
+            &[1, 3],
+        ),
+        ("sim", &[], json!({"allowed_worker_ids": [2]}), &[2]),
+        (
+            "sim",
+            &[("x-gateway-destination-endpoint-subset", &second)],
+            none.clone(),
+            &[2],
+        ),
+        (
+            "sim",
+            &[("x-kv-required-taints", "spot,fast")],
+            none.clone(),
+            &[2],
+        ),
+        ("sim", &[], taints(json!(["fast"])), &[1, 2]),
+        (
+            "sim",
+            &[],
+            taints(json!(["dynamo.topology/zone=a"])),
+            &[1, 3],
+        ),
+        (
+            "sim",
+            &[("x-kv-preferred-taints", "spot:5")],
+            none.clone(),
+            &[2],
+        ),
+        ("sim", &[], preferred, &[2]),
+        ("sql", &[], none.clone(), &[1]),
+        (
+            "sql",
+            &[("x-kv-required-taints", "spot")],
+            none.clone(),
+            &[2],
+        ),
+    ];
+    for (model, headers, nvext, expected) in &cases {
+        let (status, answer, decision) = ask(model, headers, nvext).await;
+        let worker = answer["worker"].as_u64().unwrap_or(0);
+        let told = format!("{headers:?} {nvext} {answer} {decision}");
+        assert!(status == 200 && expected.contains(&worker), "{told}");
+        assert!(decision["constraints"].is_object(), "{told}");
+        assert_eq!(
+            answer["headers"]["x-data-parallel-rank"],
+            Value::Null,
+            "{told}"
+        );
+        let candidates = decision["candidates"].as_array().expect("candidates");
+        let fit = |c: &Value| c["worker"].as_u64().is_some_and(|w| expected.contains(&w));
+        let is_preference = told.contains("preferred");
+        assert!(is_preference || candidates.iter().all(fit), "{told}");
+    }
+    assert_eq!(stack.envoy.total("kv_router_lora_missing_total").await, 1);
+    // The engine is told the rank.
+    for rank in ["1", "0"] {
+        let headers = [("x-worker-instance-id", "4"), ("x-dp-rank", rank)];
+        let (_, answer, decision) = ask("sim", &headers, &none).await;
+        assert_eq!(answer["headers"]["x-data-parallel-rank"], rank);
+        assert_eq!(decision["rank"].to_string(), rank);
+    }
+    let (_, answer, _) = ask("sim", &[], &taints(json!(["ranked"]))).await;
+    assert!(
+        answer["headers"]["x-data-parallel-rank"].is_string(),
+        "{answer}"
+    );
+    let refusals: [(&[(&'static str, &str)], Value, u16, &str); 5] = [
+        (
+            &[("x-worker-instance-id", "9")],
+            none.clone(),
+            400,
+            "worker_unknown",
+        ),
+        (
+            &[("x-worker-instance-id", "4"), ("x-dp-rank", "2")],
+            none.clone(),
+            400,
+            "worker_unknown",
+        ),
+        (
+            &[("x-worker-instance-id", "1"), ("x-kv-allowed-workers", "2")],
+            none.clone(),
+            503,
+            "no_worker_fits",
+        ),
+        (&[], taints(json!(["nobody's"])), 503, "no_worker_fits"),
+        (&[], taints(json!("fast")), 400, "hint_malformed"),
+    ];
+    for (headers, nvext, expected, code) in refusals {
+        let (status, answer, _) = ask("sim", headers, &nvext).await;
+        assert_eq!(
+            (status, &answer["error"]["code"]),
+            (expected, &code.into()),
+            "{headers:?} {nvext}"
+        );
+    }
+    // One that nobody else may have is not sent to anybody else.
+    let (status, ..) = ask("sim", &[], &taints(json!(["gone"]))).await;
+    assert_eq!(status, 503);
+    let (status, ..) = ask("sim", &[], &json!({"backend_instance_id": 5})).await;
+    assert_eq!(status, 503);
+    stack.idle().await;
+    // The sidecar judges by the same constraints.
+    let judged = async || {
+        let report = stack
+            .client
+            .get(stack.sidecar.admin, "/v1/decisions?limit=1000")
+            .await?;
+        let decisions = report["decisions"].as_array().cloned().unwrap_or_default();
+        if decisions.len() < cases.len() {
+            return Err(report.to_string());
+        }
+        Ok(decisions)
+    };
+    for decision in kv_tests::wait::until("the decisions", judged).await {
+        assert_ne!(decision["agree"], false, "{decision}");
+    }
 }

@@ -95,7 +95,7 @@ async fn decisions_match_the_naive_index(threads: u32) {
     let stack = Stack::start(&Setup {
         threads,
         workers,
-        more: json!({}),
+        more: json!({"policy": "dynamo"}),
     })
     .await;
     let mut publisher = Publisher::connect(&stack.nats.url()).await;

@@ -153,7 +153,7 @@ async fn a_prompt_of_a_million_tokens_is_indexed_without_a_gap() {
     let setup = Setup {
         threads: 1,
         workers: vec![],
-        more: json!({}),
+        more: json!({"router_mode": "round-robin"}),
     };
     let mut stack = Stack::start(&setup).await;
     let mut engines = Vec::new();
@@ -174,7 +174,6 @@ async fn a_prompt_of_a_million_tokens_is_indexed_without_a_gap() {
     }
     stack.serve(&engines).await;
     let tokens: Vec<u32> = (0..1_000_000).collect();
-    // The first goes anywhere; the busy one is left for the second.
     let (first, second) = tokio::join!(stack.complete(&tokens), stack.complete(&tokens));
     let worker = |r: Result<(Value, Value), String>| r.expect("an answer").1["worker"].clone();
     assert_ne!(worker(first), worker(second));

@@ -7,6 +7,14 @@ use kv_tests::wait;
 use serde_json::{Value, json};
 
 async fn start(workers: u64) -> (Stack, Vec<Rude>) {
+    start_with(workers, json!({})).await
+}
+
+async fn start_with(workers: u64, more: Value) -> (Stack, Vec<Rude>) {
+    let mut keys = json!({"router_mode": "least-loaded"});
+    keys.as_object_mut()
+        .expect("a map")
+        .extend(more.as_object().expect("a map").clone());
     let mut rude = Vec::new();
     for id in 1..=workers {
         rude.push(Rude::start(id).await);
@@ -15,7 +23,7 @@ async fn start(workers: u64) -> (Stack, Vec<Rude>) {
     let stack = Stack::start(&Setup {
         threads: 2,
         workers,
-        more: json!({"router_mode": "least-loaded"}),
+        more: keys,
     })
     .await;
     (stack, rude)
@@ -179,5 +187,41 @@ async fn one_worker_alone_is_never_left_out() {
         if status == 200 { Ok(()) } else { Err(status) }
     };
     wait::until("an answer", served).await;
+    stack.idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn workers_that_say_they_are_unwell_are_left_out_before_a_request_fails_down_to_the_floor() {
+    let check = json!({"interval_secs": 0.1, "timeout_secs": 10, "unwell_after": 2});
+    let more = json!({"health_check": check, "eject_floor": 0.75});
+    let (stack, rude) = start_with(4, more).await;
+    rude[1].manner.send_replace(Manner::Error);
+    until_accepting(&stack, &[1, 3, 4]).await;
+    for i in 0..20 {
+        assert_eq!(send(&stack, i).await.0, 200);
+    }
+    // The others have to stay.
+    for rude in &rude {
+        rude.manner.send_replace(Manner::Error);
+    }
+    let spared = async || {
+        let metrics = http::Request::get(kv_tests::client::uri(stack.sidecar.admin, "/metrics"));
+        let metrics = metrics.body(Default::default()).expect("a request");
+        let metrics = stack.client.send(metrics).await?;
+        let metrics = String::from_utf8_lossy(metrics.body()).into_owned();
+        let spared = "kv_router_worker_changes_total{kind=\"spared\"}";
+        let accepting = accepting(&stack).await?;
+        assert_eq!(accepting.len(), 3, "{accepting:?}");
+        if metrics.contains(spared) {
+            Ok(())
+        } else {
+            Err(accepting.len().to_string())
+        }
+    };
+    wait::until("workers to be spared", spared).await;
+    for rude in &rude {
+        rude.manner.send_replace(Manner::Serve);
+    }
+    until_accepting(&stack, &[1, 2, 3, 4]).await;
     stack.idle().await;
 }

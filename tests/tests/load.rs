@@ -111,7 +111,8 @@ async fn requests_at_once_spread_evenly_over_two_proxies() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_proxy_sees_what_another_booked() {
-    let (stack, upstreams) = start(1, 2, json!({})).await;
+    // By blocks: a request that is taken to decode delays another by less than two milliseconds.
+    let (stack, upstreams) = start(1, 2, json!({"policy": "dynamo"})).await;
     let other = stack.another_envoy("second", 1, |filter| filter).await;
     hold(&upstreams);
     let send = |port: u16, i: u32| {

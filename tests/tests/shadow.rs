@@ -32,7 +32,7 @@ async fn start(threads: u32, instant: bool) -> (Stack, Vec<Engine>) {
     let mut stack = Stack::start(&Setup {
         threads,
         workers: vec![],
-        more: json!({}),
+        more: json!({"policy": "dynamo"}),
     })
     .await;
     let mut engines = Vec::new();

@@ -16,6 +16,10 @@ use serde_json::{Value, json};
 const WORKERS: u64 = 4;
 const STORE: u64 = 90;
 const BLOCK: usize = 16;
+/// Milliseconds to a token of workers of which nothing is known.
+const MS_PER_TOKEN: f64 = 0.05;
+/// Part of its prefill that a block saves by tier, and in a store.
+const SAVES: [f64; 5] = [1.0, 0.75, 0.25, 0.25, 0.5];
 
 /// A family, its block size in tokens, and media with their tiers.
 type Used = (Family, u32, &'static [(&'static str, Tier)]);
@@ -212,7 +216,9 @@ async fn overlaps_of_all_families_match_the_naive_model() {
     let stack = Stack::start(&Setup {
         threads: 2,
         workers: Vec::new(),
-        more: json!({"workers": workers, "families": families}),
+        more: json!({
+            "workers": workers, "families": families, "predicted_delay": {"band_ms": 0},
+        }),
     })
     .await;
     let mut engines = Engines {
@@ -252,6 +258,15 @@ async fn overlaps_of_all_families_match_the_naive_model() {
                 "round {round}: {decision}"
             );
             let blocks = held.by_tier().into_iter().chain([held.shared_cache]);
+            let saved = blocks
+                .clone()
+                .zip(SAVES)
+                .map(|(n, part)| f64::from(n) * part);
+            let usable = prompt.len().saturating_sub(1) / BLOCK;
+            let cached = (saved.sum::<f64>().min(usable as f64) * BLOCK as f64).round();
+            let own_ms = (prompt.len() as f64 - cached) * MS_PER_TOKEN;
+            let seen_ms = candidate["prefill_ms"].as_f64().expect("a delay");
+            assert!((seen_ms - own_ms).abs() < 1e-6, "{own_ms}: {decision}");
             most.iter_mut()
                 .zip(blocks)
                 .for_each(|(most, n)| *most = n.max(*most));

@@ -1,5 +1,6 @@
 //! What a prompt costs that is text: the same Envoy without a filter, and ours with a tokenizer, for a
-//! text that nobody has seen and for the next turn of a conversation.
+//! text that nobody has seen and for the next turn of a conversation. `KV_BENCH_WORDS` picks one size
+//! of prompts.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -171,7 +172,12 @@ async fn main() -> anyhow::Result<()> {
     let ours = fleet.envoy(THREADS, |_| ()).await?;
     let sidecar = fleet.sidecar.id();
     let mut rng = Rng::new(1);
-    for size in &SIZES {
+    let only = std::env::var("KV_BENCH_WORDS").ok();
+    let is_wanted = |size: &&Size| {
+        only.as_ref()
+            .is_none_or(|only| *only == size.words.to_string())
+    };
+    for size in SIZES.iter().filter(is_wanted) {
         let next = Request::new(size.words, Kind::NextTurn, &mut rng);
         let cold = Request::new(size.words, Kind::Cold, &mut rng);
         for connections in [1, 20, 64] {

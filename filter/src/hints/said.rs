@@ -59,12 +59,18 @@ enum Name {
 
 impl Name {
     const COUNT: usize = 17;
+
+    fn malformed(self) -> Malformed {
+        Malformed(HEADERS.get(self as usize).map_or("", |(name, _)| name))
+    }
 }
 
 /// The privileged headers of a request.
 #[derive(Debug)]
 pub struct Said<'a> {
     values: [Option<&'a [u8]>; Name::COUNT],
+    /// Names that came more than once.
+    repeated: [bool; Name::COUNT],
 }
 
 impl<'a> Said<'a> {
@@ -72,6 +78,7 @@ impl<'a> Said<'a> {
     #[must_use]
     pub fn of(headers: &'a HeaderMap) -> Self {
         let mut values = [None; Name::COUNT];
+        let mut repeated = [false; Name::COUNT];
         for (name, value) in headers.iter() {
             // All names begin like this, and most headers' don't.
             if !name.starts_with(b"x-") {
@@ -79,8 +86,9 @@ impl<'a> Said<'a> {
             }
             let at = HEADERS.iter().position(|(n, _)| n.as_bytes() == name);
             if let Some(at) = at
-                && let Some(slot) = values.get_mut(at)
+                && let Some((slot, repeated)) = values.get_mut(at).zip(repeated.get_mut(at))
             {
+                *repeated = slot.is_some();
                 let value = value.trim_ascii();
                 let is_later = at == Name::Tenant as usize && !value.is_empty();
                 if slot.is_none() || is_later {
@@ -88,7 +96,7 @@ impl<'a> Said<'a> {
                 }
             }
         }
-        Self { values }
+        Self { values, repeated }
     }
 
     /// Names of those that are there, and what they are about.
@@ -118,8 +126,7 @@ impl<'a> Said<'a> {
         let text = std::str::from_utf8(value)
             .ok()
             .filter(|text| !text.is_empty());
-        let at = HEADERS.get(name as usize).map_or("", |(name, _)| name);
-        text.map(Some).ok_or(Malformed(at))
+        text.map(Some).ok_or(name.malformed())
     }
 
     /// The elements of a list whose elements are separated by commas.
@@ -132,11 +139,14 @@ impl<'a> Said<'a> {
         let Some(text) = self.text(name)? else {
             return Ok(None);
         };
+        // Half of a list would leave out what the other half asks for.
+        if self.repeated.get(name as usize) == Some(&true) {
+            return Err(name.malformed());
+        }
         let elements = text.split(',').map(str::trim).filter(|e| !e.is_empty());
         let list: Option<Vec<T>> = elements.take(most + 1).map(read).collect();
-        let at = HEADERS.get(name as usize).map_or("", |(name, _)| name);
         let list = list.filter(|list| list.len() <= most);
-        list.map(Some).ok_or(Malformed(at))
+        list.map(Some).ok_or(name.malformed())
     }
 
     /// The worker's id.

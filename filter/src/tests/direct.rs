@@ -115,15 +115,26 @@ fn a_worker_that_takes_no_requests_is_sent_those_that_name_it() {
 }
 
 #[test]
-fn names_count_for_nothing_in_other_modes() {
-    let mut site = Site::new();
-    site.publish(&table(3, Mode::LeastLoaded), &[]);
-    for _ in 0..3 {
-        let (_, action) = send(&mut site, b"hints", Some(b"11"), &body(&prompt(1, 8)));
-        assert_eq!(action, Action::Continue);
-    }
-    for worker in 10..13 {
-        assert_eq!(site.load(worker).waiting, 1, "{worker}");
+fn names_count_in_other_modes_but_are_not_needed() {
+    for mode in [Mode::Kv, Mode::LeastLoaded, Mode::RoundRobin] {
+        let mut site = Site::new();
+        site.publish(&table(3, mode), &[]);
+        for trust in [&b"hints"[..], b""] {
+            for _ in 0..3 {
+                let (_, action) = send(&mut site, trust, Some(b"11"), &body(&prompt(1, 8)));
+                assert_eq!(action, Action::Continue);
+            }
+            if trust == b"hints" {
+                assert_eq!(site.load(11).waiting, 3, "{mode:?}");
+                assert_eq!(
+                    site.host
+                        .text(Headers::Request, "x-envoy-max-retries")
+                        .unwrap(),
+                    "0"
+                );
+            }
+        }
+        assert!(site.load(11).waiting < 6, "{mode:?}");
     }
 }
 

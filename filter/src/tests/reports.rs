@@ -26,7 +26,7 @@ impl Sidecar {
                     match wire::decode(message).unwrap() {
                         Up::Reports(reports) => {
                             for report in reports {
-                                let report: Report = wire::decode(&report).unwrap();
+                                let report = Report::decode(&report).unwrap();
                                 let most = if report.complete { 2 << 20 } else { 33 << 10 };
                                 assert!(message.len() < most, "{}", message.len());
                                 self.ledger.report(&report, 0);

@@ -1,7 +1,7 @@
 //! The life of requests: what is held, what is chosen, what is booked.
 
 use super::*;
-use crate::request::{DECISION, DESTINATION, POOL};
+use crate::request::{DECISION, DESTINATION, PACKED, POOL};
 
 fn site(mode: Mode) -> Site {
     let site = Site::new();
@@ -62,6 +62,38 @@ fn a_body_in_parts_decides_as_a_whole_one_and_only_at_its_end() {
         assert_eq!(site.part(context, b"", true), Action::Continue);
         assert_eq!(site.destination(), Some(endpoint(3)));
         assert_eq!(site.load(13).blocks, 16);
+    }
+}
+
+#[test]
+fn a_packed_body_that_does_not_unpack_whole_is_refused() {
+    let long = vec![b' '; BODY_LIMIT + 1];
+    let cases = [
+        (&br#"{"prompt": [1, 2"#[..], 400, "body_broken"),
+        (b"", 400, "body_broken"),
+        (&long, 413, "body_too_long"),
+    ];
+    for (body, status, code) in cases {
+        let mut site = site(Mode::Kv);
+        for packed in [true, false] {
+            let context = site.request(&GENERATE);
+            if packed {
+                site.host.client_header(PACKED, b"gzip");
+            }
+            assert_eq!(site.vm.on_request_headers(context, false), Action::Pause);
+            let action = site.part(context, body, true);
+            if packed {
+                assert_eq!(action, Action::Pause);
+                let (found, error) = site.host.replied().unwrap();
+                let error: serde_json::Value = serde_json::from_slice(&error).unwrap();
+                assert_eq!((found, &error["error"]["code"]), (status, &code.into()));
+            } else {
+                assert_eq!(action, Action::Continue);
+            }
+            site.over(context);
+            site.assert_idle();
+        }
+        assert_eq!(site.routed("default", "refused"), 1);
     }
 }
 

@@ -1,7 +1,11 @@
 //! Prompts that are text: the question, the wait, and whatever may come of it.
 
+use kv_core::family::Scheme;
+use kv_core::handover::Handover;
+use kv_core::holdings::Named;
+use kv_core::id::Family;
 use kv_core::surface::Surface;
-use kv_core::text::{Answer, Ask, Blocks, Budget, Extent, Refusal};
+use kv_core::text::{Answer, Ask, Blocks, Budget, Extent, Further, Refusal};
 use kv_core::wire;
 
 use super::*;
@@ -11,13 +15,15 @@ use crate::request::DECISION;
 const CHAT: &[u8] =
     br#"{"model":"m","cache_salt":"s","messages":[{"role":"user","content":"hi"}]}"#;
 
+const BUDGET: Budget = Budget {
+    base_ms: 20,
+    per_thousand_words_ms: 2,
+};
+
 fn site(held: &[(usize, Slot, &[u32])]) -> Site {
     let site = Site::new();
     let mut table = table(4, Mode::Kv);
-    table.pools[0].text = Some(Budget {
-        base_ms: 20,
-        per_thousand_words_ms: 2,
-    });
+    table.pools[0].text = Some(BUDGET);
     site.publish(&table, held);
     site
 }
@@ -95,6 +101,83 @@ fn a_text_is_routed_as_its_token_ids() {
 }
 
 #[test]
+fn a_text_is_found_by_the_hashes_of_other_caches_too() {
+    let tokens = prompt(1, 40);
+    let mut table = table(4, Mode::Kv);
+    table.pools[0].text = Some(BUDGET);
+    table.pools[0].families = vec![Scheme {
+        family: Family::VllmXxhashCbor,
+        block_size: BLOCK,
+        hash_seed: "0".into(),
+    }];
+    let mut site = Site::new();
+    site.publish(&table, &[]);
+    let context = site.ask();
+    let calls = site.host.calls();
+    let (_, wanted) = Ask::decode(&calls[0].message).unwrap();
+    assert_eq!((wanted.salt, wanted.ids), ("s", false));
+    assert_eq!(wanted.families[..], table.pools[0].families[..]);
+    let families = vec![Named {
+        family: Family::VllmXxhashCbor,
+        blocks: 1,
+        hashes: vec![1, 2],
+    }];
+    let known = hashes(&tokens, Seed::default());
+    let answer = read(40, Extent::Whole, &known);
+    let further = Further { families, ids: b"" };
+    site.answer(context, &answer.encode(&further));
+    assert_eq!(site.routed("default", "kv"), 1);
+}
+
+#[test]
+fn token_ids_are_handed_over_where_the_pool_asks_for_it() {
+    let mut table = table(4, Mode::Kv);
+    table.pools[0].text = Some(BUDGET);
+    table.pools[0].handover = Handover::Field;
+    for length in [None, Some("15")] {
+        let mut site = Site::new();
+        site.publish(&table, &[]);
+        let (context, _) = site.send("/v1/completions", br#"{"prompt":"hi"}"#);
+        if let Some(length) = length {
+            site.host.client_header("content-length", length.as_bytes());
+        }
+        let calls = site.host.calls();
+        assert!(Ask::decode(&calls[0].message).unwrap().1.ids);
+        let further = Further {
+            ids: b"[1,22]",
+            ..Further::default()
+        };
+        site.answer(context, &read(2, Extent::Whole, &[]).encode(&further));
+        assert_eq!(site.host.resumed(context), 1);
+        assert_eq!(site.host.body(0, 99), br#"{"prompt":[1,22]}"#);
+        let told = site.host.text(Headers::Request, "content-length");
+        assert_eq!(told.as_deref(), length.map(|_| "17"));
+        assert_eq!(site.host.named("kv_router_handed_over_total"), 1);
+    }
+    // A chat has no place for them.
+    let mut site = Site::new();
+    site.publish(&table, &[]);
+    site.ask();
+    let calls = site.host.calls();
+    assert!(!Ask::decode(&calls[0].message).unwrap().1.ids);
+}
+
+#[test]
+fn without_tokenizer_and_events_chunks_of_the_text_are_looked_up() {
+    let mut table = table(4, Mode::Kv);
+    table.pools[0].chunks = true;
+    let mut site = Site::new();
+    site.publish(&table, &[]);
+    let long = "x".repeat(40 * BLOCK as usize);
+    let body = format!(r#"{{"messages":"{long}","tools":[]}}"#);
+    let (_, action) = site.send("/v1/chat/completions", body.as_bytes());
+    assert_eq!(action, Action::Continue);
+    assert_eq!(site.host.calls().len(), 0);
+    assert_eq!(site.routed("default", "kv_text"), 1);
+    assert!(site.destination().is_some());
+}
+
+#[test]
 fn a_beginning_is_routed_on() {
     let tokens = prompt(1, 40);
     for (extent, reason) in [
@@ -120,6 +203,7 @@ fn whatever_is_answered_the_request_goes_on_once() {
         (refused(Refusal::Malformed), "text_refused"),
         (refused(Refusal::Overloaded), "text_overloaded"),
         (refused(Refusal::Deadline), "text_late"),
+        (refused(Refusal::Engine), "text_failed"),
         (Vec::new(), "text_failed"),
         (vec![0xff; 300], "text_failed"),
         (b"\x02rubbish".to_vec(), "text_failed"),

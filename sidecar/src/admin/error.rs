@@ -4,7 +4,8 @@ use axum::Json;
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 
-use super::events;
+use super::{events, fleet};
+use crate::fleet::lease::RegisterError;
 use crate::index::NotDumped;
 use crate::ingest::post::PostError;
 
@@ -37,6 +38,8 @@ pub(super) enum AdminError {
     LongBody(usize),
     #[error(transparent)]
     Post(#[from] PostError),
+    #[error(transparent)]
+    Register(#[from] RegisterError),
 }
 
 impl AdminError {
@@ -56,6 +59,7 @@ impl AdminError {
             Self::SlowBody => "slow_body",
             Self::LongBody(_) => "long_body",
             Self::Post(error) => error.kind(),
+            Self::Register(error) => error.kind(),
         }
     }
 
@@ -72,6 +76,7 @@ impl AdminError {
             Self::SlowBody => StatusCode::REQUEST_TIMEOUT,
             Self::LongBody(_) => StatusCode::PAYLOAD_TOO_LARGE,
             Self::Post(error) => events::status(error),
+            Self::Register(error) => fleet::status(error),
         }
     }
 }

@@ -3,8 +3,9 @@
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
+use kv_core::constraint::Constraints;
 use kv_core::cost::Demand;
-use kv_core::decide::{Record, Request, Scored, decide};
+use kv_core::decide::{Price, Record, Request, Scored, Terms, decide};
 use kv_core::family::Namespace;
 use kv_core::hash::{Hashing, Seed, sequence_hashes};
 use kv_core::holdings::named;
@@ -55,7 +56,7 @@ struct Answer<'a> {
     owners: Vec<Explained<'a>>,
 }
 
-/// An owner with each term of its cost, in blocks.
+/// An owner with each term of its cost.
 #[derive(Debug, Serialize)]
 struct Explained<'a> {
     worker: WorkerId,
@@ -69,10 +70,11 @@ struct Explained<'a> {
     load: LoadReport,
     /// Blocks of the prompt in use there.
     shared_blocks: u32,
-    credit: f64,
-    prefill_cost: f64,
-    decode_cost: f64,
-    request_cost: f64,
+    /// Credit for cached blocks, in Dynamo's formula.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    credit: Option<f64>,
+    #[serde(flatten)]
+    terms: Terms,
     cost: f64,
     chosen: bool,
 }
@@ -137,11 +139,18 @@ fn answer<'a>(
     known_model: bool,
 ) -> Answer<'a> {
     let pool = &*field.pool;
-    let candidates = field.candidates();
+    let constraints = Constraints {
+        lora: lora.unwrap_or_default().to_owned(),
+        ..Constraints::default()
+    };
+    let candidates = field.candidates(&constraints);
     let request = Request {
         demand,
         trust: 1.0,
         turn: 0,
+        // What is usual is learned by each proxy for itself.
+        typical_ms: 0.0,
+        bound: None,
     };
     let mut rng = Rng::new(random_u64());
     let (scored, chosen) = decide(&candidates, &request, &pool.policy, &mut rng);
@@ -149,9 +158,9 @@ fn answer<'a>(
     let chosen = chosen.filter(|_| !is_open);
     let least = scored
         .iter()
-        .map(|s| s.cost.total())
+        .map(Scored::total)
         .fold(f64::INFINITY, f64::min);
-    let ties = scored.iter().filter(|s| s.cost.total() == least).count();
+    let ties = scored.iter().filter(|s| s.total() == least).count();
     let mut owners: Vec<Explained<'a>> = scored
         .iter()
         .enumerate()
@@ -182,11 +191,12 @@ fn explained<'a>(pool: &'a Pool, scored: &Scored, chosen: bool) -> Option<Explai
         shared_cache: scored.candidate.overlap.shared_cache,
         load: scored.candidate.load.into(),
         shared_blocks: scored.candidate.shared_blocks,
-        credit: scored.cost.credit,
-        prefill_cost: scored.cost.prefill,
-        decode_cost: scored.cost.decode,
-        request_cost: scored.cost.requests,
-        cost: scored.cost.total(),
+        credit: match scored.cost {
+            Price::Blocks(cost) => Some(cost.credit),
+            Price::Delay(_) => None,
+        },
+        terms: scored.into(),
+        cost: scored.total(),
         chosen,
     })
 }

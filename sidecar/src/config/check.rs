@@ -2,12 +2,15 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use ipnet::IpNet;
+use kv_core::affinity::Affinity;
+use kv_core::delay::Weights;
 use kv_core::id::{Role, Slot};
-use kv_core::policy::Policy;
-use kv_core::table::Settings;
+use kv_core::policy::{Mode, Policy, Scoring};
+use kv_core::table::{Metadata, Settings};
 use kv_core::text::Budget;
 use kv_core::tracker::Tracking;
 
@@ -16,7 +19,10 @@ use super::file;
 use super::file::File;
 use super::layer::Layer;
 use super::queue;
-use super::{Api, CachePolicy, Config, DynamoPlane, Nats, Pool, Tokenizer, Worker};
+use super::{
+    Api, CachePolicy, Config, Dns, DynamoPlane, HealthCheck, Nats, Pool, Registration, Source,
+    Tokenizer, TokenizerFrom, Worker,
+};
 use crate::ingest::subject::{Template, TemplateError};
 use crate::load;
 
@@ -33,19 +39,23 @@ pub(super) fn check(
     problems: Vec<Problem>,
     layers: &[Layer],
 ) -> Result<Config, ConfigErrors> {
-    let mut check = Check {
-        problems,
-        names: HashMap::new(),
-        workers: HashMap::new(),
-        endpoints: HashMap::new(),
-        streams: HashMap::new(),
-        served: HashMap::new(),
-    };
+    let mut check = Check::new(problems);
     let config = check.file(file);
     if check.problems.is_empty() {
         Ok(config)
     } else {
         Err(ConfigErrors::new(check.problems, layers))
+    }
+}
+
+/// The one worker of a file, by itself.
+pub(super) fn worker(file: &File, problems: Vec<Problem>) -> Result<Worker, ConfigErrors> {
+    let mut check = Check::new(problems);
+    let workers = file.pools.iter().flat_map(|pool| &pool.workers);
+    let worker = workers.map(|worker| check.worker(worker, "")).last();
+    match worker {
+        Some(worker) if check.problems.is_empty() => Ok(worker),
+        _ => Err(ConfigErrors::new(check.problems, &[])),
     }
 }
 
@@ -60,6 +70,17 @@ pub(super) struct Check {
 }
 
 impl Check {
+    fn new(problems: Vec<Problem>) -> Self {
+        Self {
+            problems,
+            names: HashMap::new(),
+            workers: HashMap::new(),
+            endpoints: HashMap::new(),
+            streams: HashMap::new(),
+            served: HashMap::new(),
+        }
+    }
+
     fn file(&mut self, file: &File) -> Config {
         let listen = format!("{}:{}", bracketed(&file.http_host), file.http_port);
         let listen = self.address("http_host", &listen, "must be an IP address");
@@ -77,6 +98,15 @@ impl Check {
         if tracking.output_blocks && !tracking.active_blocks {
             let why = "needs router_track_active_blocks";
             self.refuse("router_track_output_blocks", true, why);
+        }
+        let subject = file.nats.as_ref().and_then(|n| n.workers_subject.as_ref());
+        if let (Some(subject), None) = (subject, &file.registration) {
+            let why = "needs `registration`, which says who may";
+            self.refuse("nats.workers_subject", subject, why);
+        }
+        if file.health_check.is_some() && !file.eject_workers {
+            let why = "needs eject_workers, or nothing comes of it";
+            self.refuse("health_check", "{...}", why);
         }
         let is_short = file.is_short();
         let pools = file.pools.iter().enumerate().map(|(i, pool)| {
@@ -116,11 +146,38 @@ impl Check {
                 expiry_ms: milliseconds(file.active_request_expiry_secs),
             },
             eject_workers: file.eject_workers,
+            eject_floor: file.eject_floor,
+            health_check: file.health_check.as_ref().map(health_check),
+            registration: file.registration.as_ref().map(|r| self.registration(r)),
+            min_initial_workers: file.router_min_initial_workers,
             settings: Settings {
                 body_limit: file.body_limit_bytes,
                 token_limit: file.token_limit,
                 decision_header: file.decision_header,
             },
+        }
+    }
+
+    fn registration(&mut self, registration: &file::Registration) -> Registration {
+        let networks = registration.networks.iter().flatten().enumerate();
+        let network = |(i, text): (usize, &String)| {
+            let network = text.parse().ok();
+            if network.is_none() {
+                let why = "must be a network such as 10.0.0.0/8";
+                self.refuse(format!("registration.networks[{i}]"), text, why);
+            }
+            network
+        };
+        let networks = networks.filter_map(network).collect();
+        if registration.ttl_secs > registration.max_ttl_secs {
+            let why = "must be at most registration.max_ttl_secs";
+            self.refuse("registration.ttl_secs", registration.ttl_secs, why);
+        }
+        Registration {
+            networks,
+            max_workers: registration.max_workers,
+            ttl_ms: milliseconds(registration.ttl_secs),
+            max_ttl_ms: milliseconds(registration.max_ttl_secs),
         }
     }
 
@@ -170,21 +227,26 @@ impl Check {
                 );
             }
         }
-        if nats.dynamo.is_none() && nats.json_subject.is_none() {
-            let why = "needs `dynamo` or `json_subject`, or nothing is read from it";
+        let subjects = [&nats.json_subject, &nats.workers_subject];
+        if nats.dynamo.is_none() && subjects.iter().all(|subject| subject.is_none()) {
+            let why = "needs `dynamo`, `json_subject` or `workers_subject`, or nothing is read \
+                       from it";
             self.refuse("nats", url, why);
         }
         if nats.replica_sync && nats.dynamo.is_none() {
             let why = "needs nats.dynamo, whose subjects it goes over";
             self.refuse("nats.replica_sync", true, why);
         }
-        let json = nats.json_subject.as_deref().and_then(|subject| {
-            let template = Template::new(subject);
+        let mut template = |key: &str, subject: Option<&str>| {
+            let template = Template::new(subject?);
             let refuse = |why: TemplateError| {
-                self.refuse("nats.json_subject", subject, &why.to_string());
+                self.refuse(key, subject.unwrap_or_default(), &why.to_string());
             };
             template.map_err(refuse).ok()
-        });
+        };
+        let json = template("nats.json_subject", nats.json_subject.as_deref());
+        let workers = template("nats.workers_subject", nats.workers_subject.as_deref());
+        let workers = workers.map(Box::new);
         if let (Some(stream), None) = (&nats.json_stream, &nats.json_subject) {
             let why = "needs nats.json_subject, which it keeps";
             self.refuse("nats.json_stream", stream, why);
@@ -217,6 +279,7 @@ impl Check {
             }),
             json,
             json_stream: nats.json_stream.clone(),
+            workers,
             replica_sync: nats.replica_sync,
             credentials_file: nats.credentials_file.clone(),
             nkey_seed_file: nats.nkey_seed_file.clone(),
@@ -267,49 +330,9 @@ impl Check {
             let why = "must have a worker of role aggregated: requests are sent whole";
             self.refuse(path("workers"), "[...]", why);
         }
-        let workers = pool.workers.iter().enumerate().map(|(i, worker)| {
-            let path = |key: &str| format!("{prefix}workers[{i}].{key}");
-            if let Some(id) = worker.id
-                && let Some(other) = self.workers.insert(id, path("id"))
-            {
-                self.refuse(path("id"), id, &format!("is taken by {other}"));
-            }
-            let why = "must be ip:port or [v6]:port";
-            let is_store = worker.role == Role::Store;
-            let endpoint = match &worker.endpoint {
-                Some(endpoint) if is_store => {
-                    let why = "must be left out: a store takes no requests";
-                    self.refuse(path("endpoint"), endpoint, why);
-                    UNKNOWN
-                }
-                Some(endpoint) => self.address(&path("endpoint"), endpoint, why),
-                None => {
-                    let path = path("endpoint");
-                    // What the schema has cut away has been reported.
-                    let known = self.problems.iter().any(|p| p.path() == Some(&path));
-                    if !is_store && !known {
-                        self.problems.push(Problem::Missing { path });
-                    }
-                    UNKNOWN
-                }
-            };
-            if endpoint != UNKNOWN
-                && let Some(other) = self.endpoints.insert(endpoint, path("endpoint"))
-            {
-                self.refuse(path("endpoint"), endpoint, &format!("is taken by {other}"));
-            }
-            Worker {
-                id: worker.id.unwrap_or_default(),
-                endpoint: Some(endpoint).filter(|_| !is_store),
-                role: worker.role,
-                device: worker.device,
-                ranks: worker.data_parallel_size,
-                metadata: worker.metadata(),
-                events: worker.events.as_ref().and_then(|events| {
-                    self.events(events, worker.data_parallel_size, &path("events"))
-                }),
-            }
-        });
+        let workers = pool.workers.iter().enumerate();
+        let workers =
+            workers.map(|(i, worker)| self.worker(worker, &format!("{prefix}workers[{i}].")));
         let workers = workers.collect();
         let tokenizer = pool.tokenizer.as_ref();
         let tokenizer = tokenizer.map(|t| self.tokenizer(t, &path("tokenizer.path")));
@@ -325,6 +348,7 @@ impl Check {
             families: self.families(pool, &media, prefix),
             media,
             image_token: pool.image_token_id,
+            dns: pool.dns.iter().map(dns).collect(),
             name: pool.name.clone(),
             models: pool.models.clone(),
             lora_adapters: pool.lora_adapters.clone(),
@@ -340,7 +364,56 @@ impl Check {
             routing_group: None,
             trusts_hints: pool.trust_hints,
             trusted_sources: self.trusted_sources(pool, prefix),
+            affinity: affinity(pool),
             device_ratio: pool.encoder_cuda_to_cpu_ratio,
+            slow_start_ms: u32::try_from(milliseconds(pool.slow_start_secs)).unwrap_or(u32::MAX),
+        }
+    }
+
+    fn worker(&mut self, worker: &file::Worker, prefix: &str) -> Worker {
+        let path = |key: &str| format!("{prefix}{key}");
+        if let Some(id) = worker.id
+            && let Some(other) = self.workers.insert(id, path("id"))
+        {
+            self.refuse(path("id"), id, &format!("is taken by {other}"));
+        }
+        let why = "must be ip:port or [v6]:port";
+        let is_store = worker.role == Role::Store;
+        let endpoint = match &worker.endpoint {
+            Some(endpoint) if is_store => {
+                let why = "must be left out: a store takes no requests";
+                self.refuse(path("endpoint"), endpoint, why);
+                UNKNOWN
+            }
+            Some(endpoint) => self.address(&path("endpoint"), endpoint, why),
+            None => {
+                let path = path("endpoint");
+                // What the schema has cut away has been reported.
+                let known = self.problems.iter().any(|p| p.path() == Some(&path));
+                if !is_store && !known {
+                    self.problems.push(Problem::Missing { path });
+                }
+                UNKNOWN
+            }
+        };
+        if endpoint != UNKNOWN
+            && let Some(other) = self.endpoints.insert(endpoint, path("endpoint"))
+        {
+            self.refuse(path("endpoint"), endpoint, &format!("is taken by {other}"));
+        }
+        Worker {
+            id: worker.id.unwrap_or_default(),
+            endpoint: Some(endpoint).filter(|_| !is_store),
+            role: worker.role,
+            device: worker.device,
+            ranks: worker.data_parallel_size,
+            metadata: worker.metadata(),
+            draining: worker.draining,
+            source: Source::File,
+            events: worker
+                .events
+                .as_ref()
+                .and_then(|events| self.events(events, worker.data_parallel_size, &path("events"))),
         }
     }
 
@@ -385,16 +458,54 @@ impl Check {
     }
 
     fn tokenizer(&mut self, tokenizer: &file::Tokenizer, at: &str) -> Tokenizer {
-        let folder = tokenizer.path.as_deref();
-        let file = folder.map(|folder| folder.join("tokenizer.json"));
-        self.readable(at, file.as_deref());
+        let from = match (&tokenizer.path, tokenizer.engine) {
+            (Some(folder), engine) => {
+                self.readable(at, Some(&folder.join("tokenizer.json")));
+                if engine.is_some() {
+                    self.refuse(at, folder.display(), "excludes engine");
+                }
+                TokenizerFrom::Folder(folder.clone())
+            }
+            (None, Some(engine)) => TokenizerFrom::Engine(engine),
+            (None, None) => {
+                let path = at.to_owned();
+                self.problems.push(Problem::Missing { path });
+                TokenizerFrom::Folder(PathBuf::new())
+            }
+        };
         Tokenizer {
-            path: tokenizer.path.clone().unwrap_or_default(),
+            from,
             cache_bytes: tokenizer.cache_bytes,
             budget: Budget {
                 base_ms: tokenizer.budget_ms,
                 per_thousand_words_ms: tokenizer.budget_ms_per_1000_words,
             },
+            handover: tokenizer.hand_over,
+        }
+    }
+
+    /// Knobs that what the mode kv compares does not have would do nothing.
+    fn knobs(&mut self, pool: &file::Pool, prefix: &str) {
+        if pool.router_mode == Mode::Kv && pool.policy == Scoring::PredictedDelay {
+            let if_set = |weight: f64| (weight > 0.0).then_some(weight);
+            let knobs = [
+                ("kv_overlap_score_weight", pool.kv_overlap_score_weight),
+                ("prefill_load_scale", pool.prefill_load_scale),
+                (
+                    "decode_active_request_weight",
+                    if_set(pool.decode_active_request_weight),
+                ),
+                (
+                    "overlap_score_credit_decay",
+                    if_set(pool.overlap_score_credit_decay),
+                ),
+            ];
+            let why = "is of Dynamo's formula alone and takes policy: dynamo, or compat: dynamo";
+            for (knob, weight) in knobs {
+                if let Some(weight) = weight {
+                    self.refuse(format!("{prefix}{knob}"), weight, why);
+                }
+            }
         }
     }
 
@@ -405,6 +516,7 @@ impl Check {
             let why = "excludes prefill_load_scale and overlap_score_credit";
             self.refuse(format!("{prefix}kv_overlap_score_weight"), weight, why);
         }
+        self.knobs(pool, prefix);
         let defaults = Policy::default();
         let (scale, credit) = match pool.kv_overlap_score_weight {
             Some(0.0) => (0.0, 0.0),
@@ -425,6 +537,9 @@ impl Check {
             disk_cache_hit_weight: pool.disk_cache_hit_weight,
             shared_cache_multiplier: pool.shared_cache_multiplier,
             decode_active_request_weight: pool.decode_active_request_weight,
+            overlap_score_credit_decay: pool.overlap_score_credit_decay,
+            scoring: pool.policy,
+            delay: delay(&pool.predicted_delay),
             ..defaults
         }
     }
@@ -456,9 +571,62 @@ impl Check {
     }
 }
 
+/// How a pool keeps sessions together.
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+fn affinity(pool: &file::Pool) -> Option<Affinity> {
+    let ttl = pool.router_session_affinity_ttl_secs?;
+    let is_soft = pool.router_session_affinity_mode == file::Stickiness::Soft;
+    let headers = pool.session_headers.iter();
+    Some(Affinity {
+        ttl_s: ttl.ceil() as u32,
+        slack: is_soft.then_some(pool.session_affinity_slack),
+        headers: headers.map(|name| name.to_ascii_lowercase()).collect(),
+    })
+}
+
+fn health_check(check: &file::HealthCheck) -> HealthCheck {
+    HealthCheck {
+        path: check.path.clone(),
+        interval_ms: milliseconds(check.interval_secs),
+        timeout_ms: milliseconds(check.timeout_secs),
+        unwell_after: check.unwell_after,
+    }
+}
+
+/// A name; what the schema has found missing is empty.
+fn dns(dns: &file::Dns) -> Dns {
+    Dns {
+        name: dns.name.clone().unwrap_or_default(),
+        port: dns.port.unwrap_or_default(),
+        family: dns.family,
+        refresh: Duration::from_millis(milliseconds(dns.refresh_secs)),
+        ranks: dns.data_parallel_size,
+        metadata: Metadata {
+            taints: dns.taints.clone(),
+            total_kv_blocks: dns.total_kv_blocks,
+            max_requests: dns.max_requests,
+            ..Metadata::default()
+        },
+        zmq_port: dns.zmq_port,
+        zmq_replay_port: dns.zmq_replay_port,
+    }
+}
+
 /// More than the machine could address is no limit.
 fn bytes(bytes: u64) -> usize {
     usize::try_from(bytes).unwrap_or(usize::MAX)
+}
+
+/// Weights as the core has them.
+fn delay(weights: &file::PredictedDelay) -> Weights {
+    Weights {
+        backlog_floor: weights.backlog_floor,
+        waiting: weights.waiting_weight,
+        decoding: weights.decoding_weight,
+        requests: weights.request_weight,
+        band_ms: weights.band_ms,
+        prefill_ms_per_token: weights.prefill_ms_per_token,
+    }
 }
 
 /// Seconds as milliseconds; the schema bounds them.

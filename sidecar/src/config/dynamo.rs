@@ -40,7 +40,6 @@ const NOT_DISAGGREGATED: &str = "prefill and decode are not split over workers: 
 const NO_PLUGINS: &str =
     "policies are keys of a pool, not plugins: set policy and its weights there";
 const QUEUE: &str = "the worker is chosen, and its cache looked up, when the request goes";
-const AFFINITY: &str = "sessions are not bound to workers: their prefix leads them back";
 const NO_SHARED_TABLE: &str =
     "stores tell of themselves by events, and shared_cache_multiplier weighs them";
 const HASHES: &str = "load is told by public sequence hashes (xxh3) alone";
@@ -67,13 +66,6 @@ pub(super) static SETTINGS: &[Setting] = &[
         ]),
     },
     refused(
-        Kind::Number,
-        &["router-min-initial-workers"],
-        &["DYN_ROUTER_MIN_INITIAL_WORKERS"],
-        &["0"],
-        "requests are taken as soon as envoy has the table of workers",
-    ),
-    refused(
         Kind::Text,
         &["admission-control"],
         &["DYN_ADMISSION_CONTROL"],
@@ -93,20 +85,6 @@ pub(super) static SETTINGS: &[Setting] = &[
         &["DYN_DECODE_FALLBACK"],
         &["true", "false"],
         NOT_DISAGGREGATED,
-    ),
-    refused(
-        Kind::Number,
-        &["router-session-affinity-ttl-secs"],
-        &["DYN_ROUTER_SESSION_AFFINITY_TTL_SECS"],
-        &[],
-        AFFINITY,
-    ),
-    refused(
-        Kind::Text,
-        &["router-session-affinity-mode"],
-        &["DYN_ROUTER_SESSION_AFFINITY_MODE"],
-        &[],
-        AFFINITY,
     ),
     refused(
         Kind::Switch(&["no-serve-indexer"]),
@@ -155,7 +133,7 @@ pub(super) static SETTINGS: &[Setting] = &[
         &["discovery-backend"],
         &["DYN_DISCOVERY_BACKEND"],
         &["file"],
-        "no registry is asked: workers are named in the file, which may change at any time",
+        "no registry is asked: workers are named in the file, register themselves, or are found by DNS",
     ),
     refused(
         Kind::Number,
@@ -163,13 +141,6 @@ pub(super) static SETTINGS: &[Setting] = &[
         &["DYN_ROUTER_OVERLAP_REFRESH_AFTER_SECS"],
         &[],
         QUEUE,
-    ),
-    refused(
-        Kind::Number,
-        &["router-kv-overlap-score-credit-decay"],
-        &["DYN_ROUTER_KV_OVERLAP_SCORE_CREDIT_DECAY"],
-        &["0", "0.0"],
-        "overlap_score_credit is the same however long a worker's queue",
     ),
     refused(
         Kind::Text,

@@ -67,6 +67,17 @@ impl Problem {
         }
     }
 
+    /// The same for a worker by itself.
+    pub(super) fn of_worker(mut self) -> Self {
+        if let Self::Value { path, .. } | Self::UnknownKey { path, .. } | Self::Missing { path } =
+            &mut self
+            && let Some(rest) = path.strip_prefix("pools[0].workers[0].")
+        {
+            *path = rest.to_owned();
+        }
+        self
+    }
+
     pub(super) fn path(&self) -> Option<&str> {
         match self {
             Self::Unreadable { .. } | Self::Syntax { .. } | Self::Setting { .. } => None,

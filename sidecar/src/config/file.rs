@@ -4,8 +4,9 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use kv_core::handover::Handover;
 use kv_core::id::{Device, Family, Role, Tier};
-use kv_core::policy::Mode;
+use kv_core::policy::{Mode, Scoring};
 use kv_core::table::Metadata;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -74,6 +75,10 @@ pub struct File {
     /// Memory of the pages in each Envoy, in bytes, likewise.
     #[schemars(range(min = 65_536))]
     pub page_bytes: u64,
+    /// Whose decisions are made: with `dynamo` those of Dynamo 1.6.1, by its formula and defaults.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Compat")]
+    pub compat: Option<Compat>,
     /// Requests with a longer body are routed by load and not buffered.
     #[schemars(range(min = 1, max = 67_108_864))]
     pub body_limit_bytes: u64,
@@ -101,6 +106,23 @@ pub struct File {
     /// Whether workers that fail requests are left out until something listens there again. The
     /// sidecar must be able to connect to them.
     pub eject_workers: bool,
+    /// Share of a pool's workers that go on taking requests however many of them fail or are not
+    /// well. Where nothing listens, a worker is left out all the same, but for the last.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub eject_floor: f64,
+    /// How workers are asked whether they are well; without it they are only looked at when a
+    /// request did not reach them. Needs `eject_workers`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "HealthCheck")]
+    pub health_check: Option<HealthCheck>,
+    /// Workers that may register at run time. Without it none may.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Registration")]
+    pub registration: Option<Registration>,
+    /// Workers that have to be there before the sidecar counts as ready for the first time. Mirrors
+    /// Dynamo's `--router-min-initial-workers`.
+    #[schemars(range(min = 0))]
+    pub router_min_initial_workers: u32,
     /// The pools. In the short form their keys stand at the top level instead: one pool `default`.
     #[schemars(length(min = 1, max = 64))]
     pub pools: Vec<Pool>,
@@ -125,6 +147,7 @@ impl Default for File {
             event_bytes_per_second: 64 << 20,
             index_bytes: 1 << 30,
             page_bytes: 256 << 20,
+            compat: None,
             body_limit_bytes: 16 << 20,
             token_limit: 1_500_000,
             decision_header: false,
@@ -134,9 +157,21 @@ impl Default for File {
             router_assume_kv_reuse: true,
             active_request_expiry_secs: 300.0,
             eject_workers: true,
+            eject_floor: 0.5,
+            health_check: None,
+            registration: None,
+            router_min_initial_workers: 0,
             pools: Vec::new(),
         }
     }
+}
+
+/// A router whose decisions are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Compat {
+    /// Dynamo's, of release 1.6.1.
+    Dynamo,
 }
 
 impl File {
@@ -159,6 +194,10 @@ pub struct Pool {
     pub lora_adapters: Vec<String>,
     /// How a worker is chosen. Mirrors Dynamo's `--router-mode`.
     pub router_mode: Mode,
+    /// What the mode `kv` compares.
+    pub policy: Scoring,
+    /// Weights of the policy `predicted-delay`.
+    pub predicted_delay: PredictedDelay,
     /// Tokens to a block, as the engines have it. Mirrors Dynamo's `--kv-cache-block-size`.
     #[schemars(range(min = 1, max = 4096))]
     pub kv_cache_block_size: u32,
@@ -216,6 +255,10 @@ pub struct Pool {
     /// `--router-decode-active-request-weight`.
     #[schemars(range(min = 0.0, max = 1_000_000.0))]
     pub decode_active_request_weight: f64,
+    /// How much of `overlap_score_credit` prefill queued at a worker takes away. Mirrors Dynamo's
+    /// `--router-kv-overlap-score-credit-decay`.
+    #[schemars(range(min = 0.0, max = 1_000_000.0))]
+    pub overlap_score_credit_decay: f64,
     /// Names of media in engines' events, beyond the usual ones, and the tiers they stand for.
     /// Upper and lower case are the same.
     #[schemars(extend("maxProperties" = 64))]
@@ -235,6 +278,21 @@ pub struct Pool {
     /// for the client's.
     #[schemars(length(max = 64))]
     pub trusted_sources: Vec<String>,
+    /// Seconds after its last request for which a session keeps its worker. Without it sessions are
+    /// not kept together. Mirrors Dynamo's `--router-session-affinity-ttl-secs`.
+    #[schemars(range(min = 1.0, max = 31_536_000.0))]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "f64")]
+    pub router_session_affinity_ttl_secs: Option<f64>,
+    /// Whether a session's worker gets its requests whatever it costs, or only up to
+    /// `session_affinity_slack`. Mirrors Dynamo's `--router-session-affinity-mode`.
+    pub router_session_affinity_mode: Stickiness,
+    /// In the mode `soft`: how many times the least cost that of the session's worker may be.
+    #[schemars(range(min = 1.0, max = 1_000_000.0))]
+    pub session_affinity_slack: f64,
+    /// Headers with the id of a session, in lower case, that count before Dynamo's and agents' own.
+    #[schemars(length(max = 16), inner(length(min = 1, max = 128)))]
+    pub session_headers: Vec<String>,
     /// In the mode `device-aware-weighted`: requests on a worker with an accelerator for each on a
     /// worker without. Mirrors Dynamo's `DYN_ENCODER_CUDA_TO_CPU_RATIO`.
     #[schemars(range(min = 1, max = 1_000_000))]
@@ -265,6 +323,10 @@ pub struct Pool {
     /// Seconds after which they may be sent again, in `retry-after`.
     #[schemars(range(min = 0, max = 86_400))]
     pub retry_after_secs: u32,
+    /// Seconds for which the share of requests grows that a worker gets which joins or comes back,
+    /// from a tenth of its usual share; 0 gives it all at once.
+    #[schemars(range(min = 0.0, max = 3600.0))]
+    pub slow_start_secs: f64,
     /// How prompts that are text are read; without it they are routed by load. Needs a restart, as
     /// everything under `tokenizer` does.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -272,6 +334,144 @@ pub struct Pool {
     pub tokenizer: Option<Tokenizer>,
     /// The workers.
     pub workers: Vec<Worker>,
+    /// DNS names of further workers.
+    #[schemars(length(max = 64))]
+    pub dns: Vec<Dns>,
+}
+
+/// A DNS name that stands for workers, each address for one.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Dns {
+    /// Name to look up: A and AAAA records, by the system's resolver.
+    #[schemars(required, length(min = 1, max = 253))]
+    pub name: Option<String>,
+    /// Port at which the workers take requests.
+    #[schemars(required, range(min = 1))]
+    pub port: Option<u16>,
+    /// Which addresses count.
+    #[serde(default)]
+    pub family: AddressFamily,
+    /// Seconds between lookups.
+    #[serde(default = "refresh_secs")]
+    #[schemars(range(min = 0.1, max = 86_400.0))]
+    pub refresh_secs: f64,
+    /// Data-parallel ranks of each worker.
+    #[serde(default = "one")]
+    #[schemars(range(min = 1, max = 1024))]
+    pub data_parallel_size: u32,
+    /// Taints of each worker.
+    #[serde(default)]
+    #[schemars(length(max = 64), inner(length(min = 1, max = 256)))]
+    pub taints: Vec<String>,
+    /// KV blocks that each rank can hold; 0 where not known.
+    #[serde(default)]
+    #[schemars(range(min = 0))]
+    pub total_kv_blocks: u32,
+    /// Requests that each rank takes at a time; 0 for any number.
+    #[serde(default)]
+    #[schemars(range(min = 0, max = 32_768))]
+    pub max_requests: u32,
+    /// Port of each worker's ZMQ socket of events, rank 0's. Without it the events are what NATS
+    /// brings for the worker's id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "u16", range(min = 1))]
+    pub zmq_port: Option<u16>,
+    /// Port of each worker's ZMQ socket of replays, rank 0's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "u16", range(min = 1))]
+    pub zmq_replay_port: Option<u16>,
+}
+
+/// Addresses by their kind.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum AddressFamily {
+    /// Both.
+    #[default]
+    Any,
+    /// A records.
+    Ipv4,
+    /// AAAA records.
+    Ipv6,
+}
+
+fn refresh_secs() -> f64 {
+    5.0
+}
+
+/// How workers are asked whether they are well.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct HealthCheck {
+    /// Path of a GET that a worker answers with a status of 200 to 299 while it is well.
+    #[schemars(regex(pattern = r"^/[!-~]{0,1023}$"))]
+    pub path: String,
+    /// Seconds between two.
+    #[schemars(range(min = 0.1, max = 3600.0))]
+    pub interval_secs: f64,
+    /// Seconds that an answer may take.
+    #[schemars(range(min = 0.01, max = 60.0))]
+    pub timeout_secs: f64,
+    /// Bad answers in a row after which a worker is left out.
+    #[schemars(range(min = 1, max = 100))]
+    pub unwell_after: u32,
+}
+
+impl Default for HealthCheck {
+    fn default() -> Self {
+        Self {
+            path: "/health".into(),
+            interval_secs: 5.0,
+            timeout_secs: 1.0,
+            unwell_after: 3,
+        }
+    }
+}
+
+/// Workers that register at run time.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Registration {
+    /// Networks, such as `10.0.0.0/8`, inside which their endpoints must be.
+    #[schemars(required, length(min = 1, max = 64))]
+    pub networks: Option<Vec<String>>,
+    /// Workers at a time.
+    #[serde(default = "max_workers")]
+    #[schemars(range(min = 1, max = 65_536))]
+    pub max_workers: usize,
+    /// Seconds for which one counts that does not say for how long.
+    #[serde(default = "ttl_secs")]
+    #[schemars(range(min = 1.0, max = 86_400.0))]
+    pub ttl_secs: f64,
+    /// Longest time that one may ask for, in seconds.
+    #[serde(default = "max_ttl_secs")]
+    #[schemars(range(min = 1.0, max = 86_400.0))]
+    pub max_ttl_secs: f64,
+}
+
+fn max_workers() -> usize {
+    1024
+}
+
+fn ttl_secs() -> f64 {
+    30.0
+}
+
+fn max_ttl_secs() -> f64 {
+    600.0
+}
+
+/// How firmly a session stays on its worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Stickiness {
+    /// As long as the worker takes requests.
+    Hard,
+    /// As long as it does not cost much more than another.
+    Soft,
 }
 
 /// A model's tokenizer and chat template.
@@ -279,9 +479,15 @@ pub struct Pool {
 #[serde(deny_unknown_fields)]
 pub struct Tokenizer {
     /// Folder as Hugging Face lays it out: `tokenizer.json`, `tokenizer_config.json`,
-    /// `chat_template.jinja`.
-    #[schemars(required)]
+    /// `chat_template.jinja`. Either this or `engine`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "PathBuf")]
     pub path: Option<PathBuf>,
+    /// Where the files are not at hand: which path of the pool's workers tells the token ids of a
+    /// prompt, `tokenize` or `render`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "EngineFace")]
+    pub engine: Option<EngineFace>,
     /// Bytes of token ids that are remembered, so that the next turn of a conversation tokenizes
     /// only what is new.
     #[serde(default = "cache_bytes")]
@@ -295,6 +501,23 @@ pub struct Tokenizer {
     #[serde(default = "budget_ms_per_1000_words")]
     #[schemars(range(min = 0, max = 1_000))]
     pub budget_ms_per_1000_words: u32,
+    /// How workers get the token ids of a prompt that came as text, so that they need not tokenize
+    /// it again: `field`, where the API has a place for them (`prompt` of completions, `input_ids`
+    /// of SGLang's `/generate`), `nvext`, in Dynamo's `nvext.token_data` of completions and chats,
+    /// or not at all. Bodies are altered by nothing else.
+    #[serde(default)]
+    pub hand_over: Handover,
+}
+
+/// Which path of an engine tells token ids.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum EngineFace {
+    /// `/tokenize`, as vLLM has it; SGLang's takes texts only.
+    Tokenize,
+    /// `/v1/chat/completions/render` and `/v1/completions/render`, as vLLM and TensorRT-LLM have
+    /// them.
+    Render,
 }
 
 fn cache_bytes() -> u64 {
@@ -317,6 +540,9 @@ impl Default for Pool {
             models: Vec::new(),
             lora_adapters: Vec::new(),
             router_mode: policy.mode,
+            policy: Scoring::PredictedDelay,
+            predicted_delay: PredictedDelay::default(),
+            overlap_score_credit_decay: policy.overlap_score_credit_decay,
             kv_cache_block_size: 16,
             router_temperature: policy.temperature,
             kv_events: true,
@@ -335,6 +561,10 @@ impl Default for Pool {
             image_token_id: None,
             trust_hints: false,
             trusted_sources: Vec::new(),
+            router_session_affinity_ttl_secs: None,
+            router_session_affinity_mode: Stickiness::Hard,
+            session_affinity_slack: 2.0,
+            session_headers: Vec::new(),
             encoder_cuda_to_cpu_ratio: 8,
             queue: None,
             active_decode_blocks_threshold: None,
@@ -342,8 +572,48 @@ impl Default for Pool {
             active_prefill_tokens_threshold_frac: None,
             overload_status: 529,
             retry_after_secs: 1,
+            slow_start_secs: 0.0,
             tokenizer: None,
             workers: Vec::new(),
+            dns: Vec::new(),
+        }
+    }
+}
+
+/// Weights of the policy `predicted-delay`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct PredictedDelay {
+    /// Milliseconds to prefill a token, of workers of which nothing has been learned.
+    #[schemars(range(min = 0.000_01, max = 1000.0))]
+    pub prefill_ms_per_token: f64,
+    /// Part of the prefill booked on a worker that counts however long ago it was booked.
+    #[schemars(range(min = 0.0, max = 1.0))]
+    pub backlog_floor: f64,
+    /// What the prompt's prefill counts for each request there that waits for its first token.
+    #[schemars(range(min = 0.0, max = 1000.0))]
+    pub waiting_weight: f64,
+    /// The same for each request there that decodes, of at most 64.
+    #[schemars(range(min = 0.0, max = 1000.0))]
+    pub decoding_weight: f64,
+    /// What the pool's usual prefill counts for each request there.
+    #[schemars(range(min = 0.0, max = 1000.0))]
+    pub request_weight: f64,
+    /// Milliseconds by which delays may differ and still be alike.
+    #[schemars(range(min = 0.0, max = 1000.0))]
+    pub band_ms: f64,
+}
+
+impl Default for PredictedDelay {
+    fn default() -> Self {
+        let weights = kv_core::delay::Weights::default();
+        Self {
+            prefill_ms_per_token: weights.prefill_ms_per_token,
+            backlog_floor: weights.backlog_floor,
+            waiting_weight: weights.waiting,
+            decoding_weight: weights.decoding,
+            request_weight: weights.requests,
+            band_ms: weights.band_ms,
         }
     }
 }
@@ -395,6 +665,9 @@ pub struct Worker {
     /// `--max-num-batched-tokens`.
     #[serde(default)]
     pub max_num_batched_tokens: u32,
+    /// Whether it is to get no more requests; those that it has run on.
+    #[serde(default)]
+    pub draining: bool,
     /// The stream of events that it publishes itself. Without it the worker's events are what NATS
     /// brings for its id.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -588,6 +861,11 @@ pub struct Nats {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "String", length(min = 1))]
     pub json_stream: Option<String>,
+    /// Subject on which workers register, with `{worker_id}` as one of its tokens; needs
+    /// `registration`. An empty message is a farewell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "String")]
+    pub workers_subject: Option<String>,
     /// Whether load is exchanged with other sidecars, and with Dynamo's routers; needs `dynamo`,
     /// whose subjects it goes over. Mirrors Dynamo's `--router-replica-sync`.
     #[serde(default)]

@@ -1,7 +1,8 @@
 //! What would have been chosen from the exact state, and why it was not.
 
-use kv_core::cost::{Cost, Demand};
-use kv_core::decide::{Candidate, RECORDED, Scored};
+use kv_core::cost::Demand;
+use kv_core::decide::{self, Candidate, Price, RECORDED, Scored};
+use kv_core::delay::Pace;
 use kv_core::id::{OwnerId, Tier};
 use kv_core::load::Load;
 use kv_core::overlap::Overlap;
@@ -33,7 +34,9 @@ pub enum Verdict {
     NotLeast,
     /// A temperature above 0 chose another than the best.
     Sampled,
-    /// The mode compares nothing.
+    /// The session was bound to the choice.
+    Bound,
+    /// The mode compares nothing, or the filter, of a release before, compares something else.
     Unchecked,
     /// The prompt is not known any more, so overlaps can't be told.
     UnknownPrompt,
@@ -53,6 +56,7 @@ impl Verdict {
             Self::Unlisted => "unlisted",
             Self::NotLeast => "not_least",
             Self::Sampled => "sampled",
+            Self::Bound => "bound",
             Self::Unchecked => "unchecked",
             Self::UnknownPrompt => "unknown_prompt",
         }
@@ -63,7 +67,7 @@ impl Verdict {
     pub fn agrees(self) -> Option<bool> {
         match self {
             Self::Agree | Self::Tie => Some(true),
-            Self::Sampled | Self::Unchecked | Self::UnknownPrompt => None,
+            Self::Sampled | Self::Bound | Self::Unchecked | Self::UnknownPrompt => None,
             _ => Some(false),
         }
     }
@@ -114,7 +118,8 @@ impl Shadow {
             active_blocks: load.blocks,
             shared_blocks,
             requests: load.requests(),
-            cost: scored.cost.total(),
+            terms: scored.into(),
+            cost: scored.total(),
         })
     }
 }
@@ -138,9 +143,10 @@ pub fn judge(field: &Field, chosen: OwnerId, evidence: &Evidence, is_prompt_know
         | Mode::Direct
         | Mode::DeviceAwareWeighted => false,
     };
+    let is_compared = is_compared && compares_alike(policy, evidence);
     let regret = own.zip(least).map(|(own, least)| compared(own) - least);
     let verdict = match (policy.mode, regret) {
-        (Mode::Kv | Mode::LeastLoaded, _) if !is_compared => Verdict::UnknownPrompt,
+        (Mode::Kv, _) if !is_prompt_known => Verdict::UnknownPrompt,
         _ if !is_compared => Verdict::Unchecked,
         (_, Some(regret)) if regret <= 0.0 => {
             let ties = scored.iter().filter(|s| Some(compared(s)) == least);
@@ -150,7 +156,11 @@ pub fn judge(field: &Field, chosen: OwnerId, evidence: &Evidence, is_prompt_know
                 Verdict::Agree
             }
         }
+        (_, Some(_)) if is_bound(chosen, evidence) => Verdict::Bound,
         (Mode::Kv, Some(_)) if policy.temperature > 0.0 => Verdict::Sampled,
+        (Mode::Kv, Some(regret)) if policy.band().is_some_and(|band| regret <= band) => {
+            Verdict::Tie
+        }
         (_, None) => Verdict::Membership,
         (_, Some(_)) => {
             let best = best.and_then(|at| scored.get(at));
@@ -169,30 +179,57 @@ pub fn judge(field: &Field, chosen: OwnerId, evidence: &Evidence, is_prompt_know
     }
 }
 
+/// Whether the request's session was bound to the choice, which need not be the best then.
+fn is_bound(chosen: OwnerId, evidence: &Evidence) -> bool {
+    let bound = evidence.constraints.bound;
+    bound.is_some_and(|bound| bound.owner == chosen)
+}
+
+/// Whether the filter compares what its pool's policy says: one of a release that can't predict
+/// delays compares blocks.
+fn compares_alike(policy: &Policy, evidence: &Evidence) -> bool {
+    let mut seen = evidence.candidates.iter();
+    !policy.predicts_delay() || seen.all(|seen| seen.paced.is_some())
+}
+
 /// All owners that take requests, at their exact cost.
 fn scored(field: &Field, evidence: &Evidence) -> Vec<Scored> {
     let demand = demand(field, evidence);
     let policy = &field.pool.policy;
-    let mut candidates = field.candidates();
+    let mut candidates = field.candidates(&evidence.constraints);
+    leave_out(&mut candidates, field, evidence);
     if !field.pool.families.is_empty() {
         take_overlaps_as_seen(&mut candidates, field, evidence);
     }
+    take_pace_as_seen(&mut candidates, field, evidence);
     if candidates.iter().any(|c| !c.load.is_saturated()) {
         candidates.retain(|c| !c.load.is_saturated());
     }
-    let score = |candidate: Candidate| {
-        let Candidate {
-            overlap,
-            load,
-            shared_blocks,
-            ..
-        } = &candidate;
-        Scored {
-            cost: Cost::new(demand, overlap, load, *shared_blocks, policy),
-            candidate,
-        }
+    let least = decide::least_prefill(&candidates);
+    let typical_ms = typical_seen(evidence);
+    let score = |candidate: Candidate| Scored {
+        cost: Price::new(&candidate, demand, least, typical_ms, policy),
+        candidate,
     };
     candidates.into_iter().map(score).collect()
+}
+
+/// An owner that takes so many requests and no more, or gets a part of its share yet, may have been
+/// left out by the filter: then it was no choice.
+fn leave_out(candidates: &mut Vec<Candidate>, field: &Field, evidence: &Evidence) {
+    let pool = &field.pool;
+    candidates.retain(|candidate| {
+        let Some(owner) = pool.owners.get(candidate.owner) else {
+            return false;
+        };
+        let is_warming = pool.slow_start_ms > 0 && owner.traits.since_ms > 0;
+        let may_be_left_out = is_warming || owner.metadata.max_requests > 0;
+        !may_be_left_out
+            || evidence
+                .candidates
+                .iter()
+                .any(|seen| seen.owner == owner.id)
+    });
 }
 
 /// Bookings name a prompt's blocks in Dynamo's family alone: where others count too, the filter's
@@ -205,6 +242,19 @@ fn take_overlaps_as_seen(candidates: &mut [Candidate], field: &Field, evidence: 
             .iter()
             .find(|seen| Some(seen.owner) == id);
         candidate.overlap = seen.map_or(candidate.overlap, overlap);
+    }
+}
+
+/// The clocks are the proxy's: of the owners that it lists, its word is taken, within what the
+/// exact load allows.
+fn take_pace_as_seen(candidates: &mut [Candidate], field: &Field, evidence: &Evidence) {
+    for candidate in candidates {
+        let id = field.pool.owners.get(candidate.owner).map(|owner| owner.id);
+        let mut listed = evidence.candidates.iter();
+        let seen = listed.find(|seen| Some(seen.owner) == id);
+        if let Some(seen) = seen.filter(|seen| seen.paced.is_some()) {
+            candidate.pace = pace(seen);
+        }
     }
 }
 
@@ -230,7 +280,8 @@ fn cause(field: &Field, evidence: &Evidence, own: &Scored, best: &Scored) -> Ver
         .iter()
         .map(|weighed| by(mode, weighed))
         .reduce(f64::min);
-    if seen_least.is_some_and(|least| by(mode, seen_own) > least) {
+    let band = field.pool.policy.band().unwrap_or(0.0);
+    if seen_least.is_some_and(|least| by(mode, seen_own) - band > least) {
         return Verdict::NotLeast;
     }
     let mixed =
@@ -271,23 +322,25 @@ fn mixed(
     } else {
         (load(seen), seen.shared_blocks)
     };
-    let cost = Cost::new(
-        demand(field, evidence),
-        &overlap,
-        &load,
-        shared_blocks,
-        &policy,
-    );
     let candidate = Candidate {
         overlap,
         load,
         shared_blocks,
         ..exact.candidate
     };
+    let least = least_seen(evidence);
+    let typical_ms = typical_seen(evidence);
+    let cost = Price::new(
+        &candidate,
+        demand(field, evidence),
+        least,
+        typical_ms,
+        &policy,
+    );
     Scored { candidate, cost }.compared(policy.mode)
 }
 
-pub(super) fn demand(field: &Field, evidence: &Evidence) -> Demand {
+fn demand(field: &Field, evidence: &Evidence) -> Demand {
     Demand {
         tokens: evidence.tokens,
         block_size: field.pool.block_size,
@@ -295,12 +348,12 @@ pub(super) fn demand(field: &Field, evidence: &Evidence) -> Demand {
 }
 
 /// The policy that the filter applied.
-pub(super) fn trusted(policy: &Policy, evidence: &Evidence) -> Policy {
+fn trusted(policy: &Policy, evidence: &Evidence) -> Policy {
     policy.trusted(f64::from(evidence.trust))
 }
 
 /// The overlap that the filter saw.
-pub(super) fn overlap(seen: &Weighed) -> Overlap {
+fn overlap(seen: &Weighed) -> Overlap {
     let mut depth = [0; Tier::COUNT];
     let mut sum = 0_u32;
     for (depth, blocks) in depth.iter_mut().zip(seen.overlap) {
@@ -313,12 +366,64 @@ pub(super) fn overlap(seen: &Weighed) -> Overlap {
     }
 }
 
-/// The load that the filter saw; all requests count as waiting.
-pub(super) fn load(seen: &Weighed) -> Load {
-    let decoding = seen.requests.saturating_sub(u16::MAX.into());
+/// The fewest prefill tokens that the filter saw, of those that it lists.
+fn least_seen(evidence: &Evidence) -> u32 {
+    let queued = evidence.candidates.iter().map(|seen| seen.prefill_tokens);
+    queued.min().unwrap_or(0)
+}
+
+/// What the filter took prompts to take usually, milliseconds.
+fn typical_seen(evidence: &Evidence) -> f64 {
+    let paced = evidence.candidates.iter().find_map(|seen| seen.paced);
+    paced.map_or(0.0, |paced| paced.typical_ms)
+}
+
+/// The pace that the filter saw.
+fn pace(seen: &Weighed) -> Pace {
+    seen.paced.map_or_else(Pace::default, |paced| Pace {
+        finish_ms: paced.finish_ms,
+        ms_per_token: paced.ms_per_token,
+    })
+}
+
+/// A candidate and its cost as the filter saw them.
+pub(super) fn scored_seen(field: &Field, evidence: &Evidence, seen: &Weighed) -> Scored {
+    let mut candidate = candidate(seen);
+    let mut owners = field.pool.owners.iter();
+    let owner = owners.find(|owner| owner.id == seen.owner);
+    candidate.factor = owner.map_or(1.0, |owner| evidence.constraints.factor(owner));
+    let cost = Price::new(
+        &candidate,
+        demand(field, evidence),
+        least_seen(evidence),
+        typical_seen(evidence),
+        &trusted(&field.pool.policy, evidence),
+    );
+    Scored { candidate, cost }
+}
+
+/// A candidate as the filter saw it.
+fn candidate(seen: &Weighed) -> Candidate {
+    Candidate {
+        owner: 0,
+        overlap: overlap(seen),
+        load: load(seen),
+        shared_blocks: seen.shared_blocks,
+        pace: pace(seen),
+        factor: 1.0,
+    }
+}
+
+/// The load that the filter saw; all requests count as waiting where it did not say.
+fn load(seen: &Weighed) -> Load {
+    let waiting = match seen.paced {
+        Some(paced) => paced.waiting,
+        None => u16::try_from(seen.requests).unwrap_or(u16::MAX),
+    };
+    let decoding = seen.requests.saturating_sub(waiting.into());
     Load {
         prefill_tokens: seen.prefill_tokens,
-        waiting: u16::try_from(seen.requests).unwrap_or(u16::MAX),
+        waiting,
         decoding: u16::try_from(decoding).unwrap_or(u16::MAX),
         blocks: seen.active_blocks,
     }

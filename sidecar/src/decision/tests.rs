@@ -2,8 +2,8 @@ use std::sync::Arc;
 
 use kv_core::id::{Role, Slot};
 use kv_core::overlap::Overlap;
-use kv_core::policy::{Mode, Policy};
-use kv_core::report::OwnerKey;
+use kv_core::policy::{Mode, Policy, Scoring};
+use kv_core::report::{OwnerKey, Paced};
 use kv_core::table;
 use kv_core::tracker::ActiveLoad;
 
@@ -64,6 +64,7 @@ fn evidence(workers: &[(u64, u32, u32)]) -> Evidence {
         shared_blocks: 0,
         requests: *blocks,
         cost: f64::from(10 - held + blocks + 10),
+        paced: None,
     };
     Evidence {
         at_ns: 7,
@@ -71,6 +72,7 @@ fn evidence(workers: &[(u64, u32, u32)]) -> Evidence {
         tokens: 10 * BLOCK,
         trust: 1.0,
         candidates: workers.iter().map(weighed).collect(),
+        constraints: Default::default(),
     }
 }
 
@@ -155,6 +157,7 @@ fn booked(request: u64, worker: u64) -> Booked {
         prefix: None,
         hashes: Vec::new(),
         evidence: None,
+        session: None,
     }
 }
 
@@ -236,30 +239,127 @@ fn the_formula_shows_each_term() {
     let mut field = field(Mode::Kv, &[(0, 0), (0, 0)]);
     let seen = Weighed {
         owner: id(1),
-        overlap: [10, 5, 0, 0],
+        overlap: [6, 4, 0, 0],
         shared_cache: 0,
         prefill_tokens: 1_448,
         active_blocks: 15,
         shared_blocks: 0,
         requests: 3,
-        cost: 111.75,
+        cost: 116.5,
+        paced: None,
     };
     let evidence = Evidence {
         candidates: vec![seen],
         ..evidence(&[(1, 0, 0)])
     };
     let line = Formula::new(&field, &evidence, &seen).to_string();
-    let expected = "Formula for worker_1: 111.8 = 1.0 * 86.8 + 25.0 (cached_blocks: 15)";
+    let expected = "Formula for worker_1: 116.5 = 1.0 * 91.5 + 25.0 (cached_blocks: 10)";
     assert_eq!(line, expected);
     Arc::make_mut(&mut field.pool)
         .policy
         .decode_active_request_weight = 0.5;
     let ranked = Weighed {
         owner: OwnerId { worker: 1, rank: 2 },
-        cost: 113.25,
+        cost: 118.0,
         ..seen
     };
     let line = Formula::new(&field, &evidence, &ranked).to_string();
-    let expected = "Formula for worker_1.2: 113.2 = 1.0 * 86.8 + 25.0 + 1.5 (cached_blocks: 15)";
+    let expected = "Formula for worker_1.2: 118.0 = 1.0 * 91.5 + 25.0 + 1.5 (cached_blocks: 10)";
+    assert_eq!(line, expected);
+}
+
+/// The same, of a pool that compares predicted delays.
+fn delayed(workers: &[(u32, u64)]) -> Field {
+    let mut field = field(Mode::Kv, workers);
+    Arc::make_mut(&mut field.pool).policy.scoring = Scoring::PredictedDelay;
+    field
+}
+
+/// What a filter saw that predicts delays: of each worker the blocks it holds and the prefill
+/// tokens there, of which so many milliseconds are left. Tokens take 0.1 ms, prompts usually 5.
+fn evidence_of_delays(workers: &[(u64, u32, u32, f64)]) -> Evidence {
+    let field = delayed(&[]);
+    let mut evidence = evidence(&[]);
+    for (worker, held, prefill_tokens, finish_ms) in workers {
+        let requests = u32::from(*prefill_tokens > 0);
+        let mut seen = Weighed {
+            owner: id(*worker),
+            overlap: [*held, 0, 0, 0],
+            shared_cache: 0,
+            prefill_tokens: *prefill_tokens,
+            active_blocks: 0,
+            shared_blocks: 0,
+            requests,
+            cost: 0.0,
+            paced: Some(Paced {
+                waiting: 1,
+                finish_ms: *finish_ms,
+                ms_per_token: 0.1,
+                typical_ms: 5.0,
+            }),
+        };
+        if let Some(paced) = &mut seen.paced {
+            paced.waiting = u16::try_from(requests).unwrap();
+        }
+        seen.cost = shadow::scored_seen(&field, &evidence, &seen).cost.total();
+        evidence.candidates.push(seen);
+    }
+    evidence
+}
+
+#[test]
+fn delays_within_the_band_are_ties_and_the_clocks_are_the_filters() {
+    // Worker 0 has 400 tokens booked, of which 20 ms are left, and no block.
+    let mut field = delayed(&[(0, 0), (2, 0), (0, 0)]);
+    field.standings[0].load.prefill_tokens = 400;
+    let seen = [(1, 2, 0, -9.0), (0, 0, 400, 20.0), (2, 0, 0, -9.0)];
+    let evidence = evidence_of_delays(&seen);
+    let shadow = judge(&field, id(1), &evidence, true);
+    assert_eq!((shadow.verdict, shadow.regret), (Verdict::Agree, Some(0.0)));
+    let side = shadow.side(&field, id(0)).unwrap();
+    assert_eq!(side.cost, 20.0 + 16.0);
+    // Two of ten blocks save 3.2 ms, which is beyond the band; one saves less than that.
+    let shadow = judge(&field, id(2), &evidence, true);
+    assert_eq!(shadow.verdict, Verdict::NotLeast);
+    field.standings[1].overlap = Overlap::new([1; 4]);
+    let shadow = judge(&field, id(2), &evidence, true);
+    assert_eq!(shadow.verdict, Verdict::Tie);
+    assert!((shadow.regret.unwrap() - 1.6).abs() < 1e-9);
+    // What is not booked any more is not waited for.
+    field.standings[0].load.prefill_tokens = 50;
+    assert_eq!(
+        judge(&field, id(1), &evidence, true)
+            .side(&field, id(0))
+            .unwrap()
+            .cost,
+        5.0 + 16.0
+    );
+}
+
+#[test]
+fn a_filter_that_compares_blocks_is_not_judged_by_delays() {
+    let field = delayed(&[(0, 0), (4, 0)]);
+    let shadow = judge(&field, id(0), &evidence(&[(0, 0, 0), (1, 4, 0)]), true);
+    assert_eq!(shadow.verdict, Verdict::Unchecked);
+    assert_eq!(shadow.regret, None);
+}
+
+#[test]
+fn a_delays_line_shows_each_term_and_what_only_a_shared_store_has() {
+    let field = delayed(&[(0, 0), (0, 0)]);
+    let seen = Weighed {
+        shared_cache: 2,
+        requests: 11,
+        ..evidence_of_delays(&[(1, 5, 200, 12.0)]).candidates[0]
+    };
+    let evidence = Evidence {
+        candidates: vec![seen],
+        ..evidence(&[])
+    };
+    let cost = shadow::scored_seen(&field, &evidence, &seen).cost.total();
+    let line = Formula::new(&field, &evidence, &Weighed { cost, ..seen }).to_string();
+    // Ten blocks less five and half of two; one request waits, ten decode.
+    let expected = "Delay for worker_1: 24.7 = 12.0 + 6.4 + 1.6 + 1.9 + 2.8 ms (cached_blocks: 5, \
+                    shared_cache: 2)";
     assert_eq!(line, expected);
 }

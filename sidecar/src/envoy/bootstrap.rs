@@ -2,7 +2,7 @@
 
 use super::files::Files;
 use super::{
-    BODY_BUFFER_BYTES, CLUSTER_LIMIT, DESTINATION, FILTER, LABELS, POOL, SIDECAR_CLUSTER,
+    BODY_BUFFER_BYTES, CLUSTER_LIMIT, DESTINATION, FILTER, LABELS, PACKED, POOL, SIDECAR_CLUSTER,
     WASM_TYPE, cluster, label_regex, quoted,
 };
 use crate::config::{Config, Pool};
@@ -10,16 +10,35 @@ use crate::config::{Config, Pool};
 /// How long a stream may be silent; above the time a request may be held.
 const STREAM_IDLE: &str = "300s";
 
-/// YAML for `envoy -c`. The workers and the filter's configuration are in `files`.
+/// Where Envoy has the workers' endpoints from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Discovery {
+    /// The sidecar, over its socket.
+    #[default]
+    Grpc,
+    /// Files that the sidecar writes; Envoy starts from them without one.
+    Files,
+}
+
+/// YAML for `envoy -c`. The filter's configuration is in `files`.
 #[must_use]
-pub fn bootstrap(config: &Config, files: &Files) -> String {
+pub fn bootstrap(config: &Config, files: &Files, discovery: Discovery) -> String {
     let admin = address(&config.envoy_admin);
     let listen = address(&config.listen);
     let socket = std::path::absolute(&config.socket).unwrap_or_else(|_| config.socket.clone());
     let socket = quoted(&socket.to_string_lossy());
     let ecds = quoted(&files.filter().to_string_lossy());
     let routes: String = routes(&config.pools);
-    let clusters: String = config.pools.iter().map(|p| clusters(p, files)).collect();
+    let clusters: String = config
+        .pools
+        .iter()
+        .map(|p| clusters(p, files, discovery))
+        .collect();
+    let ads = match discovery {
+        Discovery::Grpc => ads(),
+        Discovery::Files => String::new(),
+    };
+    let unpacking = unpacking();
     let tag = |label: &&str| {
         let regex = quoted(&label_regex(label));
         format!("  - {{tag_name: {label}, regex: {regex}}}\n")
@@ -42,7 +61,7 @@ stats_config:
 {tags}  histogram_bucket_settings:
   - match: {{safe_regex: {{regex: ".*kv_router_.*_us"}}}}
     buckets: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 100000, 1000000]
-static_resources:
+{ads}static_resources:
   listeners:
   - name: kv_router
     address: {listen}
@@ -65,7 +84,7 @@ static_resources:
               domains: ["*"]
               routes:
 {routes}          http_filters:
-          - name: {FILTER}
+{unpacking}          - name: {FILTER}
             config_discovery:
               config_source: {{path_config_source: {{path: {ecds}}}, resource_api_version: V3}}
               type_urls: [{WASM_TYPE}]
@@ -83,6 +102,64 @@ static_resources:
       cluster_name: {SIDECAR_CLUSTER}
       endpoints: [{{lb_endpoints: [{{endpoint: {{address: {{pipe: {{path: {socket}}}}}}}}}]}}]
 {clusters}"#
+    )
+}
+
+/// One stream for the endpoints of all pools, from the sidecar.
+fn ads() -> String {
+    format!(
+        r#"dynamic_resources:
+  ads_config:
+    api_type: GRPC
+    transport_api_version: V3
+    grpc_services:
+    - envoy_grpc:
+        cluster_name: {SIDECAR_CLUSTER}
+        # A sidecar that was restarted is asked again within a second.
+        retry_policy: {{retry_back_off: {{base_interval: 0.1s, max_interval: 1s}}}}
+"#
+    )
+}
+
+/// What unpacks compressed bodies, and the most that a part of one may grow by. Brotli and Zstandard
+/// have a bound of this size built in.
+const PACKINGS: [(&str, &str); 3] = [
+    ("gzip", "gzip.decompressor.v3.Gzip, max_inflate_ratio: 100"),
+    ("brotli", "brotli.decompressor.v3.Brotli"),
+    ("zstd", "zstd.decompressor.v3.Zstd"),
+];
+
+/// Filters that unpack the bodies of requests. Envoy passes on what it could unpack of a body that
+/// is broken or a bomb; the header tells the filter after them to refuse it then.
+fn unpacking() -> String {
+    let one = |(name, library): (&str, &str)| {
+        format!(
+            r#"          - name: envoy.filters.http.decompressor.{name}
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.filters.http.decompressor.v3.Decompressor
+              decompressor_library:
+                name: {name}
+                typed_config: {{"@type": type.googleapis.com/envoy.extensions.compression.{library}}}
+              request_direction_config:
+                advertise_accept_encoding: false
+                common_config: {{ignore_no_transform_header: true}}
+              response_direction_config:
+                common_config: {{enabled: {{default_value: false, runtime_key: kv_router.unpack_answers}}}}
+"#
+        )
+    };
+    format!(
+        r#"          - name: envoy.filters.http.header_mutation
+            typed_config:
+              "@type": type.googleapis.com/envoy.extensions.filters.http.header_mutation.v3.HeaderMutation
+              mutations:
+                request_mutations:
+                - remove: {PACKED}
+                - append:
+                    header: {{key: {PACKED}, value: "%REQ(content-encoding)%"}}
+                    append_action: OVERWRITE_IF_EXISTS_OR_ADD
+{}"#,
+        PACKINGS.map(one).concat()
     )
 }
 
@@ -117,6 +194,7 @@ fn route(pool: &Pool, suffix: &str, matched: &str) -> String {
     format!(
         r#"              - match: {{prefix: "/"{matched}}}
                 request_body_buffer_limit: {BODY_BUFFER_BYTES}
+                request_headers_to_remove: [{PACKED}]
                 route:
                   cluster: {cluster}
                   timeout: 0s
@@ -132,8 +210,15 @@ fn route(pool: &Pool, suffix: &str, matched: &str) -> String {
     )
 }
 
-fn clusters(pool: &Pool, files: &Files) -> String {
-    let eds = quoted(&files.endpoints(&pool.name).to_string_lossy());
+fn clusters(pool: &Pool, files: &Files, discovery: Discovery) -> String {
+    let eds = match discovery {
+        // Without a sidecar Envoy starts with no endpoints after this time.
+        Discovery::Grpc => "ads: {}, initial_fetch_timeout: 5s".to_owned(),
+        Discovery::Files => {
+            let file = quoted(&files.endpoints(&pool.name).to_string_lossy());
+            format!("path_config_source: {{path: {file}}}")
+        }
+    };
     let service = quoted(&cluster(&pool.name));
     let one = |(suffix, protocol, _): (&str, &str, &str)| {
         let name = quoted(&format!("{}{suffix}", cluster(&pool.name)));
@@ -143,7 +228,7 @@ fn clusters(pool: &Pool, files: &Files) -> String {
     connect_timeout: 2s
     eds_cluster_config:
       service_name: {service}
-      eds_config: {{path_config_source: {{path: {eds}}}, resource_api_version: V3}}
+      eds_config: {{{eds}, resource_api_version: V3}}
     typed_extension_protocol_options:
       envoy.extensions.upstreams.http.v3.HttpProtocolOptions:
         "@type": type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions

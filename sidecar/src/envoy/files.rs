@@ -1,6 +1,7 @@
 //! The files Envoy watches: the filter's configuration (ECDS) and each pool's endpoints (EDS).
 //! Envoy starts from them without a sidecar.
 
+use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf, absolute};
 
@@ -64,7 +65,7 @@ impl Files {
     pub fn write(&self, config: &Config) -> Result<(), FilesError> {
         self.write_filter(config, self.generation())?;
         for pool in &config.pools {
-            self.write_endpoints(&pool.name, &endpoints_of(pool))?;
+            self.write_endpoints(&pool.name, &endpoints_of(pool).into_iter().collect())?;
         }
         Ok(())
     }
@@ -95,7 +96,11 @@ impl Files {
     ///
     /// # Errors
     /// When the system refuses.
-    pub fn write_endpoints(&self, pool: &str, endpoints: &[SocketAddr]) -> Result<(), FilesError> {
+    pub fn write_endpoints(
+        &self,
+        pool: &str,
+        endpoints: &BTreeSet<SocketAddr>,
+    ) -> Result<(), FilesError> {
         write(&self.endpoints(pool), &assignment(pool, endpoints))
     }
 }
@@ -152,7 +157,7 @@ fn filter(config: &Config, generation: u64) -> String {
     )
 }
 
-fn assignment(pool: &str, endpoints: &[SocketAddr]) -> String {
+fn assignment(pool: &str, endpoints: &BTreeSet<SocketAddr>) -> String {
     let name = quoted(&cluster(pool));
     let endpoint = |a: &SocketAddr| {
         let (ip, port) = (quoted(&a.ip().to_string()), a.port());

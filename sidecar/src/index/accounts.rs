@@ -67,11 +67,13 @@ impl Service {
             };
             for (at_ns, step) in report.timed() {
                 let outcome = self.step(&origin, step, time(at_ns), now_ms);
+                self.step_of_session(report.vm, step, outcome, now_ms);
                 self.step_for_peers(report.vm, step);
                 let kind = outcome.kind();
                 self.metrics.steps.get_or_create(&Kind { kind }).inc();
             }
         }
+        self.tell_sessions();
         self.judge_due();
         self.announce();
         self.loads_due();
@@ -216,11 +218,19 @@ impl Service {
         let is_booked = |vm, request| accounts.owner(vm, request).is_some();
         self.underway.keep(is_booked, is_known);
         let mut is_changed = false;
-        for worker in self.roster.workers() {
-            for (owner, id) in worker.owners.iter_mut().zip(worker.config.owners()) {
-                let rate = self.underway.rate(id, owner.prefill_rate);
-                is_changed |= rate != owner.prefill_rate;
-                owner.prefill_rate = rate;
+        for pool in &mut self.roster.pools {
+            let owners = pool.workers.values().flat_map(|w| w.config.owners());
+            let prior_ms = pool.config.policy.delay.prefill_ms_per_token;
+            let pool_ms = self.underway.pool_time(owners, prior_ms);
+            for worker in pool.workers.values_mut() {
+                for (owner, id) in worker.owners.iter_mut().zip(worker.config.owners()) {
+                    let rate = self.underway.rate(id, owner.prefill_rate);
+                    let told_ns = owner.prefill_ns_per_token;
+                    let time_ns = self.underway.prefill_ns(id, pool_ms, told_ns);
+                    is_changed |= rate != owner.prefill_rate || time_ns != told_ns;
+                    owner.prefill_rate = rate;
+                    owner.prefill_ns_per_token = time_ns;
+                }
             }
         }
         if is_changed {

@@ -75,7 +75,11 @@ impl Service {
             .get_or_create(&Outcome { outcome })
             .inc();
         if let Some(regret) = shadow.regret {
-            self.metrics.regret.observe(regret);
+            if field.pool.policy.predicts_delay() {
+                self.metrics.regret_delay.observe(regret);
+            } else {
+                self.metrics.regret.observe(regret);
+            }
         }
         let decision = Decision::new(origin, &field, &booked, &evidence, &shadow);
         self.decisions.keep(decision);

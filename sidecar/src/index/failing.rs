@@ -1,18 +1,11 @@
 //! Failures that proxies report into who takes requests.
 
-use std::net::SocketAddr;
-use std::time::Duration;
-
 use kv_core::id::{Role, WorkerId};
 use kv_core::report::{Failure, OwnerKey};
-use tokio::net::TcpStream;
 
-use super::Service;
-use crate::ejection::{Due, Why};
+use super::{Service, unix_ms};
+use crate::ejection::{Due, Look, Why};
 use crate::metrics::Kind;
-
-/// How long a worker may take to accept a connection.
-const PROBE: Duration = Duration::from_secs(1);
 
 impl Service {
     /// A worker has failed a request.
@@ -36,10 +29,23 @@ impl Service {
         self.ejection.answered(worker);
     }
 
-    /// Looks at those whose pause is over.
+    /// Looks at those whose pause is over, and at all others every now and then, if that is wanted.
     pub(super) fn tick_health(&mut self) {
-        for worker in self.ejection.due(self.now_ms()) {
+        let now_ms = self.now_ms();
+        for worker in self.ejection.due(now_ms) {
             self.treat(worker, Due::Probe);
+        }
+        if let Some(interval_ms) = self.looker.interval_ms() {
+            let takes = |w: &&mut super::roster::Worker| w.config.endpoint.is_some();
+            let workers = self.roster.workers().filter(takes);
+            let workers: Vec<WorkerId> = workers.map(|w| w.config.id).collect();
+            for worker in workers {
+                let next = self.next_looks.entry(worker).or_insert(now_ms);
+                if *next <= now_ms && self.ejection.begin_look(worker) {
+                    *next = now_ms.saturating_add(interval_ms);
+                    self.treat(worker, Due::Probe);
+                }
+            }
         }
         let out = i64::try_from(self.ejection.out()).unwrap_or(i64::MAX);
         self.metrics.workers_out.set(out);
@@ -53,12 +59,14 @@ impl Service {
         let ejects = self.ejects;
         self.ejection
             .keep(|worker| ejects && known.contains(&worker));
+        self.next_looks.retain(|worker, _| known.contains(worker));
     }
 
-    /// Somebody has looked whether a worker is there.
-    pub(super) fn worker_probed(&mut self, worker: WorkerId, is_there: bool) {
+    /// Somebody has looked at a worker.
+    pub(super) fn worker_looked_at(&mut self, worker: WorkerId, look: Look) {
         let now_ms = self.now_ms();
-        if let Some(due) = self.ejection.probed(worker, is_there, now_ms) {
+        let unwell = self.looker.unwell_after();
+        if let Some(due) = self.ejection.looked(worker, look, unwell, now_ms) {
             self.treat(worker, due);
         }
     }
@@ -68,16 +76,18 @@ impl Service {
             Due::Probe => {
                 let known = self.roster.worker(worker);
                 if let Some(endpoint) = known.and_then(|(_, known)| known.config.endpoint) {
-                    self.probes.spawn(probe(worker, endpoint));
+                    let looker = self.looker.clone();
+                    let look = async move { (worker, looker.look(endpoint).await) };
+                    self.probes.spawn(look);
                 }
                 return;
             }
             Due::LeaveOut(why) => self.leave_out(worker, why),
             Due::TakeBack => {
-                tracing::info!(
-                    worker,
-                    "worker accepts connections again, it takes requests"
-                );
+                tracing::info!(worker, "worker is well again, it takes requests");
+                if let Some((_, known)) = self.roster.worker(worker) {
+                    known.since_ms = unix_ms();
+                }
                 "returned"
             }
         };
@@ -98,13 +108,14 @@ impl Service {
         let Some(pool) = self.roster.pools.get(number) else {
             return "spared";
         };
-        let takes = |w: &&super::roster::Worker| w.config.role == Role::Aggregated;
+        let takes =
+            |w: &&super::roster::Worker| w.config.role == Role::Aggregated && !w.config.draining;
         let all = pool.workers.values().filter(takes);
         let left = all
             .clone()
             .filter(|w| w.config.id != worker && self.ejection.is_in(w.config.id));
         let kind = why.kind();
-        if left.count() < why.floor(all.count()) {
+        if left.count() < why.floor(all.count(), self.eject_floor) {
             tracing::warn!(worker, kind, "worker fails, but too few others are left");
             return "spared";
         }
@@ -119,10 +130,4 @@ impl Service {
         }
         kind
     }
-}
-
-/// Whether a worker accepts connections.
-async fn probe(worker: WorkerId, endpoint: SocketAddr) -> (WorkerId, bool) {
-    let connected = tokio::time::timeout(PROBE, TcpStream::connect(endpoint)).await;
-    (worker, matches!(connected, Ok(Ok(_))))
 }

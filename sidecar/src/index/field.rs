@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
+use kv_core::constraint::Constraints;
 use kv_core::decide::Candidate;
+use kv_core::delay::Pace;
 use kv_core::holdings::{Holdings, InIndex, Named};
 use kv_core::id::Role;
 use kv_core::overlap::Overlap;
@@ -45,24 +47,50 @@ impl Field {
         }
     }
 
-    /// Owners that take whole requests, as the filter chooses among them.
+    /// The pace of an owner; what is booked on it is taken to be all still to be done.
+    fn pace(&self, position: usize) -> Pace {
+        let owner = self.pool.owners.get(position);
+        let weights = &self.pool.policy.delay;
+        Pace {
+            finish_ms: f64::INFINITY,
+            ms_per_token: owner.map_or(0.0, |o| f64::from(weights.prefill_ns(&o.traits)) / 1e6),
+        }
+    }
+
+    /// Owners that take whole requests and fit, as the filter chooses among them.
     #[must_use]
-    pub fn candidates(&self) -> Vec<Candidate> {
-        self.candidates_that(|owner| owner.accepting && owner.role == Role::Aggregated)
+    pub fn candidates(&self, constraints: &Constraints) -> Vec<Candidate> {
+        let owners = self.pool.owners.iter().enumerate();
+        let takes = |owner: &table::Owner| owner.accepting && owner.role == Role::Aggregated;
+        let accepting: Vec<usize> = owners.filter(|(_, o)| takes(o)).map(|(at, _)| at).collect();
+        let narrowed = constraints.narrow(&self.pool, &accepting);
+        let candidate = |position: &usize| {
+            let mut candidate = self.candidate(*position)?;
+            candidate.factor = constraints.factor(self.pool.owners.get(*position)?);
+            Some(candidate)
+        };
+        narrowed.owners.iter().filter_map(candidate).collect()
     }
 
     /// Owners of which something holds.
     #[must_use]
     pub fn candidates_that(&self, holds: impl Fn(&table::Owner) -> bool) -> Vec<Candidate> {
-        let owners = self.pool.owners.iter().zip(&self.standings).enumerate();
-        let held = owners.filter(|(_, (owner, _))| holds(owner));
-        let candidate = |(position, (_, standing)): (usize, (_, &Standing))| Candidate {
+        let owners = self.pool.owners.iter().enumerate();
+        let held = owners.filter(|(_, owner)| holds(owner));
+        held.filter_map(|(position, _)| self.candidate(position))
+            .collect()
+    }
+
+    fn candidate(&self, position: usize) -> Option<Candidate> {
+        let standing = self.standings.get(position)?;
+        Some(Candidate {
             owner: position,
             overlap: standing.overlap,
             load: standing.load.into(),
             shared_blocks: standing.shared_blocks,
-        };
-        held.map(candidate).collect()
+            pace: self.pace(position),
+            factor: 1.0,
+        })
     }
 }
 

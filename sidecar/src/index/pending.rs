@@ -10,6 +10,7 @@ use kv_core::wire::{self, BATCH_BYTES, Batch, Write};
 pub(super) enum Key {
     Page([u8; 6]),
     Mail([u8; 3]),
+    Sessions([u8; 4]),
     Other([u8; 2]),
 }
 
@@ -26,10 +27,15 @@ impl Key {
         Self::Mail(key::mail(mailbox))
     }
 
+    pub(super) fn sessions(shard: u16) -> Self {
+        Self::Sessions(key::bound(shard))
+    }
+
     fn as_bytes(&self) -> &[u8] {
         match self {
             Self::Page(key) => key,
             Self::Mail(key) => key,
+            Self::Sessions(key) => key,
             Self::Other(key) => key,
         }
     }

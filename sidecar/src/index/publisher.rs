@@ -8,6 +8,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
+use kv_core::affinity::SHARDS;
 use kv_core::head::Head;
 use kv_core::index::{Index, PageWrite};
 use kv_core::key;
@@ -79,6 +80,8 @@ pub(super) struct Publisher {
     next_id: u64,
     head: Head,
     table: Arc<[u8]>,
+    /// Sessions by shard; empty until some pool keeps any.
+    sessions: Vec<Arc<[u8]>>,
     waiting: Vec<(u64, oneshot::Sender<()>)>,
     metrics: Arc<Metrics>,
 }
@@ -92,6 +95,7 @@ impl Publisher {
             next_id: 1,
             head,
             table: Arc::default(),
+            sessions: Vec::new(),
             waiting: Vec::new(),
             metrics,
         }
@@ -132,6 +136,9 @@ impl Publisher {
         // before that one shrinks.
         for page in index.page_ids().rev() {
             subscriber.enqueue(page);
+        }
+        for shard in (0..SHARDS).take(self.sessions.len()) {
+            subscriber.enqueue_sessions(shard);
         }
         subscriber.queue.push_back(Item::Table);
         self.subscribers.push(subscriber);
@@ -239,6 +246,20 @@ impl Publisher {
         self.pump(index);
     }
 
+    /// Shards of sessions to send, in place of what they were.
+    pub(super) fn sessions(&mut self, shards: Vec<(u16, Vec<u8>)>, index: &mut Index) {
+        self.sessions.resize(usize::from(SHARDS), Arc::default());
+        for (shard, bytes) in shards {
+            for subscriber in &mut self.subscribers {
+                subscriber.enqueue_sessions(shard);
+            }
+            if let Some(place) = self.sessions.get_mut(usize::from(shard)) {
+                *place = Arc::from(bytes);
+            }
+        }
+        self.pump(index);
+    }
+
     /// Loads for one subscriber, in place of any that it has not been sent yet. The head that
     /// follows them beats, which is how VMs notice.
     pub(super) fn loads(&mut self, id: u64, loads: Vec<u8>, index: &mut Index) {
@@ -306,7 +327,8 @@ impl Publisher {
             while subscriber.is_open() && subscriber.has_work() {
                 let mut batch = Pending::default();
                 subscriber.push_mail(&mut batch);
-                subscriber.fill(&mut batch, &self.table, head.table_version, index);
+                let version = head.table_version;
+                subscriber.fill(&mut batch, &self.table, version, &self.sessions, index);
                 if subscriber.queue.is_empty() {
                     subscriber.end(&mut batch, head, is_clean);
                 }

@@ -19,6 +19,7 @@ use super::publisher::SubscriberReport;
 use super::strangers::StrangerReport;
 use super::tally::Counts;
 use super::{Service, roster};
+use crate::config::Source;
 use crate::load::{LoadReport, ProxyId, ProxyRequests};
 use crate::metrics::OfOwner;
 
@@ -117,6 +118,10 @@ pub struct OwnerReport {
     pub role: Role,
     /// What it is said to be.
     pub metadata: Metadata,
+    /// How it came to be known.
+    pub source: Source,
+    /// Whether it is to get no more requests.
+    pub draining: bool,
     /// Whether it takes requests.
     pub accepting: bool,
     /// Blocks that it holds.
@@ -224,7 +229,11 @@ impl Service {
                     endpoint: worker.config.endpoint.map(|e| e.to_string()),
                     role: worker.config.role,
                     metadata: worker.config.metadata.clone(),
-                    accepting: worker.config.endpoint.is_some() && self.ejection.is_in(id.worker),
+                    source: worker.config.source,
+                    draining: worker.config.draining,
+                    accepting: worker.config.endpoint.is_some()
+                        && !worker.config.draining
+                        && self.ejection.is_in(id.worker),
                     blocks: self.index.owner_blocks(number.into(), owner.slot),
                     last_event_id: owner.dynamo.last.max(worker.json.last),
                     gaps: owner.gaps,
@@ -263,10 +272,22 @@ impl Service {
         if !self.publisher.report().iter().any(|s| s.synced) {
             missing.push("no envoy holds all pages".to_owned());
         }
+        if !self.is_staffed {
+            let (there, wanted) = (self.workers_there(), self.min_initial_workers);
+            missing.push(format!("{there} of {wanted} workers are there"));
+        }
         Readiness {
             missing,
             ranks: self.known(),
         }
+    }
+
+    /// Workers that take requests.
+    pub(super) fn workers_there(&self) -> usize {
+        let pools = self.roster.pools.iter();
+        let workers = pools.flat_map(|pool| pool.workers.values());
+        let takes = |w: &&roster::Worker| w.config.endpoint.is_some() && !w.config.draining;
+        workers.filter(takes).count()
     }
 
     /// Sizes into the metrics.

@@ -46,6 +46,8 @@ pub(super) struct Worker {
     pub(super) streams: BTreeMap<u32, Stream>,
     /// Whether its events agree with what it does.
     pub(super) health: Health,
+    /// Since when it takes requests, Unix milliseconds; 0 for one that was there at the start.
+    pub(super) since_ms: u64,
     /// Owners, by rank.
     pub(super) owners: Vec<Owner>,
 }
@@ -65,6 +67,8 @@ pub(super) struct Owner {
     pub(super) heard: Option<Instant>,
     /// Prompt tokens that it prefills in a second, as proxies are told; 0 where not known.
     pub(super) prefill_rate: u32,
+    /// Nanoseconds that it takes to prefill a token, as proxies are told; 0 where not known.
+    pub(super) prefill_ns_per_token: u32,
 }
 
 impl Owner {
@@ -76,6 +80,7 @@ impl Owner {
             knowledge: Knowledge::Unknown,
             heard: None,
             prefill_rate: 0,
+            prefill_ns_per_token: 0,
         }
     }
 }
@@ -238,7 +243,10 @@ impl Pool {
     /// The same with owners that have no endpoint.
     fn whole_table(&self, ejection: &Ejection) -> table::Pool {
         let workers = self.workers.values();
-        let owners = workers.flat_map(|worker| worker.table(ejection.is_in(worker.config.id)));
+        let owners = workers.flat_map(|worker| {
+            let is_in = ejection.is_in(worker.config.id);
+            worker.table(is_in && !worker.config.draining)
+        });
         let mut owners: Vec<table::Owner> = owners.collect();
         owners.sort_unstable_by_key(|owner| owner.slot);
         let is_store = |worker: &&Worker| worker.config.role == Role::Store;
@@ -266,12 +274,22 @@ impl Pool {
             owners,
             trusts_hints: self.config.trusts_hints,
             trusted_sources: self.config.trusted_sources.clone(),
+            affinity: self.config.affinity.clone(),
             device_ratio: self.config.device_ratio,
+            slow_start_ms: self.config.slow_start_ms,
             stores: stores.collect(),
             text: self.config.tokenizer.as_ref().map(|t| t.budget),
             queue: self.config.queue.clone(),
             overload: self.config.overload,
             refusing: self.config.refusing,
+            // Chunks are what is predicted, and events tell of none.
+            chunks: self.config.tokenizer.is_none() && !self.config.kv_events,
+            handover: self
+                .config
+                .tokenizer
+                .as_ref()
+                .map(|t| t.handover)
+                .unwrap_or_default(),
         }
     }
 }
@@ -286,6 +304,7 @@ impl Worker {
             source: Source::default(),
             streams: BTreeMap::new(),
             health: Health::default(),
+            since_ms: 0,
             owners,
         }
     }
@@ -345,6 +364,8 @@ impl Worker {
             traits: Traits {
                 device: self.config.device,
                 prefill_rate: owner.prefill_rate,
+                prefill_ns_per_token: owner.prefill_ns_per_token,
+                since_ms: self.since_ms,
             },
             metadata: self.config.metadata.clone(),
         })

@@ -68,6 +68,7 @@ impl Service {
             epoch: self.epoch,
             level: self.index.level(),
             pools: self.roster.pools.iter().map(pool).collect(),
+            sessions: self.sessions.save(self.now_ms()),
         };
         self.saving.under_way = Some((state, self.walk()));
     }

@@ -146,6 +146,7 @@ impl Service {
             prefix: None,
             hashes: Vec::new(),
             evidence: None,
+            session: None,
         };
         let prompt = if booking.is_shared {
             self.whole_prompt(booking.pool, booking.hashes)

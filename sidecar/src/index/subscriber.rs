@@ -18,6 +18,8 @@ use crate::metrics::Metrics;
 pub(super) enum Item {
     Page(u32),
     Table,
+    /// A shard of sessions.
+    Sessions(u16),
 }
 
 /// A batch without its acknowledgement.
@@ -44,6 +46,7 @@ pub(super) struct Subscriber {
     pub(super) unacked: VecDeque<Sent>,
     pub(super) queue: VecDeque<Item>,
     pub(super) queued: HashSet<u32>,
+    pub(super) queued_sessions: HashSet<u16>,
     /// Since when it is being brought up to date for the first time.
     pub(super) syncing: Option<Instant>,
     /// Its head as last sent; `None` before the first.
@@ -70,6 +73,7 @@ impl Subscriber {
             unacked: VecDeque::new(),
             queue: VecDeque::new(),
             queued: HashSet::new(),
+            queued_sessions: HashSet::new(),
             syncing: Some(Instant::now()),
             head: None,
             head_due: true,
@@ -111,12 +115,19 @@ impl Subscriber {
         }
     }
 
+    pub(super) fn enqueue_sessions(&mut self, shard: u16) {
+        if self.queued_sessions.insert(shard) {
+            self.queue.push_back(Item::Sessions(shard));
+        }
+    }
+
     /// Moves what is queued into a batch, as far as it fits.
     pub(super) fn fill(
         &mut self,
         batch: &mut Pending,
         table: &Arc<[u8]>,
         version: u64,
+        sessions: &[Arc<[u8]>],
         index: &mut Index,
     ) {
         while let Some(item) = self.queue.front().copied() {
@@ -128,6 +139,15 @@ impl Subscriber {
                     }
                     batch.push(Key::page(id), bytes);
                     self.queued.remove(&id);
+                }
+                Item::Sessions(shard) => {
+                    let bytes = sessions.get(usize::from(shard));
+                    let bytes = bytes.map(Arc::clone).unwrap_or_default();
+                    if !batch.fits(bytes.len()) {
+                        return;
+                    }
+                    batch.push(Key::sessions(shard), bytes);
+                    self.queued_sessions.remove(&shard);
                 }
                 Item::Table => {
                     if !batch.fits(table.len()) {

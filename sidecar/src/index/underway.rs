@@ -10,6 +10,14 @@ use kv_core::report::Booked;
 const LEAST_TOKENS: u32 = 256;
 /// Part of a rate that one request makes.
 const SHARE: f64 = 0.2;
+/// Tokens after which what was learned of a prefill's time counts for a third.
+const MEMORY_TOKENS: f64 = 50_000.0;
+/// Tokens that a pool's prior weighs.
+const PRIOR_TOKENS: f64 = 200.0;
+/// Tokens that the pool's time weighs against an owner's own.
+const POOL_TOKENS: f64 = 16_000.0;
+/// A time is told when it is off by more than this part of what was told.
+const TIME_TOLERANCE: f64 = 0.1;
 /// A rate is told when it is off by more than this part of what was told.
 const TOLERANCE: f64 = 0.25;
 
@@ -22,6 +30,16 @@ pub(super) struct Underway {
     requests: HashMap<Request, Entry>,
     /// Tokens that an owner prefills in a second, queueing included.
     rates: HashMap<OwnerId, f64>,
+    prefills: HashMap<OwnerId, Prefills>,
+}
+
+/// Prefills of an owner that were seen, the older the less they count.
+#[derive(Clone, Copy, Debug, Default)]
+struct Prefills {
+    tokens: f64,
+    took_ms: f64,
+    /// When the last first token came.
+    last_ms: u64,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -67,6 +85,10 @@ impl Underway {
         let Some(entry) = self.answered(vm, request) else {
             return;
         };
+        self.prefills
+            .entry(owner)
+            .or_default()
+            .add(entry.prefill_tokens, entry.booked_ms, now_ms);
         let took_ms = now_ms.saturating_sub(entry.booked_ms);
         if entry.prefill_tokens < LEAST_TOKENS || took_ms == 0 {
             return;
@@ -111,6 +133,32 @@ impl Underway {
         self.requests
             .retain(|(vm, request), _| is_booked(*vm, *request));
         self.rates.retain(|owner, _| is_known(owner));
+        self.prefills.retain(|owner, _| is_known(owner));
+    }
+
+    /// Milliseconds to a token that owners of a pool take, together with a prior.
+    pub(super) fn pool_time(&self, owners: impl Iterator<Item = OwnerId>, prior_ms: f64) -> f64 {
+        let mut sum = (PRIOR_TOKENS, PRIOR_TOKENS * prior_ms);
+        for seen in owners.filter_map(|owner| self.prefills.get(&owner)) {
+            sum = (sum.0 + seen.tokens, sum.1 + seen.took_ms);
+        }
+        sum.1 / sum.0
+    }
+
+    /// Nanoseconds to a token of an owner, whose pool takes `pool_ms`, to be told where `told` was;
+    /// 0 for none.
+    #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+    pub(super) fn prefill_ns(&self, owner: OwnerId, pool_ms: f64, told: u32) -> u32 {
+        let Some(seen) = self.prefills.get(&owner) else {
+            return told;
+        };
+        let took_ms = seen.took_ms + POOL_TOKENS * pool_ms;
+        let time_ns = took_ms / (seen.tokens + POOL_TOKENS) * 1e6;
+        let before = f64::from(told);
+        if (time_ns - before).abs() <= TIME_TOLERANCE * before {
+            return told;
+        }
+        time_ns.clamp(1.0, f64::from(u32::MAX)) as u32
     }
 
     /// The rate of an owner to be told where `told` was; 0 for none.
@@ -124,6 +172,21 @@ impl Underway {
             return told;
         }
         rate.clamp(1.0, f64::from(u32::MAX)) as u32
+    }
+}
+
+impl Prefills {
+    /// A first token has come. Engines prefill in the order of arrival, about: its prefill began
+    /// when it was booked, or with the first token before it.
+    fn add(&mut self, tokens: u32, booked_ms: u64, now_ms: u64) {
+        let took_ms = now_ms.saturating_sub(booked_ms.max(self.last_ms));
+        self.last_ms = now_ms;
+        if tokens < LEAST_TOKENS {
+            return;
+        }
+        let kept = (-f64::from(tokens) / MEMORY_TOKENS).exp();
+        self.tokens = kept * self.tokens + f64::from(tokens);
+        self.took_ms = kept * self.took_ms + took_ms as f64;
     }
 }
 
@@ -144,6 +207,7 @@ mod tests {
             prefix: None,
             hashes: Vec::new(),
             evidence: None,
+            session: None,
         }
     }
 
@@ -167,6 +231,27 @@ mod tests {
         underway.keep(|_, _| false, |_| false);
         assert_eq!(underway.rate(OWNER, 9), 9);
         assert!(underway.requests.is_empty());
+    }
+
+    #[test]
+    fn the_time_of_a_token_leaves_queueing_out_and_leans_on_the_pool() {
+        let mut underway = Underway::default();
+        let pool = |underway: &Underway| underway.pool_time([OWNER].into_iter(), 0.05);
+        assert_eq!(underway.prefill_ns(OWNER, pool(&underway), 0), 0);
+        // Twenty at once, each of which waits for those before it.
+        for request in 0..20 {
+            underway.begin(7, &booked(request, 10_000), 0);
+        }
+        for request in 0..20 {
+            underway.first_token(7, request, OWNER, 1_000 * (request + 1));
+        }
+        let pool_ms = pool(&underway);
+        assert!((0.099..0.1).contains(&pool_ms), "{pool_ms}");
+        let time_ns = underway.prefill_ns(OWNER, pool_ms, 0);
+        assert!((99_000..=100_000).contains(&time_ns), "{time_ns}");
+        assert_eq!(underway.prefill_ns(OWNER, pool_ms, 95_000), 95_000);
+        let slow = underway.prefill_ns(OWNER, 0.3, 0);
+        assert!((140_000..160_000).contains(&slow), "{slow}");
     }
 
     #[test]

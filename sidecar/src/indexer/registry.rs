@@ -10,7 +10,7 @@ use serde::Serialize;
 use tokio::sync::oneshot;
 
 use super::DEFAULT_GROUP;
-use crate::config::{CachePolicy, Config, Events, Pool, Socket, Worker, ZmqAddress};
+use crate::config::{CachePolicy, Config, Events, Pool, Socket, Source, Worker, ZmqAddress};
 use crate::ingest::engine::media::Media;
 
 /// Pools for models that the configuration doesn't name. An empty one is used again.
@@ -213,15 +213,18 @@ impl Registry {
                 predicted_ttl_ms: None,
                 trusts_hints: false,
                 trusted_sources: Vec::new(),
+                affinity: None,
                 device_ratio: 1,
                 queue: None,
                 overload: Thresholds::default(),
                 refusing: Refusing::default(),
+                slow_start_ms: 0,
                 tokenizer: None,
                 media: Media::default(),
                 families: Vec::new(),
                 image_token: None,
                 workers: Vec::new(),
+                dns: Vec::new(),
                 routing_group: Some(partition.group.clone()),
             }
         }));
@@ -242,6 +245,8 @@ impl Registry {
                     device: Device::default(),
                     ranks: registered.ranks(),
                     metadata: Metadata::default(),
+                    draining: false,
+                    source: Source::Indexer,
                     events: Some(Events::Sockets(registered.sockets.clone())),
                 });
             }

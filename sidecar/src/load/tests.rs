@@ -33,6 +33,7 @@ fn booked(request: u64) -> Booked {
         prefix: None,
         hashes: vec![1, 2],
         evidence: None,
+        session: None,
     }
 }
 

@@ -8,6 +8,7 @@ use serde_json::value::RawValue;
 
 use super::chat::{Fields, Message, Part, given, object, ordered, parts, read, tool};
 use super::template::Chat;
+use super::vision::Image;
 
 /// Messages of one conversation.
 const MAX_MESSAGES: usize = 10_000;
@@ -55,6 +56,7 @@ pub struct Conversation {
     add_generation_prompt: bool,
     continue_final_message: bool,
     special: bool,
+    sees: bool,
     kwargs: BTreeMap<String, Value>,
 }
 
@@ -71,11 +73,30 @@ impl Conversation {
         self.messages.iter().any(Message::has_media)
     }
 
+    /// The images before the first thing that is neither text nor a known image, and whether there
+    /// is no such.
+    #[must_use]
+    pub fn images(&self) -> (Vec<Image>, bool) {
+        let all: Vec<Option<&Image>> = self.messages.iter().flat_map(Message::media).collect();
+        let known = all.iter().map_while(|image| image.cloned());
+        let known: Vec<Image> = known.collect();
+        let is_all = known.len() == all.len();
+        (known, is_all)
+    }
+
+    /// The same for a model that sees: its template writes placeholders of known images.
+    #[must_use]
+    pub fn seeing(self) -> Self {
+        Self { sees: true, ..self }
+    }
+
     /// What a template is given.
     #[must_use]
     pub fn into_chat(self, takes_parts: bool) -> Chat {
         let messages = self.messages.into_iter();
-        let messages: Vec<Value> = messages.map(|m| m.into_value(takes_parts)).collect();
+        let messages: Vec<Value> = messages
+            .map(|m| m.into_value(takes_parts, self.sees))
+            .collect();
         Chat {
             messages: messages.into(),
             tools: if self.tools.is_empty() {
@@ -145,7 +166,12 @@ fn list<'a>(fields: &Fields<'a>, key: &'static str) -> Result<Vec<&'a RawValue>,
 
 fn chat(fields: &Fields<'_>) -> Result<Conversation, BodyError> {
     let messages = list(fields, "messages")?;
-    let messages: Result<Vec<Message>, _> = messages.into_iter().map(Message::of_chat).collect();
+    let messages = messages.into_iter().map(Message::of_chat);
+    let mut messages: Vec<Message> = messages.collect::<Result<_, _>>()?;
+    // They change both what an image becomes and its name.
+    if given(fields, "mm_processor_kwargs").is_some() {
+        messages.iter_mut().for_each(Message::close_eyes);
+    }
     let tools: Vec<&RawValue> = given(fields, "tools").map_or(Ok(Vec::new()), read)?;
     let mut kwargs = BTreeMap::new();
     for key in ["chat_template_kwargs", "chat_template_args"] {
@@ -157,12 +183,13 @@ fn chat(fields: &Fields<'_>) -> Result<Conversation, BodyError> {
         kwargs.insert("reasoning_effort".into(), read(raw)?);
     }
     Ok(Conversation {
-        messages: messages?,
+        messages,
         tools: tools.into_iter().map(tool).collect::<Result<_, _>>()?,
         documents: given(fields, "documents").map_or(Ok(Value::UNDEFINED), read)?,
         add_generation_prompt: flag(fields, "add_generation_prompt", true)?,
         continue_final_message: flag(fields, "continue_final_message", false)?,
         special: flag(fields, "add_special_tokens", false)?,
+        sees: false,
         kwargs,
     })
 }
@@ -270,7 +297,7 @@ fn anthropic(fields: &Fields<'_>) -> Result<Conversation, BodyError> {
 fn text_of(part: Part) -> Option<String> {
     match part {
         Part::Text(text) => Some(text),
-        Part::Media => None,
+        Part::Media(_) => None,
     }
 }
 

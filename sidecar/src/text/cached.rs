@@ -14,7 +14,7 @@ use super::encoder::{Encoder, EncoderError};
 const ENTRY_BYTES: u64 = 96;
 
 /// Ids of one chunk of text.
-type Ids = Arc<[u32]>;
+pub(super) type Ids = Arc<[u32]>;
 
 /// A tokenizer that remembers.
 ///
@@ -41,7 +41,7 @@ pub struct Encoded {
 }
 
 impl Cached {
-    /// The same tokenizer, with cuts at another distance than 4 KiB.
+    /// The same tokenizer, with cuts at another distance than [`WINDOW`].
     #[must_use]
     pub fn with_window(mut self, window: usize) -> Self {
         self.window = window;
@@ -52,7 +52,7 @@ impl Cached {
     #[must_use]
     pub fn new(encoder: Encoder, bytes: u64, seed: u64) -> Self {
         let evictions = Evictions::default();
-        let items = usize::try_from(bytes / (4 * WINDOW as u64 / 4)).unwrap_or(usize::MAX);
+        let items = usize::try_from(bytes / WINDOW as u64).unwrap_or(usize::MAX);
         let hasher = DefaultHashBuilder::default();
         Self {
             encoder,
@@ -87,26 +87,38 @@ impl Cached {
     /// # Errors
     /// When the tokenizer refuses the text.
     pub fn encode(&self, text: &str, deadline: Option<Instant>) -> Result<Encoded, EncoderError> {
-        let mut encoded = Encoded::default();
         let is_late = || deadline.is_some_and(|deadline| Instant::now() >= deadline);
+        self.walk(text, |_| !is_late())
+    }
+
+    /// Ids of a text of which at most so many bytes are not remembered; else of its beginning.
+    ///
+    /// # Errors
+    /// When the tokenizer refuses the text.
+    pub fn encode_little(&self, text: &str, most: usize) -> Result<Encoded, EncoderError> {
+        self.walk(text, |rest| rest <= most)
+    }
+
+    /// Ids of a text up to the first unknown chunk that may not be tokenized, given the bytes from
+    /// there on.
+    fn walk(&self, text: &str, may: impl Fn(usize) -> bool) -> Result<Encoded, EncoderError> {
+        let mut encoded = Encoded::default();
         if !self.encoder.cuts().any() {
-            if is_late() {
-                return Ok(encoded);
+            if may(text.len()) {
+                encoded.ids = self.encoder.whole(text)?;
+                encoded.complete = true;
             }
-            encoded.ids = self.encoder.whole(text)?;
-            encoded.complete = true;
             return Ok(encoded);
         }
         let mut hasher = Xxh3::with_seed(self.seed);
-        let mut hashed = 0;
+        let mut start = 0;
         let mut from: Option<Cut> = None;
         let mut is_known = true;
         let cuts = self.encoder.cuts().of(text, self.window);
         let ends = cuts.map(Some).chain([None]);
         for cut in ends {
             let end = cut.map_or(text.len(), |cut| cut.at);
-            hasher.update(text.as_bytes().get(hashed..end).unwrap_or_default());
-            hashed = end;
+            hasher.update(text.as_bytes().get(start..end).unwrap_or_default());
             let key = hasher.digest128();
             // Past the first unknown chunk the others are not worth asking for.
             let known = is_known.then(|| self.chunks.get(&key)).flatten();
@@ -115,13 +127,14 @@ impl Cached {
                 encoded.ids.extend_from_slice(&ids);
                 encoded.remembered += ids.len();
             } else {
-                if is_late() {
+                if !may(text.len() - start) {
                     return Ok(encoded);
                 }
                 let ids = self.encoder.part(text, from, end)?;
                 encoded.ids.extend_from_slice(&ids);
                 self.chunks.insert(key, ids.into());
             }
+            start = end;
             from = cut;
         }
         encoded.complete = true;
@@ -131,7 +144,7 @@ impl Cached {
 
 /// Weighs an entry in bytes.
 #[derive(Clone)]
-struct Weight;
+pub(super) struct Weight;
 
 impl Weighter<u128, Ids> for Weight {
     fn weight(&self, _: &u128, ids: &Ids) -> u64 {
@@ -262,6 +275,12 @@ mod tests {
         let passed = Instant::now().checked_sub(Duration::from_secs(1));
         let none = cached.encode(TEXT, passed).unwrap();
         assert_eq!((none.ids.len(), none.complete), (0, false));
+        let none = cached.encode_little(TEXT, TEXT.len() - 1).unwrap();
+        assert_eq!((none.ids.len(), none.complete), (0, false));
+        cached.encode(&TEXT[..150], None).unwrap();
+        let little = cached.encode_little(TEXT, TEXT.len() - 1).unwrap();
+        assert_eq!((little.ids, little.complete), (whole.clone(), true));
+        let cached = Cached::new(cached.encoder, 1 << 20, 8).with_window(24);
         cached.encode(&TEXT[..150], None).unwrap();
         let some = cached.encode(TEXT, passed).unwrap();
         assert!(!some.complete && !some.ids.is_empty());

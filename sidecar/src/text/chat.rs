@@ -1,5 +1,6 @@
 //! Messages as engines hand them to chat templates: the rules of vLLM's chat utilities.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
 use indexmap::IndexMap;
@@ -8,12 +9,13 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 
 use super::body::BodyError;
+use super::vision::Image;
 
 /// Stands for an image, sound or film in the text of a template, until the text is cut there.
 pub(super) const MEDIA: &str = "\u{f8ff}kv-media\u{f8ff}";
 
 /// The members of a JSON object; of equal keys the last one counts.
-pub(super) type Fields<'a> = HashMap<std::borrow::Cow<'a, str>, &'a RawValue>;
+pub(super) type Fields<'a> = HashMap<Cow<'a, str>, &'a RawValue>;
 
 /// Reads any JSON value.
 pub(super) fn read<'a, T: Deserialize<'a>>(raw: &'a RawValue) -> Result<T, BodyError> {
@@ -31,8 +33,8 @@ pub(super) fn given<'a>(fields: &Fields<'a>, key: &str) -> Option<&'a RawValue> 
 pub(super) enum Part {
     /// Text.
     Text(String),
-    /// An image, sound or film.
-    Media,
+    /// An image, sound or film; an image of which all is known that counts.
+    Media(Option<Image>),
 }
 
 /// A message before it is given to a template.
@@ -114,24 +116,44 @@ impl Message {
 
     /// Whether it has anything that is not text.
     pub(super) fn has_media(&self) -> bool {
-        self.content.contains(&Part::Media)
+        self.media().next().is_some()
     }
 
-    /// The message as a template gets it. One that goes through parts gets a list of them, the
-    /// others get one text, in which what stands for media comes first.
-    pub(super) fn into_value(self, takes_parts: bool) -> Value {
+    /// What is not text, in order.
+    pub(super) fn media(&self) -> impl Iterator<Item = Option<&Image>> {
+        self.content.iter().filter_map(|part| match part {
+            Part::Media(image) => Some(image.as_ref()),
+            Part::Text(_) => None,
+        })
+    }
+
+    /// Forgets what is known of images.
+    pub(super) fn close_eyes(&mut self) {
+        for part in &mut self.content {
+            if let Part::Media(image) = part {
+                *image = None;
+            }
+        }
+    }
+
+    /// The message as a template gets it. One that goes through parts gets a list of them, with
+    /// images to write the placeholder of if it `sees`; the others get one text, in which what
+    /// stands for media comes first.
+    pub(super) fn into_value(self, takes_parts: bool, sees: bool) -> Value {
         let has_media = self.has_media();
-        let texts = self.content.into_iter().map(|part| match part {
-            Part::Text(text) => text,
-            Part::Media => MEDIA.to_owned(),
-        });
         let content = if takes_parts {
-            let part = |text: String| {
-                let fields = [("type", Value::from("text")), ("text", text.into())];
-                object(fields)
+            let text = |text: Value| object([("type", "text".into()), ("text", text)]);
+            let part = |part: Part| match part {
+                Part::Text(said) => text(said.into()),
+                Part::Media(Some(_)) if sees => object([("type", "image".into())]),
+                Part::Media(_) => text(MEDIA.into()),
             };
-            Value::from(texts.map(part).collect::<Vec<_>>())
+            Value::from(self.content.into_iter().map(part).collect::<Vec<_>>())
         } else {
+            let texts = self.content.into_iter().map(|part| match part {
+                Part::Text(text) => text,
+                Part::Media(_) => MEDIA.to_owned(),
+            });
             let texts: Vec<String> = texts.collect();
             match (has_media, texts.as_slice()) {
                 (true, _) => Value::from([MEDIA, &texts.join("\n")].join("\n")),
@@ -176,11 +198,23 @@ fn part(raw: &RawValue) -> Result<Part, BodyError> {
         "text" | "input_text" | "output_text" => "text",
         "refusal" => "refusal",
         "thinking" => "thinking",
-        kind if is_media(kind) => return Ok(Part::Media),
+        kind if is_media(kind) => return Ok(Part::Media(image(&fields))),
         _ => return Err(BodyError::Part(kind)),
     };
     let text = given(&fields, key).ok_or(BodyError::Missing(key))?;
     Ok(Part::Text(read(text)?))
+}
+
+/// An image as vLLM's clients name it: with `uuid` beside it.
+fn image(fields: &Fields<'_>) -> Option<Image> {
+    #[derive(Deserialize)]
+    struct Url<'a> {
+        #[serde(borrow)]
+        url: Cow<'a, str>,
+    }
+    let name: String = read(given(fields, "uuid")?).ok()?;
+    let url: Url<'_> = read(given(fields, "image_url")?).ok()?;
+    Image::new(&url.url, &name)
 }
 
 fn is_media(kind: &str) -> bool {

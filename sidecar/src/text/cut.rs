@@ -19,8 +19,13 @@
 //! Which cuts a text has follows from the text near them alone, so two texts with the same
 //! beginning have the same cuts in it.
 
-/// Bytes of text between two places where a cut is looked for.
-pub const WINDOW: usize = 4096;
+use aho_corasick::{AhoCorasick, Input, MatchKind};
+
+/// Bytes of text between two places where a cut is looked for. What a text ends with after its last
+/// cut is tokenized each time, so they are few.
+pub const WINDOW: usize = 1024;
+/// Bytes before the end of a text in which its last cut is looked for.
+const LAST: usize = 4096;
 /// Longest word before a cut, in bytes.
 const LONGEST_WORD: usize = 64;
 /// Special tokens that are looked for.
@@ -37,12 +42,38 @@ pub struct Cut {
 }
 
 /// What cuts a tokenizer allows.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct Cuts {
     /// Whether between words.
     words: bool,
     /// Before these.
-    specials: Vec<String>,
+    specials: Option<Specials>,
+}
+
+/// Special tokens to be found in texts.
+#[derive(Clone, Debug)]
+struct Specials {
+    all: AhoCorasick,
+    longest: usize,
+}
+
+impl Specials {
+    fn new(tokens: &[String]) -> Option<Self> {
+        let mut all = AhoCorasick::builder();
+        let all = all.match_kind(MatchKind::LeftmostFirst).build(tokens);
+        Some(Self {
+            all: all.ok()?,
+            longest: tokens.iter().map(String::len).max()?,
+        })
+    }
+
+    /// Where the first one begins, in `start..end` of the text.
+    fn first(&self, text: &[u8], start: usize, end: usize) -> Option<usize> {
+        let most = end.saturating_add(self.longest).min(text.len());
+        let place = Input::new(text).range(start.min(most)..most);
+        let found = self.all.find(place)?.start();
+        (found < end).then_some(found)
+    }
 }
 
 impl Cuts {
@@ -60,13 +91,14 @@ impl Cuts {
             !special.is_empty() && !others.iter().any(|other| is_reached(special, other))
         });
         specials.truncate(MAX_SPECIALS);
+        let specials = Specials::new(&specials);
         Self { words, specials }
     }
 
     /// Whether there are any.
     #[must_use]
     pub fn any(&self) -> bool {
-        self.words || !self.specials.is_empty()
+        self.words || self.specials.is_some()
     }
 
     /// The cuts of a text, ascending: the first of each window but the first.
@@ -86,7 +118,7 @@ impl Cuts {
     #[must_use]
     pub fn last(&self, text: &str) -> Option<Cut> {
         let bytes = text.as_bytes();
-        let mut at = bytes.len().saturating_sub(WINDOW);
+        let mut at = bytes.len().saturating_sub(LAST);
         let mut last = None;
         while let Some(cut) = self.first(bytes, at) {
             last = Some(cut);
@@ -105,20 +137,8 @@ impl Cuts {
 
     /// The first special token that begins in `start..end`.
     fn before_special(&self, bytes: &[u8], start: usize, end: usize) -> Option<Cut> {
-        let firsts = |byte: u8| {
-            let mut specials = self.specials.iter();
-            specials.any(|special| special.as_bytes().first() == Some(&byte))
-        };
-        let mut at = start;
-        loop {
-            at += bytes.get(at..end)?.iter().position(|byte| firsts(*byte))?;
-            let rest = bytes.get(at..)?;
-            let mut specials = self.specials.iter();
-            if specials.any(|special| rest.starts_with(special.as_bytes())) {
-                return Some(Cut { word: at, at });
-            }
-            at += 1;
-        }
+        let at = self.specials.as_ref()?.first(bytes, start, end)?;
+        Some(Cut { word: at, at })
     }
 }
 

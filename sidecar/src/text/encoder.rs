@@ -118,20 +118,13 @@ impl Encoder {
         let Some(from) = from else {
             return self.whole(text.get(..to).unwrap_or(text));
         };
-        let part = text.get(from.word..to).unwrap_or_default();
-        let encoding = self.tokenizer.encode(part, false);
-        let encoding = encoding.map_err(|error| EncoderError::Encode {
-            bytes: part.len(),
-            error,
-        })?;
-        let overlap = from.at - from.word;
-        let offsets = encoding.get_offsets();
-        let dropped = offsets.partition_point(|(start, _)| *start < overlap);
-        Ok(encoding
-            .get_ids()
-            .get(dropped..)
-            .unwrap_or_default()
-            .to_vec())
+        let mut ids = self.whole(text.get(from.word..to).unwrap_or_default())?;
+        if from.word < from.at {
+            // Its ids are the same with nothing after it: there is a border.
+            let word = self.whole(text.get(from.word..from.at).unwrap_or_default())?;
+            ids.drain(..word.len().min(ids.len()));
+        }
+        Ok(ids)
     }
 
     /// The cuts at which a sample comes out the same in parts.

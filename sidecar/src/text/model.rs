@@ -8,6 +8,7 @@ use serde::Deserialize;
 use super::cached::Cached;
 use super::encoder::{Encoder, EncoderError};
 use super::template::{Source, Template, TemplateError};
+use super::vision::Vision;
 
 /// Why a model's folder can't be used.
 #[derive(Debug, thiserror::Error)]
@@ -42,6 +43,8 @@ pub struct Model {
     pub tokens: Cached,
     /// The chat template; chats of a model without one can't be tokenized.
     pub template: Option<Template>,
+    /// How it sees images, where that is known.
+    pub vision: Option<Vision>,
 }
 
 /// What is needed of `tokenizer_config.json`.
@@ -89,12 +92,22 @@ impl Model {
         Ok(Self {
             tokens: Cached::new(encoder, bytes, seed),
             template,
+            vision: None,
         })
     }
 }
 
 impl Model {
-    /// The same model, its texts cut at another distance than 4 KiB.
+    /// The same model, which sees images if the folder tells how. `token` is its placeholder.
+    ///
+    /// # Errors
+    /// When a file is broken.
+    pub fn with_vision(self, folder: &Path, token: u32) -> Result<Self, ModelError> {
+        let vision = Vision::load(folder, token)?;
+        Ok(Self { vision, ..self })
+    }
+
+    /// The same model, its texts cut at another distance than usual.
     #[must_use]
     pub fn with_window(self, window: usize) -> Self {
         Self {
@@ -138,7 +151,7 @@ fn text(file: &Path) -> Result<Option<String>, ModelError> {
 }
 
 /// A JSON file; `None` if there is no such file.
-fn json<T: serde::de::DeserializeOwned>(file: &Path) -> Result<Option<T>, ModelError> {
+pub(super) fn json<T: serde::de::DeserializeOwned>(file: &Path) -> Result<Option<T>, ModelError> {
     let malformed = |error| ModelError::Malformed {
         file: file.to_owned(),
         error,

@@ -106,6 +106,7 @@ impl Vm {
             prefix,
             hashes: hashes.to_vec(),
             evidence,
+            session: None,
         };
         let (leg, delta) = Leg::book(16 * rest, blocks);
         self.add(booked.owner, delta);

@@ -23,6 +23,16 @@ pub(super) struct ChatRequest {
     pub(super) options: Options,
 }
 
+/// A request whose token ids are asked for.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+pub(super) enum Tokenized {
+    /// A chat.
+    Chat(ChatRequest),
+    /// A text.
+    Completion(CompletionRequest),
+}
+
 /// What both have.
 #[derive(Debug, Deserialize)]
 pub(super) struct Options {
@@ -99,6 +109,15 @@ impl ChatRequest {
         }
         tokens.push(token::role("assistant"));
         tokens
+    }
+}
+
+impl Tokenized {
+    pub(super) fn into_tokens(self) -> Vec<u32> {
+        match self {
+            Self::Chat(chat) => chat.tokens(),
+            Self::Completion(completion) => completion.prompt.into_tokens(),
+        }
     }
 }
 

@@ -1,7 +1,9 @@
 //! Prompts that are text, through the real Envoy: routed as the same conversation's token ids,
 //! whatever becomes of the one who reads them.
 
-use std::path::{Path, PathBuf};
+mod elsewhere;
+mod model;
+
 use std::process::Command;
 
 use bytes::Bytes;
@@ -18,64 +20,11 @@ use kv_tests::stack::{Setup, Stack};
 use kv_tests::upstream::Upstream;
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use tokenizers::models::TrainerWrapper;
-use tokenizers::models::bpe::{BPE, BpeTrainer};
-use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::{AddedToken, Tokenizer};
+
+use model::WORDS;
 
 const WORKERS: u64 = 3;
 const BLOCK: usize = 16;
-const TEMPLATE: &str = "{% if tools %}<|im_start|>system\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}\
-    {% for m in messages %}{% if m.role == 'forbidden' %}{{ raise_exception('no') }}{% endif %}\
-    {{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}\
-    {% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
-const WORDS: [&str; 24] = [
-    "the",
-    "router",
-    "sends",
-    "a",
-    "request",
-    "to",
-    "one",
-    "worker",
-    "that",
-    "holds",
-    "its",
-    "prefix",
-    "def",
-    "f(x):",
-    "caf\u{e9}",
-    "\u{4f60}\u{597d}",
-    "\u{1f600}",
-    "<|im_end|>",
-    "12345",
-    "block",
-    "of",
-    "sixteen",
-    "tokens",
-    "and",
-];
-
-/// A model's folder, its tokenizer trained on the spot.
-fn model(dir: &Path) -> PathBuf {
-    let folder = dir.join("model");
-    std::fs::create_dir(&folder).expect("a writable directory");
-    let mut tokenizer = Tokenizer::new(BPE::default());
-    tokenizer.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));
-    let trainer = BpeTrainer::builder().vocab_size(500).show_progress(false);
-    let mut trainer = TrainerWrapper::BpeTrainer(trainer.build());
-    tokenizer
-        .train(&mut trainer, WORDS.iter())
-        .expect("a trained tokenizer");
-    let special = ["<|im_start|>", "<|im_end|>"].map(|token| AddedToken::from(token, true));
-    tokenizer.add_special_tokens(special).expect("tokens");
-    tokenizer
-        .save(folder.join("tokenizer.json"), false)
-        .expect("a writable directory");
-    std::fs::write(folder.join("chat_template.jinja"), TEMPLATE).expect("a writable directory");
-    folder
-}
-
 /// Workers, everything in front of them, and the same model as they have.
 struct Texts {
     stack: Stack,
@@ -91,7 +40,7 @@ impl Texts {
             upstreams.push(Upstream::start(id).await);
         }
         let dir = TempDir::new().expect("a temporary directory");
-        let folder = model(dir.path());
+        let folder = model::model(dir.path());
         let mut settings = json!({"path": folder});
         let (Value::Object(all), Value::Object(more)) = (&mut settings, tokenizer) else {
             panic!("settings must be a map");
@@ -127,16 +76,21 @@ impl Texts {
 
     /// Token ids that the worker makes of a body.
     fn ids(&self, surface: Surface, body: &Value) -> Vec<u32> {
-        let body = body.to_string();
-        let text = match Prompt::parse(surface, body.as_bytes()).expect("a prompt") {
-            Prompt::Text { text, .. } => text,
-            Prompt::Chat(chat) => {
-                let template = self.model.template.as_ref().expect("a template");
-                template.render(&chat.into_chat(false)).expect("a text")
-            }
-        };
-        self.model.tokens.encoder().whole(&text).expect("ids")
+        ids(&self.model, surface, body)
     }
+}
+
+/// Token ids that a worker makes of a body.
+fn ids(model: &Model, surface: Surface, body: &Value) -> Vec<u32> {
+    let body = body.to_string();
+    let text = match Prompt::parse(surface, body.as_bytes()).expect("a prompt") {
+        Prompt::Text { text, .. } => text,
+        Prompt::Chat(chat) => {
+            let template = model.template.as_ref().expect("a template");
+            template.render(&chat.into_chat(false)).expect("a text")
+        }
+    };
+    model.tokens.encoder().whole(&text).expect("ids")
 }
 
 fn stored(prompt: &[u32]) -> EventData {
