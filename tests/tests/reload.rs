@@ -39,7 +39,7 @@ async fn start() -> (Stack, Vec<Upstream>) {
     let setup = Setup {
         threads: 2,
         workers,
-        more: json!({"compat": "dynamo"}),
+        more: json!({}),
     };
     (Stack::start(&setup).await, upstreams)
 }
