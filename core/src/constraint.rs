@@ -245,6 +245,9 @@ mod tests {
     use crate::id::Slot;
     use crate::table::{Metadata, Traits};
 
+    /// Worker, rank, taints, zone and adapters of an owner.
+    type Said<'a> = (u64, u32, &'a [&'a str], &'a str, &'a [&'a str]);
+
     /// Workers 0 to 4; worker 3 with two ranks, worker 4 without requests.
     fn pool() -> Pool {
         let said = [
@@ -256,10 +259,7 @@ mod tests {
             (4, 0, &["fast"], "a", &["sql"]),
         ];
         let owned = |list: &[&str]| list.iter().map(|s| (*s).to_owned()).collect();
-        let owner = |(slot, (worker, rank, taints, zone, lora)): (
-            u16,
-            (u64, u32, &[&str], &str, &[&str]),
-        )| Owner {
+        let owner = |(slot, (worker, rank, taints, zone, lora)): (u16, Said<'_>)| Owner {
             slot: Slot(slot),
             id: OwnerId { worker, rank },
             role: Role::Aggregated,

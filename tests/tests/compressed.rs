@@ -82,6 +82,9 @@ fn decision(answer: &Response<Bytes>) -> Value {
     serde_json::from_slice(record.as_bytes()).expect("a record")
 }
 
+/// Packs bytes.
+type Pack = fn(&[u8]) -> Vec<u8>;
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_compressed_chat_is_routed_by_its_prefix_and_reaches_its_worker_unpacked() {
     let (stack, _upstreams) = start().await;
@@ -107,8 +110,7 @@ async fn a_compressed_chat_is_routed_by_its_prefix_and_reaches_its_worker_unpack
         "nvext": {"token_data": prompt},
     });
     let body = body.to_string().into_bytes();
-    let packings: [(&str, fn(&[u8]) -> Vec<u8>); 3] =
-        [("gzip", gzip), ("zstd", zstd), ("br", brotli)];
+    let packings: [(&str, Pack); 3] = [("gzip", gzip), ("zstd", zstd), ("br", brotli)];
     for (encoding, pack) in packings {
         let answer = post(&stack, encoding, pack(&body)).await;
         assert_eq!(answer.status(), 200, "{encoding}: {answer:?}");
