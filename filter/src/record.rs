@@ -154,7 +154,7 @@ mod tests {
         keep_best(&mut weighed);
         assert_eq!(weighed.scored.len(), RECORDED);
         assert_eq!(weighed.scored[weighed.chosen.unwrap()].candidate.owner, 20);
-        let mut kept: Vec<f64> = weighed.scored[1..].iter().map(|s| s.total()).collect();
+        let mut kept: Vec<f64> = weighed.scored[1..].iter().map(Scored::total).collect();
         kept.sort_by(f64::total_cmp);
         assert_eq!(kept, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
     }

@@ -71,6 +71,9 @@ const PRIVILEGED: [(&str, &str, &str); 11] = [
     ("x-kv-preferred-taints", "near:0.5", "preferred_taints"),
 ];
 
+/// Headers of a request.
+type Headers<'a> = &'a [(&'static str, &'a str)];
+
 #[tokio::test(flavor = "multi_thread")]
 async fn spoofed_hints_reach_no_worker() {
     let upstream = Upstream::start(1).await;
@@ -182,7 +185,7 @@ async fn a_request_goes_where_its_constraints_let_it() {
         post(&stack, port, headers, &body).await
     };
     let preferred = json!({"routing_constraints": {"preferred_taints": {"spot": 5.0}}});
-    let cases: [(&str, &[(&'static str, &str)], Value, &[u64]); 13] = [
+    let cases: [(&str, Headers<'_>, Value, &[u64]); 13] = [
         ("sim", &[("x-worker-instance-id", "3")], none.clone(), &[3]),
         (
             "sim",
@@ -269,7 +272,7 @@ async fn a_request_goes_where_its_constraints_let_it() {
         answer["headers"]["x-data-parallel-rank"].is_string(),
         "{answer}"
     );
-    let refusals: [(&[(&'static str, &str)], Value, u16, &str); 5] = [
+    let refusals: [(Headers<'_>, Value, u16, &str); 5] = [
         (
             &[("x-worker-instance-id", "9")],
             none.clone(),

@@ -147,17 +147,16 @@ async fn what_decides_changes_while_requests_run_and_envoy_is_left_alone() {
 
     // What is compared, and its weights.
     change(&mut stack, |config| config["policy"] = json!("dynamo")).await;
-    let is_in_blocks = |d: &Value| candidate(d, 1)["prefill_cost"].is_f64();
+    let cost = |d: &Value, worker| candidate(d, worker)["prefill_cost"].as_f64();
+    // A request of the others may be under way on the one that holds the prompt.
+    let is_in_blocks = |d: &Value| {
+        let costs = cost(d, 1).zip(cost(d, 2));
+        costs.is_some_and(|(held, not)| held + 10.0 < not)
+    };
     let decision = decided(&stack, &prompt(1), "costs in blocks", is_in_blocks).await;
     assert_eq!(overlap(&decision, 1), 20, "{decision}");
-    let cost = |d: &Value, worker| {
-        candidate(d, worker)["prefill_cost"]
-            .as_f64()
-            .expect("a cost")
-    };
-    assert!(cost(&decision, 1) + 10.0 < cost(&decision, 2), "{decision}");
     change(&mut stack, |config| config["prefill_load_scale"] = json!(0)).await;
-    let is_free = |d: &Value| cost(d, 1) == 0.0 && cost(d, 2) == 0.0;
+    let is_free = |d: &Value| cost(d, 1) == Some(0.0) && cost(d, 2) == Some(0.0);
     decided(&stack, &prompt(1), "prefill that costs nothing", is_free).await;
 
     // Modes.
