@@ -39,9 +39,6 @@ const fn elsewhere(variables: &'static [&'static str], why: &'static str) -> Set
 const NOT_DISAGGREGATED: &str = "prefill and decode are not split over workers: a request is served whole by the one it is sent to";
 const NO_PLUGINS: &str =
     "policies are keys of a pool, not plugins: set policy and its weights there";
-const QUEUE: &str = "requests are not held back: envoy's circuit breakers bound them";
-const THRESHOLDS: &str =
-    "no worker counts as too busy: envoy's circuit breakers bound its requests";
 const NO_SHARED_TABLE: &str =
     "stores tell of themselves by events, and shared_cache_multiplier weighs them";
 const HASHES: &str = "load is told by public sequence hashes (xxh3) alone";
@@ -67,27 +64,6 @@ pub(super) static SETTINGS: &[Setting] = &[
             ("router_assume_kv_reuse", "false"),
         ]),
     },
-    refused(
-        Kind::Number,
-        &["active-decode-blocks-threshold"],
-        &["DYN_ACTIVE_DECODE_BLOCKS_THRESHOLD"],
-        &[],
-        THRESHOLDS,
-    ),
-    refused(
-        Kind::Number,
-        &["active-prefill-tokens-threshold"],
-        &["DYN_ACTIVE_PREFILL_TOKENS_THRESHOLD"],
-        &[],
-        THRESHOLDS,
-    ),
-    refused(
-        Kind::Number,
-        &["active-prefill-tokens-threshold-frac"],
-        &["DYN_ACTIVE_PREFILL_TOKENS_THRESHOLD_FRAC"],
-        &[],
-        THRESHOLDS,
-    ),
     refused(
         Kind::Text,
         &["admission-control"],
@@ -160,31 +136,10 @@ pub(super) static SETTINGS: &[Setting] = &[
     ),
     refused(
         Kind::Number,
-        &["router-queue-threshold"],
-        &["DYN_ROUTER_QUEUE_THRESHOLD"],
-        &[],
-        QUEUE,
-    ),
-    refused(
-        Kind::Text,
-        &["router-queue-policy"],
-        &["DYN_ROUTER_QUEUE_POLICY"],
-        &["fcfs"],
-        QUEUE,
-    ),
-    refused(
-        Kind::Number,
         &[],
         &["DYN_ROUTER_OVERLAP_REFRESH_AFTER_SECS"],
         &[],
-        QUEUE,
-    ),
-    refused(
-        Kind::Number,
-        &[],
-        &["DYN_HTTP_OVERLOAD_STATUS_CODE"],
-        &[],
-        QUEUE,
+        "overlap is looked up anew when a request leaves the queue, however long it waited",
     ),
     refused(
         Kind::Text,
