@@ -95,7 +95,7 @@ parity: preflight components ## compare with Dynamo's own router crates, in a wo
 	@echo '==> building the comparison with Dynamo (some minutes the first time, needs a C++ compiler)'
 	@cargo clippy --quiet $(PARITY) --locked --all-targets -- $(CLIPPY)
 	@cargo test --quiet $(PARITY) --locked --no-run
-	@echo '==> comparing (a minute)'
+	@echo '==> comparing (three minutes)'
 	@cargo test $(PARITY) --locked
 
 .PHONY: parity-mocker
@@ -148,6 +148,12 @@ bench: ## every bench, one after the other: tables here, JSON in target/bench
 	@for name in $(patsubst benches/src/bin/%.rs,%,$(wildcard benches/src/bin/*.rs)); do \
 		$(MAKE) bench-$$name || exit 1; \
 	done
+
+.PHONY: bench-peers
+bench-peers: tools filter ## other routers before the same simulated engines (an hour and a half; PEERS_ARGS='--runs 1 --share 0.2' for less)
+	@echo '==> building kv-router and kv-sim (two to four minutes the first time)'
+	@cargo build --quiet --release -p kv-router -p kv-sim
+	@python3 -B benches/peers/main.py $(PEERS_ARGS)
 
 bench-%: tools filter ## one bench by name (a file of benches/src/bin)
 	@mkdir -p target/bench

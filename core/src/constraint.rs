@@ -161,8 +161,14 @@ impl Constraints {
         let preferred = self.preferred_taints.iter();
         let weights = preferred
             .filter_map(|(taint, weight)| has_taint(owner, taint).then_some(f64::from(*weight)));
-        (-weights.sum::<f64>().tanh()).exp()
+        preference(weights.sum())
     }
+}
+
+/// What a cost is multiplied by for preferred taints of this weight in all.
+#[must_use]
+pub fn preference(weight: f64) -> f64 {
+    (-weight.tanh()).exp()
 }
 
 /// Constraints as records show them: those that there are.

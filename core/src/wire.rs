@@ -91,6 +91,12 @@ pub struct Write<'a> {
     pub value: &'a [u8],
 }
 
+/// Bytes in one piece: on the wire they are what a slice of numbers is, which would be written one
+/// by one.
+pub(crate) fn at_once<S: Serializer>(bytes: &[u8], to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_bytes(bytes)
+}
+
 /// A message that can't be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum WireError {
@@ -140,14 +146,6 @@ pub fn encode_batch(version: u8, batch: &Batch<'_>, bytes: usize) -> Vec<u8> {
 fn encode_onto<T: Serialize>(head: Vec<u8>, message: &T) -> Vec<u8> {
     // Serialising to a growing vector cannot fail for the types of this module.
     postcard::to_extend(message, head).unwrap_or_default()
-}
-
-/// Writes bytes in one piece; a slice is written element by element otherwise, to the same effect.
-///
-/// # Errors
-/// None of its own.
-pub fn at_once<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_bytes(bytes)
 }
 
 /// Version of a message.

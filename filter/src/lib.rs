@@ -52,6 +52,7 @@ pub mod lanes;
 pub mod metrics;
 pub mod models;
 pub mod outbox;
+mod placement;
 #[cfg(target_arch = "wasm32")]
 mod plugin;
 pub mod reason;

@@ -10,19 +10,15 @@
 
 use std::rc::Rc;
 
-use kv_core::affinity::Session;
-use kv_core::constraint::{Bound, Constraints, Narrowed, pinned};
 use kv_core::holdings::Named;
 use kv_core::id::DpRank;
-use kv_core::policy::Mode;
 use kv_core::scan::{Field, Prompt, Scan, Scanner};
 use kv_core::surface::Surface;
 use kv_core::table::Pool;
 
 use crate::choose::{Answer, Ask, Published};
-use crate::fleet::Served;
 use crate::header_map::HeaderMap;
-use crate::hints::{self, Hints, Malformed, Nvext};
+use crate::hints::{self, Hints, Nvext};
 use crate::hold;
 use crate::host::{Headers, Host, Token};
 use crate::metrics::{Event, Fault, Miss, Timing};
@@ -30,7 +26,6 @@ use crate::models;
 use crate::reason::Reason;
 use crate::refusal::Refusal;
 use crate::routed::{NO_POOL, Routed};
-use crate::session::{self, Binding};
 use crate::text::{Asked, Question};
 use crate::usage;
 use crate::vm::{Action, Router};
@@ -44,8 +39,6 @@ pub const DECISION: &str = "x-kv-router-decision";
 /// Request header with the `content-encoding` of a body that Envoy has unpacked.
 pub const PACKED: &str = "x-kv-packed";
 
-/// Tells Envoy how often to send a request again.
-const MAX_RETRIES: &str = "x-envoy-max-retries";
 /// Size of the body.
 const LENGTH: &str = "content-length";
 
@@ -590,108 +583,6 @@ impl Request {
 }
 
 impl<H: Host> Router<H> {
-    /// The owners that may have a request. In the mode direct it names one, unless it is not for
-    /// generation.
-    fn narrow<'a>(
-        &mut self,
-        served: &Served<'a>,
-        reason: Reason,
-        hints: &Hints,
-    ) -> Result<Narrowed<'a>, Refusal> {
-        if let Some(Malformed(hint)) = hints.malformed {
-            return Err(Refusal::HintMalformed(hint));
-        }
-        if hints.is_rank_alone {
-            return Err(Refusal::RankAlone);
-        }
-        let Hints { constraints, .. } = hints;
-        let is_direct = served.pool.policy.mode == Mode::Direct;
-        match constraints.pin {
-            None if is_direct && reason != Reason::Passed => {
-                return Err(if hints.is_untrusted_pin {
-                    Refusal::HintUntrusted
-                } else {
-                    Refusal::WorkerMissing
-                });
-            }
-            Some(pin) if pinned(served.pool, pin).next().is_none() => {
-                return Err(Refusal::WorkerUnknown(pin.worker));
-            }
-            _ => {}
-        }
-        let narrowed = constraints.narrow(served.pool, served.accepting());
-        if narrowed.is_lora_missing {
-            self.metrics.count(&self.host, Event::LoraMissing, 1);
-        }
-        if narrowed.owners.is_empty() && constraints.is_strict() {
-            return Err(Refusal::NoWorkerFits);
-        }
-        let takes = |at: &usize| served.owner(*at).is_some_and(|owner| owner.accepting);
-        if constraints.pin.is_some() && !narrowed.owners.iter().any(takes) {
-            self.metrics.count(&self.host, Event::PinnedOut, 1);
-        }
-        Ok(narrowed)
-    }
-
-    /// The session of a request and where it is bound, which becomes a constraint. A request that
-    /// names its worker or is not for generation has none.
-    fn session(
-        &mut self,
-        served: &Served<'_>,
-        reason: Reason,
-        headers: &HeaderMap,
-        constraints: &mut Constraints,
-    ) -> Option<(Session, Option<Binding>)> {
-        let affinity = served.pool.affinity.as_ref()?;
-        if constraints.pin.is_some() || reason == Reason::Passed {
-            return None;
-        }
-        let session = session::of(headers, affinity, served.pool.key)?;
-        let binding = session::find(&self.host, affinity, session);
-        constraints.bound = binding.map(|binding| Bound {
-            owner: binding.owner,
-            slack: affinity.slack,
-        });
-        Some((session, binding))
-    }
-
-    /// The session of a request is on the owner that was chosen.
-    fn place_session(
-        &mut self,
-        served: &Served<'_>,
-        placed: Option<(Session, Option<Binding>)>,
-        owner: Option<usize>,
-    ) {
-        let owner = owner.and_then(|owner| served.owner(owner));
-        let Some(((session, before), (affinity, owner))) =
-            placed.zip(served.pool.affinity.as_ref().zip(owner))
-        else {
-            return;
-        };
-        let event = match before {
-            None => Event::SessionBound,
-            Some(before) if before.owner == owner.id => Event::SessionKept,
-            Some(_) => Event::SessionLeft,
-        };
-        self.metrics.count(&self.host, event, 1);
-        // One that only load has driven away comes back.
-        let is_there = before.is_some_and(|before| {
-            let mut accepting = served.accepting().iter();
-            accepting.any(|at| served.owner(*at).is_some_and(|o| o.id == before.owner))
-        });
-        if event != Event::SessionLeft || !is_there {
-            session::note(&self.host, affinity, session, before, owner.id);
-        }
-    }
-
-    /// A request that only some workers may have is not sent again to others.
-    fn limit_retries(&mut self, has_second: bool) {
-        let most: &[u8] = if has_second { b"1" } else { b"0" };
-        if !self.host.set_header(Headers::Request, MAX_RETRIES, most) {
-            self.metrics.fault(&self.host, Fault::Header);
-        }
-    }
-
     /// The request's headers. Those that only this filter may set are removed.
     fn headers(&mut self) -> HeaderMap {
         let headers = self.host.headers(Headers::Request);

@@ -58,24 +58,34 @@ pub struct Binding {
 }
 
 /// Where a session is bound: as the sidecar has published it, else as a VM of this process has
-/// bound it.
+/// bound it. An owner that `takes` no requests counts only where there is no other: the sidecar may not
+/// know yet that the session has left it.
 #[must_use]
-pub fn find(host: &impl Host, affinity: &Affinity, session: Session) -> Option<Binding> {
+pub fn find(
+    host: &impl Host,
+    affinity: &Affinity,
+    session: Session,
+    takes: impl Fn(OwnerId) -> bool,
+) -> Option<Binding> {
     let shard = affinity::shard(session.key);
     let published = host.shared(&key::bound(shard));
-    if let Some((owner, _)) = published.and_then(|s| affinity::find(&s.bytes, session.key)) {
-        return Some(Binding {
-            owner,
-            stamp_s: None,
-        });
+    let published = published.and_then(|shard| affinity::find(&shard.bytes, session.key));
+    let published = published.map(|(owner, _)| Binding {
+        owner,
+        stamp_s: None,
+    });
+    if published.is_some_and(|binding| takes(binding.owner)) {
+        return published;
     }
-    let noted = host.shared(&key::binding(shard))?;
-    let (owner, stamp_s) = affinity::find(&noted.bytes, session.key)?;
-    let is_fresh = seconds(host).saturating_sub(stamp_s) < affinity.ttl_s;
-    is_fresh.then_some(Binding {
+    let noted = host.shared(&key::binding(shard));
+    let noted = noted.and_then(|shard| affinity::find(&shard.bytes, session.key));
+    let is_fresh = |stamp_s| seconds(host).saturating_sub(stamp_s) < affinity.ttl_s;
+    let noted = noted.filter(|(_, stamp_s)| is_fresh(*stamp_s));
+    let noted = noted.map(|(owner, stamp_s)| Binding {
         owner,
         stamp_s: Some(stamp_s),
-    })
+    });
+    noted.or(published)
 }
 
 /// Notes for this process that a session is on an owner, where that is not known.
@@ -185,16 +195,18 @@ mod tests {
     fn what_the_sidecar_has_published_counts_first() {
         let (host, affinity) = (Fake::default(), affinity());
         let session = named(b"a").unwrap();
-        assert_eq!(find(&host, &affinity, session), None);
+        assert_eq!(find(&host, &affinity, session, |_| true), None);
         note(&host, &affinity, session, None, A);
-        let noted = find(&host, &affinity, session).unwrap();
+        let noted = find(&host, &affinity, session, |_| true).unwrap();
         assert_eq!(noted.owner, A);
         let shard = affinity::shard(session.key);
         let mut bindings = affinity::Bindings::default();
         bindings.book(session, B, 1, 0, |_| true);
         let published = bindings.take_changed();
         assert!(host.set_shared(&key::bound(shard), &published[0].1, Expect::Anything));
-        assert_eq!(find(&host, &affinity, session).unwrap().owner, B);
+        assert_eq!(find(&host, &affinity, session, |_| true).unwrap().owner, B);
+        let without_b = find(&host, &affinity, session, |owner| owner != B);
+        assert_eq!(without_b.unwrap().owner, A);
     }
 
     #[test]
@@ -206,7 +218,7 @@ mod tests {
         let version = || host.shared(&shard).unwrap().version;
         let first = version();
         let use_it = || {
-            let before = find(&host, &affinity, session);
+            let before = find(&host, &affinity, session, |_| true);
             note(&host, &affinity, session, before, A);
         };
         use_it();
@@ -215,15 +227,21 @@ mod tests {
         use_it();
         assert_ne!(version(), first);
         host.advance_ms(59_000);
-        assert!(find(&host, &affinity, session).is_some());
+        assert!(find(&host, &affinity, session, |_| true).is_some());
         host.advance_ms(1_000);
-        assert_eq!(find(&host, &affinity, session), None);
+        assert_eq!(find(&host, &affinity, session, |_| true), None);
         use_it();
         let last = Session {
             is_last: true,
             ..session
         };
-        note(&host, &affinity, last, find(&host, &affinity, last), A);
-        assert_eq!(find(&host, &affinity, session), None);
+        note(
+            &host,
+            &affinity,
+            last,
+            find(&host, &affinity, last, |_| true),
+            A,
+        );
+        assert_eq!(find(&host, &affinity, session, |_| true), None);
     }
 }

@@ -36,6 +36,8 @@ pub struct Target {
     pub run: fn(&[u8]),
     /// Makes an input of an engine's message.
     pub wrap: fn(&[u8]) -> Vec<u8>,
+    /// How many times as long as the others it takes.
+    pub cost: usize,
 }
 
 /// The targets.
@@ -49,26 +51,31 @@ pub const TARGETS: [Target; 10] = [
         name: "post_body",
         run: post_body,
         wrap: posted,
+        cost: 1,
     },
     Target {
         name: "zmtp",
         run: zmtp,
         wrap: published,
+        cost: 1,
     },
     Target {
         name: "request_body",
         run: request_body,
         wrap: text::chat,
+        cost: 1,
     },
     Target {
         name: "prompt",
         run: prompt,
         wrap: text::chat,
+        cost: 20,
     },
     Target {
         name: "answer_stream",
         run: answer_stream,
         wrap: text::streamed,
+        cost: 1,
     },
 ];
 
@@ -77,6 +84,7 @@ const fn bare(name: &'static str, run: fn(&[u8])) -> Target {
         name,
         run,
         wrap: <[u8]>::to_vec,
+        cost: 1,
     }
 }
 

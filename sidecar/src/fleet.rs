@@ -14,7 +14,7 @@ pub mod subject;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kv_core::id::WorkerId;
 use tokio::sync::{mpsc, oneshot};
@@ -40,8 +40,6 @@ pub enum Ask {
     Renew(WorkerId, oneshot::Sender<Result<Joined, RegisterError>>),
     /// A worker leaves.
     Leave(WorkerId, oneshot::Sender<Result<(), RegisterError>>),
-    /// Every lease.
-    Leases(oneshot::Sender<Vec<Lease>>),
     /// A name stands for these.
     Resolved(Name, std::collections::BTreeSet<SocketAddr>),
 }
@@ -59,10 +57,32 @@ pub struct Joined {
     pub ttl_secs: f64,
 }
 
+/// Where workers register, and who has. Clones share it.
+#[derive(Clone, Debug)]
+pub struct Front {
+    asks: mpsc::Sender<Ask>,
+    leases: Arc<Mutex<Leases>>,
+    started: Instant,
+}
+
+impl Front {
+    /// Where to ask.
+    #[must_use]
+    pub fn asks(&self) -> &mpsc::Sender<Ask> {
+        &self.asks
+    }
+
+    /// Every lease.
+    #[must_use]
+    pub fn leases(&self) -> Vec<Lease> {
+        lock(&self.leases).list(since(self.started))
+    }
+}
+
 /// Keeps them.
 #[derive(Debug)]
 pub struct Fleet {
-    leases: Leases,
+    leases: Arc<Mutex<Leases>>,
     names: Names,
     asked: mpsc::Receiver<Ask>,
     started: Instant,
@@ -95,14 +115,14 @@ impl Fleet {
     /// Those who were registered when the sidecar last ran, for one lease more. Also gives where to
     /// ask.
     #[must_use]
-    pub fn restore(config: &Config, metrics: Arc<Metrics>) -> (Self, mpsc::Sender<Ask>) {
+    pub fn restore(config: &Config, metrics: Arc<Metrics>) -> (Self, Front) {
         let (asks, asked) = mpsc::channel(BATCH);
         let file = config
             .state_dir
             .as_deref()
             .map(|dir| dir.join("workers.json"));
         let mut fleet = Self {
-            leases: Leases::restore(file, config, 0),
+            leases: Arc::new(Mutex::new(Leases::restore(file, config, 0))),
             names: Names::new(asks.clone(), Arc::clone(&metrics)),
             asked,
             started: Instant::now(),
@@ -110,13 +130,18 @@ impl Fleet {
         };
         fleet.names.configure(config);
         fleet.measure();
-        (fleet, asks)
+        let front = Front {
+            asks,
+            leases: Arc::clone(&fleet.leases),
+            started: fleet.started,
+        };
+        (fleet, front)
     }
 
     /// The configuration with them.
     #[must_use]
     pub fn over(&self, config: Config) -> Config {
-        self.names.over(self.leases.over(config))
+        self.names.over(lock(&self.leases).over(config))
     }
 
     /// Brings the names in line with a configuration.
@@ -127,7 +152,7 @@ impl Fleet {
     /// Waits until somebody asks or a lease has run out; then there may be no asks. Breaking the
     /// wait off loses nothing.
     pub async fn due(&mut self) -> Vec<Ask> {
-        let expiry = self.leases.next_expiry();
+        let expiry = lock(&self.leases).next_expiry();
         let expired = async {
             match expiry {
                 Some(at) => {
@@ -151,41 +176,40 @@ impl Fleet {
 
     /// Takes asks up. `base` is the configuration without what registered.
     pub fn take(&mut self, base: &Config, asks: Vec<Ask>) -> Round {
-        let now_ms = self.now_ms();
+        let now_ms = since(self.started);
         let mut round = Round::default();
+        let shared = Arc::clone(&self.leases);
+        let mut leases = lock(&shared);
         for ask in asks {
             match ask {
                 Ask::Join(said, reply) => {
-                    let joined = self.leases.join(base, *said, now_ms);
+                    let joined = leases.join(base, *said, now_ms);
                     self.joined(joined, reply, &mut round);
                 }
                 Ask::Renew(worker, reply) => {
-                    let joined = self.leases.renew(worker, now_ms);
+                    let joined = leases.renew(worker, now_ms);
                     self.joined(joined, reply, &mut round);
                 }
                 Ask::Leave(worker, reply) => {
-                    let left = self.leases.leave(base, worker);
+                    let left = leases.leave(base, worker);
                     round.is_changed |= left.is_ok();
                     self.count(if left.is_ok() { "left" } else { "refused" });
                     round.reply(reply, left);
-                }
-                Ask::Leases(reply) => {
-                    let leases = self.leases.list(now_ms);
-                    round.reply(reply, leases);
                 }
                 Ask::Resolved(name, addresses) => {
                     round.is_changed |= self.names.resolved(&name, addresses);
                 }
             }
         }
-        for worker in self.leases.expire(now_ms) {
+        for worker in leases.expire(now_ms) {
             tracing::warn!(worker, "a worker's lease has run out");
             self.count("expired");
             round.is_changed = true;
         }
         if round.is_changed {
-            self.leases.save();
+            leases.save();
         }
+        drop(leases);
         self.measure();
         round
     }
@@ -210,13 +234,19 @@ impl Fleet {
     }
 
     fn measure(&self) {
-        let registered = i64::try_from(self.leases.len()).unwrap_or(i64::MAX);
+        let registered = i64::try_from(lock(&self.leases).len()).unwrap_or(i64::MAX);
         self.metrics.registered.set(registered);
     }
+}
 
-    fn now_ms(&self) -> u64 {
-        u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
-    }
+/// Milliseconds since then.
+fn since(started: Instant) -> u64 {
+    u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX)
+}
+
+fn lock(leases: &Mutex<Leases>) -> MutexGuard<'_, Leases> {
+    // A panic can't leave them half changed.
+    leases.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The endpoints that Envoys are to know on the way from one set of workers to another: those of

@@ -69,7 +69,7 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
     let listener = tokio::net::TcpListener::bind(config.admin)
         .await
         .with_context(|| format!("can't listen on admin {}", config.admin))?;
-    let (fleet, fleet_asks) = Fleet::restore(&config, Arc::clone(&metrics));
+    let (fleet, front) = Fleet::restore(&config, Arc::clone(&metrics));
     let served = fleet.over(config.clone());
     let endpoints = Endpoints::default();
     endpoints.publish(fleet::assignments(&served));
@@ -109,7 +109,7 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
     }
     let registering = config.nats.as_ref();
     if let Some((nats, subject)) = registering.and_then(|n| Some((n, n.workers.as_ref()?))) {
-        let desk = fleet::subject::Desk::open(nats, subject, fleet_asks.clone()).await?;
+        let desk = fleet::subject::Desk::open(nats, subject, front.asks().clone()).await?;
         let cancel = cancel.clone();
         tasks.spawn(async move {
             desk.run(cancel.clone()).await;
@@ -160,7 +160,7 @@ pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> a
         served.await.context("the bridge's socket failed")
     });
     let api = admin::Admin::new(control.clone(), doors.desk(), Arc::clone(&metrics));
-    let app = admin::router(api.with_token(token).with_fleet(fleet_asks));
+    let app = admin::router(api.with_token(token).with_fleet(front));
     let admin_cancel = cancel.clone();
     tasks.spawn(async move {
         let app = app.into_make_service_with_connect_info::<std::net::SocketAddr>();

@@ -7,6 +7,7 @@ use serde_json::Value;
 const SETTINGS: &str = include_str!("fixtures/dynamo-settings.txt");
 /// What the settings need around them, with values that none of them gives.
 const FILE: &str = r#"
+compat: dynamo
 nats: {url: "nats://127.0.0.1:4222", dynamo: {namespace: dynamo, component: backend}}
 compat: dynamo
 "#;

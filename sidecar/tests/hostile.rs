@@ -70,7 +70,7 @@ fn genuine_messages_with_bytes_changed_bring_no_decoder_down() {
         let wrapped = messages.iter().map(|message| (target.wrap)(message));
         let corpus: Vec<Vec<u8>> = wrapped.collect();
         corpus.iter().for_each(|input| (target.run)(input));
-        for _ in 0..MUTATIONS {
+        for _ in 0..MUTATIONS / target.cost {
             (target.run)(&mutated(&mut dice, &corpus));
         }
     }

@@ -17,6 +17,7 @@ use tower::ServiceExt as _;
 
 const YAML: &str = "
 select: {}
+policy: dynamo
 models: [llama]
 kv_cache_block_size: 4
 active_request_expiry_secs: 1

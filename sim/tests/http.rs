@@ -166,6 +166,17 @@ async fn text_and_token_prompts_are_the_same_prompt() {
 }
 
 #[tokio::test]
+async fn prompts_are_tokenized_as_they_are_read() {
+    let engine = engine(instant()).await;
+    let body = json!({"model": "sim", "prompt": "t300 t7", "add_special_tokens": false});
+    let answer = document(post(&engine, "/tokenize", &body).await).await;
+    assert_eq!(
+        (&answer["count"], &answer["tokens"]),
+        (&json!(2), &json!([300, 7]))
+    );
+}
+
+#[tokio::test]
 async fn a_salt_keeps_caches_apart() {
     let engine = engine(instant()).await;
     let prompt: Vec<u32> = (0..33).collect();

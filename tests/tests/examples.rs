@@ -46,6 +46,7 @@ async fn the_select_service_from_python_under_a_policy_of_ones_own() {
         threads: 1,
         workers: Vec::new(),
         more: json!({
+            "policy": "dynamo",
             "models": pool.models,
             "workers": workers,
             "overlap_score_credit": weights.overlap_score_credit,

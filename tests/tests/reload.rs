@@ -145,8 +145,10 @@ async fn what_decides_changes_while_requests_run_and_envoy_is_left_alone() {
     let requests = traffic(stack.client.clone(), stack.envoy.port, Arc::clone(&stop));
     let requests = tokio::spawn(requests);
 
-    // Weights.
-    let decision = decision(&stack, &prompt(1)).await;
+    // What is compared, and its weights.
+    change(&mut stack, |config| config["policy"] = json!("dynamo")).await;
+    let is_in_blocks = |d: &Value| candidate(d, 1)["prefill_cost"].is_f64();
+    let decision = decided(&stack, &prompt(1), "costs in blocks", is_in_blocks).await;
     assert_eq!(overlap(&decision, 1), 20, "{decision}");
     let cost = |d: &Value, worker| {
         candidate(d, worker)["prefill_cost"]

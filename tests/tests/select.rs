@@ -85,6 +85,7 @@ async fn what_is_reserved_is_load_to_envoy_until_it_is_over() {
         threads: 2,
         workers: Vec::new(),
         more: json!({
+            "policy": "dynamo",
             "models": ["sim"],
             "workers": workers.collect::<Vec<_>>(),
             "select": {"listen": SocketAddr::from((Ipv4Addr::LOCALHOST, port))},

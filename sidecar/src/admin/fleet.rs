@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 
 use super::Admin;
 use super::error::AdminError;
-use crate::fleet::lease::{Lease, Outcome, RegisterError};
+use crate::fleet::lease::{Outcome, RegisterError};
 use crate::fleet::said::Said;
 use crate::fleet::{Ask, Joined};
 
@@ -48,20 +48,13 @@ pub(super) async fn leave(
     Ok(StatusCode::NO_CONTENT)
 }
 
-pub(super) async fn leases(admin: &Admin) -> Result<Vec<Lease>, AdminError> {
-    match admin.fleet {
-        Some(_) => ask(admin, Ask::Leases).await,
-        None => Ok(Vec::new()),
-    }
-}
-
 async fn ask<T>(
     admin: &Admin,
     question: impl FnOnce(oneshot::Sender<T>) -> Ask,
 ) -> Result<T, AdminError> {
     let fleet = admin.fleet.as_ref().ok_or(RegisterError::Off)?;
     let (reply, answer) = oneshot::channel();
-    let asked = fleet.send(question(reply)).await;
+    let asked = fleet.asks().send(question(reply)).await;
     asked.map_err(|_| AdminError::ShuttingDown)?;
     answer.await.map_err(|_| AdminError::ShuttingDown)
 }

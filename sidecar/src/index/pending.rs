@@ -9,7 +9,7 @@ use kv_core::wire::{self, BATCH_BYTES, Batch, Write};
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Key {
     Page([u8; 6]),
-    Bound([u8; 4]),
+    Sessions([u8; 4]),
     Other([u8; 2]),
 }
 
@@ -22,14 +22,14 @@ impl Key {
         Self::Page(key::page(id))
     }
 
-    pub(super) fn bound(shard: u16) -> Self {
-        Self::Bound(key::bound(shard))
+    pub(super) fn sessions(shard: u16) -> Self {
+        Self::Sessions(key::bound(shard))
     }
 
     fn as_bytes(&self) -> &[u8] {
         match self {
             Self::Page(key) => key,
-            Self::Bound(key) => key,
+            Self::Sessions(key) => key,
             Self::Other(key) => key,
         }
     }

@@ -254,7 +254,7 @@ impl Publisher {
                 subscriber.enqueue_sessions(shard);
             }
             if let Some(place) = self.sessions.get_mut(usize::from(shard)) {
-                *place = bytes.into();
+                *place = Arc::from(bytes);
             }
         }
         self.pump(index);

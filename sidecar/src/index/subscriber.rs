@@ -123,14 +123,12 @@ impl Subscriber {
                     self.queued.remove(&id);
                 }
                 Item::Sessions(shard) => {
-                    let bytes = sessions
-                        .get(usize::from(shard))
-                        .cloned()
-                        .unwrap_or_default();
+                    let bytes = sessions.get(usize::from(shard));
+                    let bytes = bytes.map(Arc::clone).unwrap_or_default();
                     if !batch.fits(bytes.len()) {
                         return;
                     }
-                    batch.push(Key::bound(shard), bytes);
+                    batch.push(Key::sessions(shard), bytes);
                     self.queued_sessions.remove(&shard);
                 }
                 Item::Table => {

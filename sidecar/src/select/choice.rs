@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use kv_core::constraint::preference;
 use kv_core::cost::Demand;
 use kv_core::decide::{Candidate, Request, decide};
 use kv_core::id::{DpRank, OwnerId, Role, WorkerId};
@@ -89,13 +90,22 @@ impl Question {
         takes(&self.catalog, owner)
     }
 
-    fn has_taints(&self, owner: &Owner) -> bool {
+    fn has_taint(&self, owner: &Owner, taint: &String) -> bool {
         let registered = self.catalog.taints(owner.id.worker);
-        let has = |taint: &String| {
-            owner.metadata.taints.contains(taint)
-                || registered.is_some_and(|taints| taints.contains(taint))
-        };
-        self.constraints.required_taints.iter().all(has)
+        owner.metadata.taints.contains(taint)
+            || registered.is_some_and(|taints| taints.contains(taint))
+    }
+
+    fn has_taints(&self, owner: &Owner) -> bool {
+        let mut required = self.constraints.required_taints.iter();
+        required.all(|taint| self.has_taint(owner, taint))
+    }
+
+    /// What the cost of an owner is multiplied by.
+    fn preference(&self, owner: &Owner) -> f64 {
+        let preferred = self.constraints.preferred_taints.iter();
+        let had = preferred.filter(|(taint, _)| self.has_taint(owner, taint));
+        preference(had.map(|(_, weight)| f64::from(*weight)).sum())
     }
 
     fn has_adapter(&self, owner: &Owner) -> bool {
@@ -173,6 +183,10 @@ pub fn choose(field: &Field, question: &Question, rng: &mut Rng) -> Result<Choic
     if has_any && candidates.is_empty() {
         return Err(SelectError::Overloaded);
     }
+    for candidate in &mut candidates {
+        let owner = pool.owners.get(candidate.owner);
+        candidate.factor = owner.map_or(1.0, |owner| question.preference(owner));
+    }
     if question.reuses == Some(false) {
         for candidate in &mut candidates {
             candidate.shared_blocks = 0;
@@ -186,6 +200,7 @@ pub fn choose(field: &Field, question: &Question, rng: &mut Rng) -> Result<Choic
         demand,
         trust: 1.0,
         turn: rng.below(usize::MAX) as u64,
+        // What is usual is learned by each proxy for itself.
         typical_ms: 0.0,
         bound: None,
     };

@@ -280,7 +280,7 @@ mod tests {
         cached.encode(&TEXT[..150], None).unwrap();
         let little = cached.encode_little(TEXT, TEXT.len() - 1).unwrap();
         assert_eq!((little.ids, little.complete), (whole.clone(), true));
-        let cached = self::cached(byte_level(), 1 << 20);
+        let cached = Cached::new(cached.encoder, 1 << 20, 8).with_window(24);
         cached.encode(&TEXT[..150], None).unwrap();
         let some = cached.encode(TEXT, passed).unwrap();
         assert!(!some.complete && !some.ids.is_empty());

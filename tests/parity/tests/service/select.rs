@@ -220,6 +220,7 @@ fn yaml_of(policy: &Policy, workers: &BTreeMap<u64, u32>) -> String {
         json!({"id": id, "endpoint": endpoint, "data_parallel_size": ranks})
     });
     json!({
+        "compat": "dynamo",
         "models": [MODEL],
         "kv_cache_block_size": BLOCK_SIZE,
         "overlap_score_credit": policy.overlap_score_credit,

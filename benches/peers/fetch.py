@@ -1,0 +1,56 @@
+"""Fetches the peers from the Python package index, each into a virtual environment of its own."""
+
+import os
+import shutil
+import subprocess
+import venv
+
+# What ai-dynamo needs at run time. Its own list names a package that is an empty stub.
+DYNAMO_NEEDS = [
+    "uvloop",
+    "pydantic<=2.13.5",
+    "aiohttp>=3.14.3",
+    "certifi",
+    "kubernetes<33,>=32.0.1",
+    "msgspec>=0.19",
+    "prometheus-client>=0.23.1,<1.0",
+    "pyzmq>=26",
+    "redis>=6.2,<9",
+    "tqdm",
+    "transformers>=4.56",
+    "typing-extensions",
+    "zstandard<1,>=0.23",
+]
+
+# By environment, the calls of pip that fill it.
+PEERS = {
+    "sglang": [["sglang-router==0.3.2"]],
+    "vllm": [["vllm-router==0.1.17"]],
+    "dynamo": [DYNAMO_NEEDS, ["--no-deps", "ai-dynamo==1.6.1", "ai-dynamo-runtime==1.6.1"]],
+}
+
+
+def program(folder, peer, name):
+    """A program of a peer's environment."""
+    return os.path.join(folder, peer, "bin", name)
+
+
+def fetch(folder, peer):
+    """Makes a peer's environment unless it is there; why it could not, else None."""
+    env = os.path.join(folder, peer)
+    done = os.path.join(env, "fetched")
+    if os.path.exists(done):
+        return None
+    shutil.rmtree(env, ignore_errors=True)
+    try:
+        venv.create(env, with_pip=True)
+        for packages in PEERS[peer]:
+            pip = [program(folder, peer, "pip"), "install", "--quiet", "--disable-pip-version-check", *packages]
+            run = subprocess.run(pip, capture_output=True, text=True, check=False)
+            if run.returncode:
+                return run.stderr.strip().splitlines()[-1]
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    with open(done, "w", encoding="utf-8") as file:
+        file.write("\n")
+    return None
