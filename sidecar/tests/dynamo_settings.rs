@@ -9,7 +9,6 @@ const SETTINGS: &str = include_str!("fixtures/dynamo-settings.txt");
 const FILE: &str = r#"
 compat: dynamo
 nats: {url: "nats://127.0.0.1:4222", dynamo: {namespace: dynamo, component: backend}}
-compat: dynamo
 "#;
 
 fn layers(name: &str, value: &str) -> Vec<Layer> {
