@@ -2,7 +2,8 @@
 
 use serde_json::{Value, json};
 
-/// Takes our filter and its policy out of a bootstrap, and puts another filter in its place.
+/// Takes our filter, those that prepare requests for it, and its policy out of a bootstrap, and puts
+/// another filter in their place.
 ///
 /// # Panics
 /// When the bootstrap isn't one that `kv-router envoy` prints.
@@ -11,7 +12,9 @@ pub fn change(bootstrap: &mut Value, filter: Option<&str>) {
         &mut bootstrap["static_resources"]["listeners"][0]["filter_chains"][0]["filters"][0];
     let filters = &mut manager["typed_config"]["http_filters"];
     let list = filters.as_array_mut().expect("HTTP filters");
-    list.remove(0);
+    let all = list.len();
+    list.retain(|filter| filter["name"] == "envoy.filters.http.router");
+    assert!(list.len() == 1 && all > 1, "{all} HTTP filters");
     list.splice(
         0..0,
         filter.map(|file| {
