@@ -3,30 +3,18 @@
 import os
 import shutil
 import subprocess
+import sys
 import venv
 
-# What ai-dynamo needs at run time. Its own list names a package that is an empty stub.
-DYNAMO_NEEDS = [
-    "uvloop",
-    "pydantic<=2.13.5",
-    "aiohttp>=3.14.3",
-    "certifi",
-    "kubernetes<33,>=32.0.1",
-    "msgspec>=0.19",
-    "prometheus-client>=0.23.1,<1.0",
-    "pyzmq>=26",
-    "redis>=6.2,<9",
-    "tqdm",
-    "transformers>=4.56",
-    "typing-extensions",
-    "zstandard<1,>=0.23",
-]
+# Dynamo's packages are named once, where its simulated engine is fetched too.
+sys.path.append(os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "tests", "parity"))
+from mocker import DYNAMO, NEEDS  # noqa: E402
 
 # By environment, the calls of pip that fill it.
 PEERS = {
     "sglang": [["sglang-router==0.3.2"]],
     "vllm": [["vllm-router==0.1.17"]],
-    "dynamo": [DYNAMO_NEEDS, ["--no-deps", "ai-dynamo==1.6.1", "ai-dynamo-runtime==1.6.1"]],
+    "dynamo": [NEEDS, ["--no-deps", *DYNAMO]],
 }
 
 
