@@ -240,9 +240,18 @@ async fn select(State(face): State<Face>, body: Body) -> Response {
         Ok(body) => body,
         Err(rejection) => return refused(&rejection),
     };
+    timed(&face, "selected", selected(&face, &mut asked)).await
+}
+
+/// The answer of a choice, counted as `kind` and timed.
+async fn timed(
+    face: &Face,
+    kind: &'static str,
+    choosing: impl Future<Output = Result<Value, SelectError>>,
+) -> Response {
     let at = Instant::now();
-    let outcome = selected(&face, &mut asked).await;
-    face.count("selected", &outcome);
+    let outcome = choosing.await;
+    face.count(kind, &outcome);
     face.metrics.select_time.observe(at.elapsed().as_secs_f64());
     answered(outcome, StatusCode::OK)
 }
@@ -278,11 +287,7 @@ async fn select_and_reserve(State(face): State<Face>, body: Body) -> Response {
         Ok(body) => body,
         Err(rejection) => return refused(&rejection),
     };
-    let at = Instant::now();
-    let outcome = selected_and_reserved(&face, &mut asked).await;
-    face.count("reserved", &outcome);
-    face.metrics.select_time.observe(at.elapsed().as_secs_f64());
-    answered(outcome, StatusCode::OK)
+    timed(&face, "reserved", selected_and_reserved(&face, &mut asked)).await
 }
 
 async fn selected_and_reserved(face: &Face, asked: &mut Asked) -> Result<Value, SelectError> {
