@@ -110,9 +110,12 @@ impl Health {
         self.ailment
     }
 
-    /// A prompt was computed: an event is to say that its last block is there.
-    pub(super) fn computed(&mut self, slot: Slot, last: u64, at: Instant) {
-        if self.ailment.is_none() && self.awaited.len() < AWAITED {
+    /// A prompt was computed: an event is to say that its last block is there, and mostly has
+    /// (`is_held`).
+    pub(super) fn computed(&mut self, slot: Slot, last: u64, is_held: bool, at: Instant) {
+        if is_held {
+            self.missed = None;
+        } else if self.ailment.is_none() && self.awaited.len() < AWAITED {
             self.awaited.push_back((slot, last, at));
         }
     }
@@ -135,16 +138,19 @@ impl Health {
         Change::Recovered(ailment)
     }
 
-    /// Looks for the prompts that have been waited for long enough.
+    /// Looks for the prompts that are waited for: at each judgement, since a busy worker may have
+    /// evicted a block again long before its patience is over.
     fn look(&mut self, at: Instant, is_held: impl Fn(Slot, u64) -> bool) {
+        let awaited = self.awaited.len();
+        self.awaited
+            .retain(|(slot, last, _)| !is_held(*slot, *last));
+        if self.awaited.len() < awaited {
+            self.missed = None;
+        }
         let is_due = |(_, _, computed): &mut (Slot, u64, Instant)| at >= *computed + PATIENCE;
-        while let Some((slot, last, computed)) = self.awaited.pop_front_if(is_due) {
-            self.missed = if is_held(slot, last) {
-                None
-            } else {
-                let (missed, since) = self.missed.unwrap_or((0, computed));
-                Some((missed.saturating_add(1), since))
-            };
+        while let Some((_, _, computed)) = self.awaited.pop_front_if(is_due) {
+            let (missed, since) = self.missed.unwrap_or((0, computed));
+            self.missed = Some((missed.saturating_add(1), since));
         }
     }
 
@@ -269,7 +275,7 @@ mod tests {
     /// Computes so many prompts.
     fn compute(health: &mut Health, prompts: u32, at: Instant) {
         for last in 0..prompts {
-            health.computed(SLOT, u64::from(last), at);
+            health.computed(SLOT, u64::from(last), false, at);
         }
     }
 
@@ -295,10 +301,23 @@ mod tests {
         let (mut health, at) = (Health::default(), Instant::now());
         for second in 0..100 {
             let at = at + Duration::from_secs(second);
-            health.computed(SLOT, second, at);
+            health.computed(SLOT, second, false, at);
             let is_held = |slot, last| slot == SLOT && last % 7 == 0;
             assert_eq!(health.judge(at, true, is_held), None);
         }
+    }
+
+    #[test]
+    fn a_block_that_is_evicted_soon_after_its_event_was_heard_of() {
+        let (mut health, at) = (Health::default(), Instant::now());
+        compute(&mut health, MISSED, at);
+        assert_eq!(health.judge(at + PATIENCE / 5, true, |_, _| true), None);
+        assert_eq!(health.judge(at + PATIENCE, true, nothing), None);
+        compute(&mut health, MISSED - 1, at + PATIENCE);
+        assert_eq!(health.judge(at + 2 * PATIENCE, true, nothing), None);
+        health.computed(SLOT, 1, true, at + 2 * PATIENCE);
+        compute(&mut health, 1, at + 2 * PATIENCE);
+        assert_eq!(health.judge(at + 3 * PATIENCE, true, nothing), None);
     }
 
     #[test]

@@ -46,8 +46,14 @@ impl Service {
             return;
         };
         let slot = worker.owner(owner.id.rank).map(|owner| owner.slot);
-        if let Some(slot) = slot.filter(|_| pool == number) {
-            worker.health.computed(slot, last, Instant::now());
+        let Some(slot) = slot.filter(|_| pool == number) else {
+            return;
+        };
+        let doubt = self.doubts.get(&(pool, slot));
+        let is_held = self.index.holds(pool, slot, last) || doubt.is_some_and(|d| d.has(last));
+        if let Some((_, worker)) = self.roster.worker(owner.id.worker) {
+            let at = Instant::now();
+            worker.health.computed(slot, last, is_held, at);
         }
     }
 
