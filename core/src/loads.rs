@@ -30,6 +30,9 @@ pub struct Loads {
     /// behind what earlier filters read.
     #[serde(skip)]
     pub backlogs: Vec<u64>,
+    /// Whether no other proxy books on the same owners. Stands behind the backlogs.
+    #[serde(skip)]
+    pub is_alone: bool,
 }
 
 /// What one VM, the bridge's, is to take out of the lanes, once.
@@ -79,18 +82,24 @@ impl Loads {
     /// Version byte and the loads.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
-        key::encode(&(self, &self.backlogs))
+        key::encode(&(self, &self.backlogs, self.is_alone))
     }
 
-    /// The inverse of [`Loads::encode`]; `None` for another version or broken bytes. What an earlier
-    /// release wrote knows of no queue.
+    /// The inverse of [`Loads::encode`]; `None` for another version or broken bytes. What earlier
+    /// releases wrote ends before the backlogs, or behind them.
     #[must_use]
     pub fn decode(bytes: &[u8]) -> Option<Self> {
-        let Some((mut loads, backlogs)) = key::decode::<(Self, Vec<u64>)>(bytes) else {
-            return key::decode(bytes);
-        };
-        loads.backlogs = backlogs;
-        Some(loads)
+        let (loads, backlogs, is_alone) = key::decode(bytes)
+            .or_else(|| {
+                let (loads, backlogs) = key::decode(bytes)?;
+                Some((loads, backlogs, false))
+            })
+            .or_else(|| Some((key::decode(bytes)?, Vec::new(), false)))?;
+        Some(Self {
+            backlogs,
+            is_alone,
+            ..loads
+        })
     }
 
     /// The classes of a pool in which requests wait, as bits.
@@ -237,9 +246,22 @@ mod tests {
             pools: vec![pool.clone()],
             write_off: WriteOff::default(),
             backlogs: vec![0, 5],
+            is_alone: true,
         };
         assert_eq!(Loads::peek(&loads.encode()), Some((1, 2)));
-        assert_eq!(Loads::decode(&loads.encode()), Some(loads));
+        assert_eq!(Loads::decode(&loads.encode()), Some(loads.clone()));
+        let before = Loads {
+            is_alone: false,
+            ..loads
+        };
+        let bytes = key::encode(&(&before, &before.backlogs));
+        assert_eq!(Loads::decode(&bytes), Some(before.clone()));
+        let bytes = key::encode(&before);
+        let first = Loads {
+            backlogs: Vec::new(),
+            ..before
+        };
+        assert_eq!(Loads::decode(&bytes), Some(first));
         assert_eq!(pool.in_use(&[11, 22, 33, 44]), [(Slot(1), 2), (Slot(2), 3)]);
         assert_eq!(pool.in_use(&[11]), []);
         assert_eq!(pool.correction(Slot(3)).blocks, -4);

@@ -406,6 +406,11 @@ impl Bookings {
         self.outbox.set_awaited(is_awaited);
     }
 
+    /// Whether no other proxy books on the same owners, so that bookings can wait.
+    pub fn set_alone(&mut self, is_alone: bool) {
+        self.outbox.set_alone(is_alone);
+    }
+
     /// Reports what has happened, if it is time to.
     pub fn settle(&mut self, host: &impl Host) {
         if !self.outbox.is_pending() {

@@ -10,10 +10,14 @@ use crate::host::{Host, Queue};
 use crate::metrics::{Event, Metrics};
 
 /// Steps come at least this far apart in reports, unless a report is full: where others have to
-/// know soon, and where they can wait. A report is a message to the sidecar, which costs Envoy more
-/// than all else that a step takes. What only lightens a load waits as long as the sidecar takes to
-/// tell other proxies of it, and mostly comes with the next booking.
-const SPACING_NS: (u64, u64) = (1_000_000, 5_000_000);
+/// know soon. A report is a message to the sidecar, which costs Envoy more than all else that a step
+/// takes.
+const SOON_NS: u64 = 1_000_000;
+/// The same of what only lightens a load: it waits as long as the sidecar takes to tell other
+/// proxies of it, and mostly comes with the next booking.
+const LATER_NS: u64 = 5_000_000;
+/// The same of bookings and all later steps where no other proxy is there to know of them.
+const ALONE_NS: u64 = 20_000_000;
 /// A complete report comes at least this often.
 const COMPLETE_NS: u64 = 2_000_000_000;
 /// A VM that ends says so at most this often while it has requests.
@@ -57,6 +61,8 @@ pub struct Outbox {
     is_urgent: bool,
     /// Whether requests wait for what lightens a load.
     is_awaited: bool,
+    /// Whether no other proxy books on the same owners.
+    is_alone: bool,
     /// Whether a complete report was made that nothing has called into question since.
     whole: bool,
     completed_ns: u64,
@@ -85,6 +91,11 @@ impl Outbox {
         self.is_awaited = is_awaited;
     }
 
+    /// Whether no other proxy books on the same owners: then bookings can wait.
+    pub fn set_alone(&mut self, is_alone: bool) {
+        self.is_alone = is_alone;
+    }
+
     /// An owner's sum has changed.
     pub fn touch(&mut self, owner: OwnerKey) {
         if !self.touched.contains(&owner) {
@@ -102,7 +113,7 @@ impl Outbox {
             return;
         }
         self.bytes += bytes;
-        self.is_urgent |= is_urgent(&step);
+        self.is_urgent |= is_urgent(&step, self.is_alone);
         self.steps.push(Timed { at_ns, step });
     }
 
@@ -117,13 +128,14 @@ impl Outbox {
     /// Reports what waits, if it is time to.
     pub fn settle(&mut self, host: &impl Host, sums: &Sums) {
         let now_ns = host.now_ns();
-        let (soon, late) = SPACING_NS;
-        let spacing_ns = match (self.is_awaited, self.is_urgent) {
-            (true, _) => 0,
-            (false, true) => soon,
-            (false, false) => late,
+        let spacing_ns = match (self.is_awaited, self.is_urgent, self.is_alone) {
+            (true, ..) => 0,
+            (_, true, _) => SOON_NS,
+            (.., true) => ALONE_NS,
+            _ => LATER_NS,
         };
-        if self.steps.len() >= MAX_STEPS || now_ns.saturating_sub(self.sent_ns) >= spacing_ns {
+        let is_full = self.steps.len() >= MAX_STEPS || self.bytes >= REPORT_BYTES;
+        if is_full || now_ns.saturating_sub(self.sent_ns) >= spacing_ns {
             self.flush(host, sums, now_ns);
         }
     }
@@ -308,11 +320,11 @@ fn whole<'a>(live: impl Iterator<Item = &'a Booked>, budget: usize) -> Vec<Step>
         .collect()
 }
 
-/// Whether a step adds to a load, or says that something is wrong.
-fn is_urgent(step: &Step) -> bool {
+/// Whether others have to know soon: a step adds to a load, or says that something is wrong.
+fn is_urgent(step: &Step, is_alone: bool) -> bool {
     match step {
-        Step::Book(_)
-        | Step::Move { .. }
+        Step::Book(_) => !is_alone,
+        Step::Move { .. }
         | Step::Failed { .. }
         | Step::WrittenOff(_)
         | Step::Queued(_)

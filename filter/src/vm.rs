@@ -61,6 +61,8 @@ impl<H: Host> Router<H> {
             self.bookings.follow(&before.table, &fleet.table);
         }
         let loads = self.world.loads();
+        self.bookings
+            .set_alone(loads.as_ref().is_some_and(|loads| loads.is_alone));
         let waits_elsewhere = loads.is_some_and(|loads| loads.backlogs.iter().any(|c| *c != 0));
         self.bookings
             .set_awaited(waits_elsewhere || !self.waiting.is_empty());

@@ -156,6 +156,8 @@ pub struct News {
     pub write_off: WriteOff,
     /// By pool, the classes in which requests wait, as bits.
     pub backlogs: Vec<u64>,
+    /// Whether no other proxy is connected or has booked anything for a while.
+    pub is_alone: bool,
 }
 
 impl Accounts {
@@ -393,6 +395,7 @@ impl Accounts {
     /// What is to be told to proxies whose corrections or live prefixes have changed.
     pub fn news(&mut self, now_ms: u64) -> Vec<News> {
         let mut news = Vec::new();
+        let is_only = self.proxies.len() == 1;
         self.is_unsettled = false;
         for proxy in self.proxies.values_mut() {
             let Some(stream) = proxy.stream else { continue };
@@ -432,6 +435,7 @@ impl Accounts {
                 pools,
                 write_off: proxy.write_off.clone(),
                 backlogs: self.backlogs.clone(),
+                is_alone: is_alone && is_only,
             };
             if proxy.told.as_ref() != Some(&told) {
                 proxy.told = Some(told.clone());
@@ -439,12 +443,14 @@ impl Accounts {
                     pools,
                     write_off,
                     backlogs,
+                    is_alone,
                 } = told;
                 news.push(News {
                     stream,
                     pools,
                     write_off,
                     backlogs,
+                    is_alone,
                 });
             }
         }

@@ -1,5 +1,5 @@
 //! What routing costs a streamed answer: the same Envoy without a filter and with ours in both
-//! modes, and what the sidecar spends on the load reports of it.
+//! modes, and what the sidecar spends on the load reports of it. `KV_BENCH_TOKENS` picks one length.
 
 use kv_benches::http::{Connection, Streamed, stream_request, together};
 use kv_benches::modes::{self, Modes};
@@ -68,6 +68,11 @@ async fn main() -> anyhow::Result<()> {
     let prompts = modes::prompts(TOKENS, WORKERS);
     let modes = Modes::start(&workers, BLOCKS, &prompts).await?;
     let (round_robin, kv) = (&modes.round_robin, &modes.kv);
+    let only = std::env::var("KV_BENCH_TOKENS").ok();
+    let is_wanted = |length: &&Length| {
+        let only = only.as_ref();
+        only.is_none_or(|only| *only == length.tokens.to_string())
+    };
     for threads in [1, 2] {
         let variant = |name, envoy, sidecar| Variant {
             name,
@@ -93,7 +98,7 @@ async fn main() -> anyhow::Result<()> {
                 kv.sidecar.id(),
             ),
         ];
-        for length in &LENGTHS {
+        for length in LENGTHS.iter().filter(is_wanted) {
             let body = |tokens| prompts.iter().map(move |p| p.stream_body(tokens));
             let requests: Vec<Vec<u8>> = body(length.tokens)
                 .map(|body| stream_request(&body, length.tokens))

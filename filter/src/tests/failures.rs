@@ -119,6 +119,7 @@ fn write_off(site: &Site, version: u64, write_off: WriteOff) {
         pools: vec![PoolLoads::default()],
         write_off,
         backlogs: Vec::new(),
+        is_alone: false,
     };
     site.put(&key::LOADS, &loads.encode());
     let mut head = Head::decode(&site.host.shared(&key::HEAD).unwrap().bytes).unwrap();

@@ -18,6 +18,7 @@ fn correct(site: &Site, epoch: u32, version: u64, pool: PoolLoads) {
         pools: vec![pool],
         write_off: WriteOff::default(),
         backlogs: Vec::new(),
+        is_alone: false,
     };
     site.put(&key::LOADS, &loads.encode());
     let mut head = Head::decode(&site.host.shared(&key::HEAD).unwrap().bytes).unwrap();

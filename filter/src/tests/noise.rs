@@ -48,6 +48,7 @@ fn loads() -> Loads {
         }],
         write_off: WriteOff::default(),
         backlogs: vec![2],
+        is_alone: true,
     }
 }
 

@@ -3,6 +3,7 @@
 use super::*;
 use crate::host::Token;
 use kv_core::ledger::{Continuity, Ledger};
+use kv_core::loads::Loads;
 use kv_core::report::{Booked, OwnerKey, Report, Step, Sum};
 use kv_core::wire::{self, Up};
 
@@ -255,6 +256,31 @@ fn a_step_is_told_at_once_and_more_of_them_together() {
     let sizes: Vec<_> = sidecar.reports.iter().map(|r| r.steps.len()).collect();
     assert_eq!(sizes, [0, 1, 64, 7, 2]);
     sidecar.assert_exact(&site);
+}
+
+#[test]
+fn where_no_other_proxy_is_a_booking_can_wait() {
+    let mut site = site();
+    let loads = Loads {
+        epoch: EPOCH,
+        is_alone: true,
+        ..Loads::default()
+    };
+    site.put(&key::LOADS, &loads.encode());
+    let mut head = Head::decode(&site.host.shared(&key::HEAD).unwrap().bytes).unwrap();
+    head.beat += 1;
+    site.put(&key::HEAD, &head.encode());
+    site.tick();
+    site.told();
+    site.host.advance_ms(20);
+    let context = site.complete(&body(&prompt(1, 8)));
+    assert_eq!(site.host.queued(QUEUE), 1, "the first at once");
+    site.host.advance_ms(19);
+    site.complete(&body(&prompt(1, 8)));
+    assert_eq!(site.host.queued(QUEUE), 1);
+    site.host.advance_ms(1);
+    site.vm.on_log(context);
+    assert_eq!(site.host.queued(QUEUE), 2, "twenty milliseconds later");
 }
 
 #[test]

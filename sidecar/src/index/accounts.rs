@@ -353,6 +353,7 @@ impl Service {
                 pools: news.pools,
                 write_off: news.write_off,
                 backlogs: news.backlogs,
+                is_alone: news.is_alone,
             };
             self.publisher
                 .loads(news.stream, loads.encode(), &mut self.index);

@@ -53,6 +53,7 @@ pub(super) struct Told {
     pub(super) pools: Vec<PoolLoads>,
     pub(super) write_off: WriteOff,
     pub(super) backlogs: Vec<u64>,
+    pub(super) is_alone: bool,
 }
 
 impl Proxy {

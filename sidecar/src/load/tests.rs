@@ -195,6 +195,18 @@ fn only_changes_are_told() {
 }
 
 #[test]
+fn a_proxy_is_alone_until_another_is_there() {
+    let mut accounts = accounts();
+    accounts.connected(proxy(1), 10, true, 0);
+    let alone = |news: Vec<News>| -> Vec<(u64, bool)> {
+        news.iter().map(|n| (n.stream, n.is_alone)).collect()
+    };
+    assert_eq!(alone(accounts.news(0)), [(10, true)]);
+    accounts.connected(proxy(2), 20, true, 0);
+    assert_eq!(alone(accounts.news(0)), [(10, false), (20, false)]);
+}
+
+#[test]
 fn blocks_that_nobody_can_name_are_counted_and_shared_with_nobody() {
     let mut accounts = accounts();
     let prompt = Prompt {
