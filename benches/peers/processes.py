@@ -69,7 +69,7 @@ class Processes:
 
 def clean():
     """The caller's environment without variables that routers would take for settings."""
-    return {key: value for key, value in os.environ.items() if not key.startswith(("DYN_", "KV_"))}
+    return {key: value for key, value in os.environ.items() if not key.startswith(("DYN_", "KV_", "NATS_"))}
 
 
 def end_of(log):

@@ -34,8 +34,8 @@ pub(crate) fn router(shared: Arc<Shared>) -> axum::Router {
         .route("/v1/completions", post(completions))
         .route("/v1/chat/completions", post(chat))
         .route("/tokenize", post(tokenize))
-        .route("/v1/completions/render", post(render))
-        .route("/v1/chat/completions/render", post(render))
+        .route("/v1/completions/render", post(render_prompts))
+        .route("/v1/chat/completions/render", post(render_chat))
         .route("/v1/models", get(models))
         .route("/health", get(|| async { StatusCode::OK }))
         .route("/metrics", get(metrics))
@@ -92,8 +92,14 @@ async fn tokenize(
     Ok(Json(answer).into_response())
 }
 
-/// The ids of a request that is not served, as vLLM and TensorRT-LLM render it.
-async fn render(body: Result<Bytes, BytesRejection>) -> Result<Response, ApiError> {
+/// The ids of a completion that is not served, as vLLM renders it: a list of prompts.
+async fn render_prompts(body: Result<Bytes, BytesRejection>) -> Result<Response, ApiError> {
+    let tokens = parse::<Tokenized>(body)?.into_tokens();
+    Ok(Json(json!([{"token_ids": tokens}])).into_response())
+}
+
+/// The ids of a chat that is not served, as vLLM renders it.
+async fn render_chat(body: Result<Bytes, BytesRejection>) -> Result<Response, ApiError> {
     let tokens = parse::<Tokenized>(body)?.into_tokens();
     Ok(Json(json!({"token_ids": tokens})).into_response())
 }

@@ -234,6 +234,27 @@ async fn workers_register_over_nats_each_for_itself() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn an_address_of_a_name_is_a_worker() {
+    let engine = Rude::start(1).await;
+    let port = engine.address.port();
+    let dns = json!({"dns": [{"name": "localhost", "port": port}]});
+    let stack = start(&[], dns).await;
+    let served = async || {
+        let (_, decision) = send(&stack.client, stack.envoy.port, 1).await;
+        if engine.read() > 0 {
+            Ok(())
+        } else {
+            Err(decision)
+        }
+    };
+    wait::until("a request for the address", served).await;
+    let endpoints = owners(&stack, "endpoint").await;
+    let is_there = endpoints.values().any(|e| *e == engine.address.to_string());
+    assert!(is_there, "{endpoints:?}");
+    stack.envoy.idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_draining_worker_finishes_what_it_runs_and_gets_nothing_more() {
     let [of_file, other] = [Rude::start(1).await, Rude::start(2).await];
     let stack = start(&[&of_file], json!({})).await;

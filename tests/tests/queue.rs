@@ -241,6 +241,9 @@ async fn requests_are_refused_by_limit_deadline_and_busy_threshold() {
     waiting(&stack, 1).await;
     let full = sender.send(8, &[]).await.expect("no panic");
     assert_eq!(refusal(&full).0, 503);
+    // A higher threshold lets those go who wait.
+    stack.configure(|config| config["queue"]["threshold"] = json!(100.0));
+    arrived(&upstreams, 2).await;
 
     open(&upstreams);
     for task in [busy, waits] {

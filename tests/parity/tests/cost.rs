@@ -4,12 +4,15 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 
 use dynamo_custom_policy_builtin::DefaultWorkerSelector;
-use dynamo_kv_router::protocols::{WorkerConfigLike, WorkerWithDpRank};
+use dynamo_kv_router::protocols::{RoutingConstraints, WorkerConfigLike, WorkerWithDpRank};
 use dynamo_kv_router::scheduling::{OverlapSignals, ScheduleMode, SchedulingRequest};
 use dynamo_kv_router::{
     KvRouterConfig, SharedCacheHits, WorkerLoadProjection, WorkerSelectionInput, WorkerSelector,
 };
-use kv_core::cost::{Cost, Demand};
+use kv_core::constraint::preference;
+use kv_core::cost::Demand;
+use kv_core::decide::{self, Candidate, Request, Scored};
+use kv_core::delay::Pace;
 use kv_core::load::Load;
 use kv_core::overlap::Overlap;
 use kv_core::pick::pick;
@@ -55,8 +58,13 @@ impl Subscriber for Logit {
     fn exit(&self, _: &Id) {}
 }
 
+/// Taints that workers have and requests prefer, some of them.
+const TAINTS: [&str; 3] = ["fast", "spot", "near"];
+
 /// A worker of one rank.
-struct Worker;
+struct Worker {
+    taints: HashSet<String>,
+}
 
 impl WorkerConfigLike for Worker {
     fn data_parallel_start_rank(&self) -> u32 {
@@ -74,6 +82,10 @@ impl WorkerConfigLike for Worker {
     fn total_kv_blocks(&self) -> Option<u64> {
         None
     }
+
+    fn taints(&self) -> &HashSet<String> {
+        &self.taints
+    }
 }
 
 /// A random state: owners by worker id.
@@ -82,7 +94,19 @@ struct State {
     policy: Policy,
     /// Leading blocks of the prompt that a store of all workers has.
     store: u32,
-    owners: BTreeMap<u64, (Overlap, Load, u32)>,
+    /// Weights of taints that the request prefers.
+    preferred: Vec<(String, f32)>,
+    owners: BTreeMap<u64, Holder>,
+}
+
+/// What an owner has to do with the request.
+#[derive(Default)]
+struct Holder {
+    held: Overlap,
+    load: Load,
+    /// Blocks of the prompt that are in use there.
+    shared: u32,
+    taints: Vec<String>,
 }
 
 fn state(rng: &mut Rng) -> State {
@@ -100,8 +124,14 @@ fn state(rng: &mut Rng) -> State {
         disk_cache_hit_weight: weight(0.25),
         decode_active_request_weight: weight(0.0),
         shared_cache_multiplier: weight(0.5),
+        overlap_score_credit_decay: weight(0.0),
         ..Policy::default()
     };
+    let preferred = TAINTS.iter().map(|taint| {
+        let weight = [0.0, 2.0 * rng.unit() - 1.0][rng.below(2)];
+        (String::from(*taint), weight as f32)
+    });
+    let preferred = preferred.filter(|(_, weight)| *weight != 0.0).collect();
     let store = [0, below(rng, blocks + 1)][rng.below(2)];
     let owners = (0..2 + rng.below(6) as u64).map(|id| {
         let mut depth = [0; 4].map(|_: u32| below(rng, blocks + 1));
@@ -121,13 +151,22 @@ fn state(rng: &mut Rng) -> State {
             decoding: below(rng, 50) as u16,
             blocks: shared + [0, below(rng, 3_000)][rng.below(2)],
         };
-        (id, (held, load, shared))
+        let taints = TAINTS.iter().filter(|_| rng.below(2) == 0);
+        let taints = taints.map(|taint| String::from(*taint)).collect();
+        let holder = Holder {
+            held,
+            load,
+            shared,
+            taints,
+        };
+        (id, holder)
     });
     let owners = owners.collect();
     State {
         demand,
         policy,
         store,
+        preferred,
         owners,
     }
 }
@@ -141,6 +180,7 @@ impl State {
             host_cache_hit_weight: self.policy.host_cache_hit_weight,
             disk_cache_hit_weight: self.policy.disk_cache_hit_weight,
             shared_cache_multiplier: Some(self.policy.shared_cache_multiplier),
+            overlap_score_credit_decay: self.policy.overlap_score_credit_decay,
             ..KvRouterConfig::default()
         }
     }
@@ -150,7 +190,10 @@ impl State {
         let mut overlap = OverlapSignals::default();
         let mut worker_loads = Default::default();
         let loads: &mut rustc_hash::FxHashMap<_, _> = &mut worker_loads;
-        for (id, (held, load, shared)) in &self.owners {
+        for (id, holder) in &self.owners {
+            let Holder {
+                held, load, shared, ..
+            } = holder;
             let worker = WorkerWithDpRank::new(*id, 0);
             let [device, host, disk, external] = held.by_tier().map(|n| n as usize);
             let tiers = &mut overlap.tier_overlap_blocks;
@@ -179,7 +222,10 @@ impl State {
             affinity_target: None,
             pinned_worker: None,
             allowed_worker_ids: Some(allowed),
-            routing_constraints: Default::default(),
+            routing_constraints: RoutingConstraints {
+                preferred_taints: self.preferred.iter().cloned().collect(),
+                ..RoutingConstraints::default()
+            },
             router_config_override: None,
             track_prefill_tokens: true,
             priority_jump: 0.0,
@@ -198,7 +244,11 @@ impl State {
 
     /// The worker that Dynamo chooses among some, and its cost.
     fn theirs(&self, allowed: HashSet<u64>, logit: &Logit) -> (u64, f64) {
-        let workers: HashMap<u64, Worker> = self.owners.keys().map(|id| (*id, Worker)).collect();
+        let worker = |holder: &Holder| Worker {
+            taints: holder.taints.iter().cloned().collect(),
+        };
+        let owners = self.owners.iter();
+        let workers: HashMap<u64, Worker> = owners.map(|(id, h)| (*id, worker(h))).collect();
         let selector = DefaultWorkerSelector::new(Some(self.config()), "aggregated");
         let request = self.request(allowed);
         let eligibility = request.eligibility();
@@ -208,12 +258,32 @@ impl State {
         (chosen, logit.0.lock().unwrap().take().unwrap())
     }
 
-    fn ours(&self) -> Vec<f64> {
-        let owners = self.owners.values();
-        let cost = owners.map(|(overlap, load, shared)| {
-            Cost::new(self.demand, overlap, load, *shared, &self.policy).total()
-        });
-        cost.collect()
+    /// The costs of these owners, chosen among.
+    fn ours(&self, among: &[u64]) -> Vec<f64> {
+        let candidate = |id: &u64| {
+            let holder = &self.owners[id];
+            let taints = &holder.taints;
+            let weights = self.preferred.iter().filter(|(t, _)| taints.contains(t));
+            Candidate {
+                owner: *id as usize,
+                overlap: holder.held,
+                load: holder.load,
+                shared_blocks: holder.shared,
+                pace: Pace::default(),
+                factor: preference(weights.map(|(_, weight)| f64::from(*weight)).sum()),
+            }
+        };
+        let candidates: Vec<Candidate> = among.iter().map(candidate).collect();
+        let request = Request {
+            demand: self.demand,
+            trust: 1.0,
+            turn: 0,
+            typical_ms: 0.0,
+            bound: None,
+        };
+        let scored = decide::score(&candidates, &request, &self.policy);
+        assert_eq!(scored.len(), among.len());
+        scored.iter().map(Scored::total).collect()
     }
 }
 
@@ -225,9 +295,13 @@ fn costs_and_choices_are_equal() {
     let (mut costs_compared, mut tied) = (0, 0);
     for case in 0..100_000 {
         let state = state(&mut rng);
-        let ours = state.ours();
-        for (id, cost) in state.owners.keys().zip(&ours) {
+        let all: Vec<u64> = state.owners.keys().copied().collect();
+        let ours = state.ours(&all);
+        for id in &all {
             let (_, theirs) = state.theirs(HashSet::from([*id]), &logit);
+            let [cost] = state.ours(&[*id])[..] else {
+                panic!("one owner has one cost");
+            };
             let tolerance = 1e-9 * theirs.abs().max(1.0);
             assert!(
                 (cost - theirs).abs() <= tolerance,
@@ -235,7 +309,7 @@ fn costs_and_choices_are_equal() {
             );
             costs_compared += 1;
         }
-        let (theirs, least) = state.theirs(state.owners.keys().copied().collect(), &logit);
+        let (theirs, least) = state.theirs(all.iter().copied().collect(), &logit);
         let mine = pick(&ours, 0.0, &mut rng).unwrap() as u64;
         let near = |id: u64| (ours[id as usize] - least).abs() <= 1e-9 * least.abs().max(1.0);
         assert!(
@@ -269,10 +343,17 @@ fn a_block_on_the_host_and_in_a_store_counts_once() {
             ..Policy::default()
         },
         store: 8,
-        owners: BTreeMap::from([(0, (held, Load::default(), 0))]),
+        preferred: Vec::new(),
+        owners: BTreeMap::from([(
+            0,
+            Holder {
+                held,
+                ..Holder::default()
+            },
+        )]),
     };
     let (_, theirs) = state.theirs(HashSet::from([0]), &logit);
     let (once, twice) = (2.0 + 4.0 * 0.75 + 2.0 * 0.5, 2.0 + 4.0 * 0.75 + 6.0 * 0.5);
-    assert!((state.ours()[0] - (20.0 - once)).abs() < 1e-9);
+    assert!((state.ours(&[0])[0] - (20.0 - once)).abs() < 1e-9);
     assert!((theirs - (20.0 - twice)).abs() < 1e-9);
 }

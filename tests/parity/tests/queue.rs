@@ -64,7 +64,9 @@ fn classes(rng: &mut Rng) -> Classes {
         let policy = orders[rng.below(2)];
         let quantum = 1 + rng.below(600);
         let (more, limits) = limits(rng);
-        yaml += &format!("  - name: {name}\n    queue_policy: {policy}\n    quantum: {quantum}\n{more}");
+        yaml += &format!(
+            "  - name: {name}\n    queue_policy: {policy}\n    quantum: {quantum}\n{more}"
+        );
         if let Some((family, bucket)) = at {
             yaml += &format!("    policy_family: {family}\n    cache_bucket: {bucket}\n");
         }
@@ -78,7 +80,10 @@ fn classes(rng: &mut Rng) -> Classes {
             at: at.map(|(family, bucket)| (family.to_owned(), bucket.to_owned())),
         });
     }
-    let buckets = [(starts[0], "short".to_owned()), (starts[1], "long".to_owned())];
+    let buckets = [
+        (starts[0], "short".to_owned()),
+        (starts[1], "long".to_owned()),
+    ];
     let config = RouterPolicyConfig::from_yaml(&yaml).unwrap_or_else(|e| panic!("{e}: {yaml}"));
     Classes {
         ours: Profile::new(ours, "agents", &buckets).unwrap(),
@@ -216,7 +221,9 @@ fn a_worker_is_busy_where_it_is_for_dynamo() {
         };
         assert_eq!(
             class.is_busy(tokens, capacity),
-            theirs.default_class().worker_is_busy(tokens as usize, batch.into()),
+            theirs
+                .default_class()
+                .worker_is_busy(tokens as usize, batch.into()),
         );
     }
 }
