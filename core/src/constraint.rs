@@ -97,6 +97,13 @@ impl Constraints {
             || !self.required_taints.is_empty()
     }
 
+    /// Whether a worker is among those that are listed, if any are.
+    #[must_use]
+    pub fn lists(&self, worker: WorkerId) -> bool {
+        let listed = self.workers.as_ref();
+        listed.is_none_or(|listed| listed.binary_search(&worker).is_ok())
+    }
+
     /// The owners of a pool that may have the request, of those that take any, at these positions.
     /// A worker that the request names need take none.
     #[must_use]
@@ -136,14 +143,13 @@ impl Constraints {
 
     /// Whether an owner is among the workers and endpoints, and has the taints.
     fn allows(&self, owner: &Owner) -> bool {
-        let is_listed = |list: &Vec<WorkerId>| list.binary_search(&owner.id.worker).is_ok();
         let has_endpoint = |list: &Vec<String>| {
             let listed = |endpoint: &str| list.binary_search_by(|e| e.as_str().cmp(endpoint));
             let (ip, _) = owner.endpoint.rsplit_once(':').unwrap_or_default();
             let bare = ip.trim_start_matches('[').trim_end_matches(']');
             listed(&owner.endpoint).is_ok() || listed(ip).is_ok() || listed(bare).is_ok()
         };
-        self.workers.as_ref().is_none_or(is_listed)
+        self.lists(owner.id.worker)
             && self.endpoints.as_ref().is_none_or(has_endpoint)
             && self
                 .required_taints

@@ -49,6 +49,9 @@ impl<H: Host> Router<H> {
             Some(pin) if pinned(served.pool, pin).next().is_none() => {
                 return Err(Refusal::WorkerUnknown(pin.worker));
             }
+            Some(pin) if !constraints.lists(pin.worker) => {
+                return Err(Refusal::WorkerNotAllowed(pin.worker));
+            }
             _ => {}
         }
         let narrowed = constraints.narrow(served.pool, served.accepting());

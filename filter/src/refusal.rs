@@ -43,11 +43,13 @@ pub enum Refusal {
     QueueLate,
     /// Its pool has no worker that takes requests.
     NoWorkers,
+    /// It names a worker, and others only as those that it allows.
+    WorkerNotAllowed(WorkerId),
 }
 
 impl Refusal {
     /// Number of kinds.
-    pub const COUNT: usize = 15;
+    pub const COUNT: usize = 16;
 
     /// The kind as an index below [`Refusal::COUNT`].
     #[must_use]
@@ -68,6 +70,7 @@ impl Refusal {
             Self::HeldFull => 12,
             Self::QueueLate => 13,
             Self::NoWorkers => 14,
+            Self::WorkerNotAllowed(_) => 15,
         }
     }
 
@@ -91,6 +94,7 @@ impl Refusal {
             Self::HeldFull => "held_full",
             Self::QueueLate => "queue_late",
             Self::NoWorkers => "no_workers",
+            Self::WorkerNotAllowed(_) => "worker_not_allowed",
         }
     }
 
@@ -100,6 +104,7 @@ impl Refusal {
         match self {
             Self::WorkerMissing
             | Self::WorkerUnknown(_)
+            | Self::WorkerNotAllowed(_)
             | Self::RankAlone
             | Self::HintMalformed(_)
             | Self::BodyBroken => 400,
@@ -119,6 +124,7 @@ impl Refusal {
         match self {
             Self::WorkerMissing
             | Self::WorkerUnknown(_)
+            | Self::WorkerNotAllowed(_)
             | Self::HintUntrusted
             | Self::ModelUnknown
             | Self::RankAlone
@@ -150,6 +156,11 @@ impl Refusal {
             ),
             Self::WorkerUnknown(worker) => (
                 format!("{pin}={worker} does not identify a known worker"),
+                "invalid_request_error",
+                pin,
+            ),
+            Self::WorkerNotAllowed(worker) => (
+                format!("{pin}={worker} is not among the allowed workers"),
                 "invalid_request_error",
                 pin,
             ),
@@ -249,6 +260,7 @@ mod tests {
             Refusal::HeldFull,
             Refusal::QueueLate,
             Refusal::NoWorkers,
+            Refusal::WorkerNotAllowed(3),
         ];
         for (i, refusal) in all.into_iter().enumerate() {
             assert_eq!(refusal.index(), i);
@@ -267,7 +279,7 @@ mod tests {
         assert_eq!(
             statuses,
             [
-                400, 400, 403, 404, 400, 400, 503, 503, 400, 413, 529, 529, 529, 429, 503
+                400, 400, 403, 404, 400, 400, 503, 503, 400, 413, 529, 529, 529, 429, 503, 400
             ]
         );
     }

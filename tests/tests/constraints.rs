@@ -288,8 +288,8 @@ async fn a_request_goes_where_its_constraints_let_it() {
         (
             &[("x-worker-instance-id", "1"), ("x-kv-allowed-workers", "2")],
             none.clone(),
-            503,
-            "no_worker_fits",
+            400,
+            "worker_not_allowed",
         ),
         (&[], taints(json!(["nobody's"])), 503, "no_worker_fits"),
         (&[], taints(json!("fast")), 400, "hint_malformed"),
