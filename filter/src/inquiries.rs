@@ -124,7 +124,11 @@ impl Inquiries {
 
     /// A message has come on a stream: the request that waits for it, and the answer. `None` if the
     /// stream is another, or the request has gone on.
-    pub fn on_message<'a>(&mut self, token: Token, message: &'a [u8]) -> Option<(Waiter, &'a [u8])> {
+    pub fn on_message<'a>(
+        &mut self,
+        token: Token,
+        message: &'a [u8],
+    ) -> Option<(Waiter, &'a [u8])> {
         if self.link != Link::Up(token) && self.link != Link::Given(token) {
             return None;
         }

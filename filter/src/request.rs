@@ -278,12 +278,7 @@ impl Request {
     }
 
     /// The question about its prompt is answered; `None` without an answer.
-    pub fn on_answer<H: Host>(
-        &mut self,
-        router: &mut Router<H>,
-        way: Way,
-        message: Option<&[u8]>,
-    ) {
+    pub fn on_answer<H: Host>(&mut self, router: &mut Router<H>, way: Way, message: Option<&[u8]>) {
         let State::Asked(waiting) = &self.state else {
             return;
         };
