@@ -302,6 +302,20 @@ mod tests {
     }
 
     #[test]
+    fn the_end_of_a_text_is_remembered_in_small_parts() {
+        let encoder = Encoder::new(byte_level()).unwrap();
+        let cached = Cached::new(encoder, 1 << 20, 7);
+        let text = TEXT.repeat(4);
+        assert!(text.len() < WINDOW);
+        cached.encode(&text, None).unwrap();
+        let next = format!("{text} and then one more question?");
+        let encoded = cached.encode_little(&next, WINDOW / 4).unwrap();
+        assert!(encoded.complete);
+        assert_eq!(encoded.ids, cached.encoder().whole(&next).unwrap());
+        assert!(encoded.remembered > encoded.ids.len() / 2, "{encoded:?}");
+    }
+
+    #[test]
     fn a_vocabulary_with_tokens_across_words_is_not_cut() {
         // Without a pre-tokenizer a trainer learns such tokens from so small a text.
         let cached = cached(sentence_piece(), 1 << 20);
