@@ -4,6 +4,9 @@
 //! [`crate::wire::encode`]. Answers carry the hashes of blocks, and token ids only where they are
 //! asked for.
 //!
+//! `kv.router.v1.Text/Stream` is the same for many questions: each message up is a question behind a
+//! number ([`numbered`]), each message down its answer behind the same number, in any order.
+//!
 //! What later releases added stands behind what the first one reads: [`Wanted`] behind [`Ask`],
 //! [`Further`] behind [`Answer`].
 
@@ -20,10 +23,16 @@ use crate::wire::{self, WireError};
 pub const SERVICE: &str = "kv.router.v1.Text";
 /// gRPC method of the call.
 pub const METHOD: &str = "Read";
+/// gRPC method of the stream.
+pub const STREAM: &str = "Stream";
+/// Bytes of the number before a message of the stream.
+const NUMBER: usize = 8;
 /// Longest body that is asked about, in bytes.
 pub const LONGEST_BODY: usize = 4 << 20;
+/// Bytes of a question besides its body, most often.
+const ROOM: usize = 256;
 /// Longest budget, in milliseconds.
-const LONGEST_MS: u64 = 10_000;
+pub const LONGEST_MS: u64 = 10_000;
 /// Bytes of a thousand words.
 const THOUSAND_WORDS: u64 = 6_000;
 
@@ -86,6 +95,14 @@ impl<'a> Ask<'a> {
         wire::encode(&(self, wanted))
     }
 
+    /// The same as message of a stream, behind its number.
+    #[must_use]
+    pub fn encode_numbered(&self, number: u64, wanted: &Wanted<'_>) -> Vec<u8> {
+        let mut message = Vec::with_capacity(self.body.len() + ROOM);
+        message.extend_from_slice(&number.to_le_bytes());
+        wire::encode_behind(message, &(self, wanted))
+    }
+
     /// The inverse of [`Ask::encode`]; an earlier filter wants nothing further.
     ///
     /// # Errors
@@ -93,6 +110,13 @@ impl<'a> Ask<'a> {
     pub fn decode(bytes: &'a [u8]) -> Result<(Self, Wanted<'a>), WireError> {
         wire::decode(bytes).or_else(|_| Ok((wire::decode(bytes)?, Wanted::default())))
     }
+}
+
+/// Number and message of a message of the stream; `None` if it is too short for a number.
+#[must_use]
+pub fn numbered(bytes: &[u8]) -> Option<(u64, &[u8])> {
+    let (number, message) = bytes.split_first_chunk::<NUMBER>()?;
+    Some((u64::from_le_bytes(*number), message))
 }
 
 /// What an answer has besides Dynamo's hashes.
@@ -237,7 +261,10 @@ mod tests {
             ids: true,
         };
         let bytes = ask.encode(&wanted);
+        let message = ask.encode_numbered(u64::MAX - 1, &wanted);
         assert_eq!(Ask::decode(&bytes), Ok((ask, wanted)));
+        assert_eq!(numbered(&message), Some((u64::MAX - 1, &bytes[..])));
+        assert_eq!(numbered(&message[..7]), None);
         // As an earlier release reads it, and writes it.
         assert_eq!(wire::decode(&bytes), Ok(ask));
         let bytes = wire::encode(&ask);

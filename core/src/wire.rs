@@ -143,6 +143,12 @@ pub fn encode_batch(version: u8, batch: &Batch<'_>, bytes: usize) -> Vec<u8> {
     encode_onto(message, batch)
 }
 
+/// Version byte and message behind other bytes.
+pub(crate) fn encode_behind<T: Serialize>(mut head: Vec<u8>, message: &T) -> Vec<u8> {
+    head.push(PROTOCOL);
+    encode_onto(head, message)
+}
+
 fn encode_onto<T: Serialize>(head: Vec<u8>, message: &T) -> Vec<u8> {
     // Serialising to a growing vector cannot fail for the types of this module.
     postcard::to_extend(message, head).unwrap_or_default()

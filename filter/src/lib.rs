@@ -49,6 +49,7 @@ pub mod header_map;
 pub mod hints;
 pub mod hold;
 pub mod host;
+pub mod inquiries;
 pub mod lanes;
 pub mod mailbox;
 pub mod metrics;

@@ -117,10 +117,14 @@ pub enum Event {
     /// `kv_router_handed_over_total`: requests whose worker got the token ids of a prompt that came
     /// as text.
     HandedOver,
+    /// `kv_router_text_calls_total`: questions about a text that went to the sidecar by a call of
+    /// their own, because the stream for them was not open or an answer on it is late. *Action*: a
+    /// few after a start are usual; where all are, sidecar and filter are of different versions.
+    TextCall,
 }
 
 impl Event {
-    const COUNT: usize = 25;
+    const COUNT: usize = 26;
 
     fn name(self) -> &'static str {
         match self {
@@ -149,6 +153,7 @@ impl Event {
             Self::HeldLeft => "kv_router_held_left_total",
             Self::HeldBypassed => "kv_router_held_bypassed_total",
             Self::HandedOver => "kv_router_handed_over_total",
+            Self::TextCall => "kv_router_text_calls_total",
         }
     }
 }

@@ -27,13 +27,13 @@ use crate::fleet::Served;
 use crate::header_map::HeaderMap;
 use crate::hints::{self, Hints, Nvext};
 use crate::hold;
-use crate::host::{Headers, Host, Token};
+use crate::host::{Headers, Host};
 use crate::metrics::{Event, Fault, Miss, Timing};
 use crate::models;
 use crate::reason::Reason;
 use crate::refusal::{self, Refusal};
 use crate::routed::{NO_POOL, Routed};
-use crate::text::{Asked, Question};
+use crate::text::{Asked, Question, Way};
 use crate::usage;
 use crate::vm::{Action, Router};
 use crate::waiting;
@@ -278,16 +278,11 @@ impl Request {
     }
 
     /// The question about its prompt is answered; `None` without an answer.
-    pub fn on_answer<H: Host>(
-        &mut self,
-        router: &mut Router<H>,
-        token: Token,
-        message: Option<&[u8]>,
-    ) {
+    pub fn on_answer<H: Host>(&mut self, router: &mut Router<H>, way: Way, message: Option<&[u8]>) {
         let State::Asked(waiting) = &self.state else {
             return;
         };
-        if !waiting.asked.is(token) {
+        if !waiting.asked.is(way) {
             return;
         }
         let State::Asked(waiting) = std::mem::replace(&mut self.state, State::Over) else {

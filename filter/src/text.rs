@@ -1,8 +1,8 @@
 //! Prompts that are text: asking the sidecar for their blocks while the request waits.
 //!
 //! The wait is bounded by the pool's budget, whatever becomes of the sidecar: Envoy ends the call
-//! then. The root context makes the call, so that a client which leaves meanwhile leaves nothing
-//! behind.
+//! then, and a tick a question on the stream ([`crate::inquiries`]). The root context asks either way,
+//! so that a client which leaves meanwhile leaves nothing behind.
 
 use std::borrow::Cow;
 
@@ -14,7 +14,7 @@ use kv_core::surface::Surface;
 use kv_core::text::{Answer, Ask, Extent, LONGEST_BODY, METHOD, Refusal, SERVICE, Wanted};
 
 use crate::host::{Host, Method, Token};
-use crate::metrics::Fault;
+use crate::metrics::{Event, Fault};
 use crate::reason::Reason;
 use crate::vm::Router;
 
@@ -54,10 +54,19 @@ impl<'a> Question<'a> {
     }
 }
 
+/// How a question went out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// By a call of its own.
+    Call(Token),
+    /// On the stream, under this number.
+    Stream(u64),
+}
+
 /// A question under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Asked {
-    token: Token,
+    way: Way,
     since_ns: u64,
     budget_ns: u64,
 }
@@ -139,33 +148,46 @@ impl<H: Host> Router<H> {
             budget_us,
             body: &body,
         };
-        let message = ask.encode(&Wanted {
+        let wanted = Wanted {
             families: Cow::Borrowed(&served.pool.families),
             lora: served.lora,
             salt: question.salt,
             ids: served.pool.handover.takes(question.surface),
-        });
+        };
         let since_ns = host.now_ns();
+        let budget_ns = 1_000 * budget_us;
         let (request, root) = question.contexts;
-        let timeout_ms = budget_us.div_ceil(1_000);
-        let token = host
-            .enter(root)
-            .then(|| host.call(&self.cluster, READ, &message, timeout_ms));
-        host.enter(request);
-        let token = token.flatten().ok_or(Reason::TextFailed)?;
+        let number = self.inquiries.number(body.len()).filter(|number| {
+            let message = ask.encode_numbered(*number, &wanted);
+            let deadline_ns = since_ns.saturating_add(budget_ns);
+            self.inquiries.ask(host, request, &message, deadline_ns)
+        });
+        let way = match number {
+            Some(number) => Way::Stream(number),
+            None => {
+                self.metrics.count(host, Event::TextCall, 1);
+                let message = ask.encode(&wanted);
+                let timeout_ms = budget_us.div_ceil(1_000);
+                let token = host
+                    .enter(root)
+                    .then(|| host.call(&self.cluster, READ, &message, timeout_ms));
+                host.enter(request);
+                Way::Call(token.flatten().ok_or(Reason::TextFailed)?)
+            }
+        };
         Ok(Asked {
-            token,
+            way,
             since_ns,
-            budget_ns: 1_000 * budget_us,
+            budget_ns,
         })
     }
 }
 
 impl Asked {
-    /// Whether this is the question's call.
+    /// Whether this is how it went out.
     #[must_use]
-    pub fn is(&self, token: Token) -> bool {
-        self.token == token
+    pub fn is(&self, way: Way) -> bool {
+        self.way == way
     }
 
     /// When it was asked.

@@ -12,9 +12,11 @@ use crate::choose::Chooser;
 use crate::config::Config;
 use crate::fleet::Fleet;
 use crate::host::{Expect, Host, Level, Queue, Token};
+use crate::inquiries::{Inquiries, Waiter};
 use crate::lanes::Lanes;
 use crate::metrics::{Event, Fault, Metrics};
 use crate::request::Request;
+use crate::text::Way;
 use crate::waiting::{self, Waiting};
 use crate::watchdog::Watchdog;
 use crate::world::World;
@@ -46,6 +48,8 @@ pub struct Router<H> {
     pub watchdog: Watchdog,
     /// Requests that wait for a worker to have room.
     pub waiting: Waiting,
+    /// Questions about texts that are under way.
+    pub inquiries: Inquiries,
     /// Envoy cluster of the sidecar.
     pub cluster: String,
 }
@@ -127,6 +131,7 @@ impl<H: Host> Vm<H> {
                 chooser: Chooser::new(seed),
                 watchdog: Watchdog::default(),
                 waiting: Waiting::default(),
+                inquiries: Inquiries::default(),
                 cluster: String::new(),
             },
             identity: None,
@@ -191,6 +196,7 @@ impl<H: Host> Vm<H> {
         };
         if newest != Some(root) {
             bridge.step_aside(&router.host);
+            router.inquiries.step_aside(&router.host, root);
             return;
         }
         let now_ns = router.host.now_ns();
@@ -214,6 +220,41 @@ impl<H: Host> Vm<H> {
         router.bookings.on_tick(&router.host, &mut router.metrics);
         self.check_held(root, now_ns);
         self.check_waiting(root, now_ns);
+        self.check_inquiries(root);
+    }
+
+    /// Keeps the stream for questions about texts, and lets those go on that it keeps waiting.
+    fn check_inquiries(&mut self, root: u32) {
+        let Router {
+            host,
+            metrics,
+            world,
+            inquiries,
+            cluster,
+            ..
+        } = &mut self.router;
+        let reads = |fleet: &Fleet| fleet.table.pools.iter().any(|pool| pool.text.is_some());
+        let wanted = self.busy && world.fleet().is_some_and(|fleet| reads(&fleet));
+        let in_vain = inquiries.on_tick(host, metrics, (root, cluster), wanted);
+        self.go_on(&in_vain);
+        self.router.host.enter(root);
+    }
+
+    /// Lets requests go on whose questions nobody answers.
+    fn go_on(&mut self, waiters: &[Waiter]) {
+        for &waiter in waiters {
+            self.tell(waiter, None);
+        }
+    }
+
+    /// Tells a request what came of its question.
+    fn tell(&mut self, waiter: Waiter, answer: Option<&[u8]>) {
+        let Waiter { context, number } = waiter;
+        if self.router.host.enter(context) {
+            self.with(context, (), |request, router| {
+                request.on_answer(router, Way::Stream(number), answer);
+            });
+        }
     }
 
     /// Looks after the requests that wait for a worker.
@@ -285,18 +326,35 @@ impl<H: Host> Vm<H> {
 
     /// A message has come on a stream of a root context.
     pub fn on_stream_message(&mut self, root: u32, token: Token, size: usize) {
-        let Router { host, metrics, .. } = &mut self.router;
-        if let Some(Some(bridge)) = self.roots.get_mut(&root) {
+        let Router {
+            host,
+            metrics,
+            inquiries,
+            ..
+        } = &mut self.router;
+        if inquiries.is(token) {
+            let message = host.message(size);
+            if let Some((waiter, answer)) = inquiries.on_message(token, &message) {
+                self.tell(waiter, Some(answer));
+            }
+        } else if let Some(Some(bridge)) = self.roots.get_mut(&root) {
             bridge.on_message(host, metrics, token, size);
         }
     }
 
     /// A stream has ended. Tokens are unique within a VM.
     pub fn on_stream_close(&mut self, token: Token) {
-        let Router { host, metrics, .. } = &mut self.router;
+        let Router {
+            host,
+            metrics,
+            inquiries,
+            ..
+        } = &mut self.router;
         for bridge in self.roots.values_mut().flatten() {
             bridge.on_close(host, metrics, token);
         }
+        let in_vain = inquiries.on_close(host, metrics, token);
+        self.go_on(&in_vain);
     }
 
     /// A call that a root context made for a request is over: with a message of this size, or without
@@ -312,7 +370,7 @@ impl<H: Host> Vm<H> {
         });
         if host.enter(context) {
             self.with(context, (), |request, router| {
-                request.on_answer(router, token, message.as_deref());
+                request.on_answer(router, Way::Call(token), message.as_deref());
             });
         }
     }
@@ -354,6 +412,12 @@ impl<H: Host> Vm<H> {
             && let Some(mut bridge) = bridge.take()
         {
             bridge.step_aside(&self.router.host);
+            let Router {
+                host, inquiries, ..
+            } = &mut self.router;
+            let in_vain = inquiries.leave(host, context);
+            self.go_on(&in_vain);
+            self.router.host.enter(context);
             if self.roots.values().any(Option::is_some) {
                 self.router.bookings.flush(&self.router.host);
             } else {

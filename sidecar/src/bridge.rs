@@ -1,5 +1,5 @@
 //! The server of the stream that Envoy's bridge opens: raw messages of [`kv_core::wire`] over gRPC
-//! on a Unix socket; and of the call about prompts that are text ([`kv_core::text`]). No protobuf: a
+//! on a Unix socket; and of the questions about prompts that are text ([`kv_core::text`]). No protobuf: a
 //! message's bytes are the message.
 
 mod codec;
@@ -62,12 +62,16 @@ impl Bridge {
         let (aggregated, of_endpoints) =
             xds::services(endpoints, Arc::clone(&metrics), cancel.clone());
         let service = service::Bridge::new(control, metrics, cancel.clone());
+        let text = text::Text {
+            reader,
+            cancel: cancel.clone(),
+        };
         let served = Server::builder()
             // A body comes in one go.
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
             .add_service(service)
-            .add_service(text::Text(reader))
+            .add_service(text)
             .add_service(aggregated)
             .add_service(of_endpoints)
             .serve_with_incoming_shutdown(

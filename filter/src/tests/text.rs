@@ -349,3 +349,101 @@ fn models_are_listed_and_unknown_ones_refused() {
     site.complete(br#"{"prompt":[1]}"#);
     assert!(site.destination().is_some());
 }
+
+/// The stream of questions, once a request has come and a tick has opened it.
+fn stream(site: &mut Site) -> Token {
+    let context = site.ask();
+    site.vm.on_call_over(context, site.token(), None);
+    site.over(context);
+    let before = site.host.streams().len();
+    site.host.advance_ms(50);
+    site.vm.on_tick(ROOT);
+    let streams = site.host.streams();
+    assert!(streams.len() > before && streams.last().unwrap().open);
+    Token(u32::try_from(streams.len() - 1).unwrap())
+}
+
+impl Site {
+    fn say_on(&mut self, stream: Token, number: u64, answer: &Answer<'_>) {
+        let message = [&number.to_le_bytes()[..], &wire::encode(answer)].concat();
+        let size = self.host.deliver(&message);
+        self.vm.on_stream_message(ROOT, stream, size);
+    }
+}
+
+#[test]
+fn questions_on_the_stream_find_their_answers_by_number() {
+    let tokens = prompt(1, 43);
+    let mut site = site(&[(0, Slot(1), &tokens[..20]), (0, Slot(2), &tokens[..40])]);
+    let stream = stream(&mut site);
+    let [one, two, gone] = [(); 3].map(|()| site.ask());
+    site.over(gone);
+    let sent = &site.host.streams()[stream.0 as usize].sent;
+    assert_eq!((sent.len(), site.host.calls().len()), (3, 1));
+    assert_eq!(site.host.named("kv_router_text_calls_total"), 1);
+    let (number, question) = kv_core::text::numbered(&sent[1]).unwrap();
+    assert_eq!(number, 1);
+    assert_eq!(Ask::decode(question).unwrap().0.body, CHAT);
+    let known = hashes(&tokens, Seed::default());
+    let answer = read(43, Extent::Whole, &known);
+    site.say_on(stream, 2, &answer);
+    for (number, context) in [(1, two), (0, one)] {
+        site.say_on(stream, number, &answer);
+        site.say_on(stream, number, &answer);
+        assert_eq!(site.host.resumed(context), 1);
+        assert_eq!(site.destination(), Some(endpoint(2)));
+    }
+    assert_eq!(site.host.resumed(gone), 0);
+    site.over(one);
+    site.over(two);
+    site.assert_idle();
+}
+
+#[test]
+fn while_a_question_on_the_stream_is_late_others_are_asked_by_calls() {
+    let mut site = site(&[]);
+    let stream = stream(&mut site);
+    let context = site.ask();
+    site.vm.on_tick(ROOT);
+    assert_eq!(site.host.resumed(context), 0);
+    site.host.advance_ms(50);
+    site.vm.on_tick(ROOT);
+    assert_eq!(site.host.resumed(context), 1);
+    assert_eq!(site.routed("default", "text_late"), 1);
+    let calls = site.host.calls().len();
+    let other = site.ask();
+    assert_eq!(site.host.calls().len(), calls + 1);
+    site.vm.on_call_over(other, site.token(), None);
+    // Answered, late as it is.
+    site.say_on(stream, 0, &read(9, Extent::Whole, &[]));
+    assert_eq!(site.host.resumed(context), 1);
+    let third = site.ask();
+    assert_eq!(site.host.calls().len(), calls + 1);
+    // Never answered.
+    site.host.advance_ms(10_100);
+    site.vm.on_tick(ROOT);
+    assert!(!site.host.streams()[stream.0 as usize].open);
+    assert_eq!(site.host.resumed(third), 1);
+}
+
+#[test]
+fn a_stream_that_ends_leaves_nobody_waiting() {
+    let mut site = site(&[]);
+    let stream = stream(&mut site);
+    let context = site.ask();
+    site.vm.on_stream_close(stream);
+    assert_eq!(site.host.resumed(context), 1);
+    let before = site.routed("default", "text_failed");
+    assert!(before >= 1);
+    site.ask();
+    assert_eq!(site.host.calls().len(), 2);
+    site.host.advance_ms(200);
+    site.vm.on_tick(ROOT);
+    let stream = Token(u32::try_from(site.host.streams().len() - 1).unwrap());
+    let context = site.ask();
+    assert_eq!(site.host.calls().len(), 2);
+    // The root context ends.
+    site.vm.on_done(ROOT);
+    assert!(!site.host.streams()[stream.0 as usize].open);
+    assert_eq!(site.host.resumed(context), 1);
+}

@@ -12,6 +12,9 @@ use super::encoder::{Encoder, EncoderError};
 
 /// Bytes that an entry costs besides its ids.
 const ENTRY_BYTES: u64 = 96;
+/// How many times closer than elsewhere cuts lie near the end of what is known. The next turn of a
+/// conversation has to tokenize what follows the last cut once more.
+const CLOSER: usize = 8;
 
 /// Ids of one chunk of text.
 pub(super) type Ids = Arc<[u32]>;
@@ -118,14 +121,22 @@ impl Cached {
         let ends = cuts.map(Some).chain([None]);
         for cut in ends {
             let end = cut.map_or(text.len(), |cut| cut.at);
+            let before = hasher.clone();
             hasher.update(text.as_bytes().get(start..end).unwrap_or_default());
             let key = hasher.digest128();
             // Past the first unknown chunk the others are not worth asking for.
+            let was_known = is_known;
             let known = is_known.then(|| self.chunks.get(&key)).flatten();
             is_known = known.is_some();
             if let Some(ids) = known {
-                encoded.ids.extend_from_slice(&ids);
-                encoded.remembered += ids.len();
+                encoded.take(&ids);
+            } else if was_known || cut.is_none() {
+                let first = encoded.ids.len();
+                if !self.walk_closely(text, (from, start, end), before, &may, &mut encoded)? {
+                    return Ok(encoded);
+                }
+                let ids = encoded.ids.get(first..).unwrap_or_default();
+                self.chunks.insert(key, ids.into());
             } else {
                 if !may(text.len() - start) {
                     return Ok(encoded);
@@ -139,6 +150,52 @@ impl Cached {
         }
         encoded.complete = true;
         Ok(encoded)
+    }
+
+    /// Adds the ids of a chunk, in parts of which the first may be known. `hasher` has seen the text
+    /// before it. `false` at an unknown part that may not be tokenized.
+    fn walk_closely(
+        &self,
+        text: &str,
+        (mut from, mut start, last): (Option<Cut>, usize, usize),
+        mut hasher: Xxh3,
+        may: &impl Fn(usize) -> bool,
+        encoded: &mut Encoded,
+    ) -> Result<bool, EncoderError> {
+        let chunk = text.get(..last).unwrap_or(text);
+        let window = self.window.div_ceil(CLOSER);
+        let cuts = self.encoder.cuts().after(chunk, start, window);
+        for cut in cuts.map(Some).chain([None]) {
+            let end = cut.map_or(last, |cut| cut.at);
+            hasher.update(text.as_bytes().get(start..end).unwrap_or_default());
+            // A chunk may end there that begins elsewhere.
+            let mut keyed = hasher.clone();
+            keyed.update(&start.to_le_bytes());
+            let key = keyed.digest128();
+            if let Some(ids) = self.chunks.get(&key) {
+                encoded.take(&ids);
+            } else if may(text.len() - start) {
+                let ids = self.encoder.part(text, from, end)?;
+                encoded.ids.extend_from_slice(&ids);
+                // What ends with the text is remembered with the chunk.
+                if cut.is_some() {
+                    self.chunks.insert(key, ids.into());
+                }
+            } else {
+                return Ok(false);
+            }
+            start = end;
+            from = cut;
+        }
+        Ok(true)
+    }
+}
+
+impl Encoded {
+    /// Adds ids that were remembered.
+    fn take(&mut self, ids: &[u32]) {
+        self.ids.extend_from_slice(ids);
+        self.remembered += ids.len();
     }
 }
 
@@ -242,6 +299,20 @@ mod tests {
                 encoded.remembered
             );
         }
+    }
+
+    #[test]
+    fn the_end_of_a_text_is_remembered_in_small_parts() {
+        let encoder = Encoder::new(byte_level()).unwrap();
+        let cached = Cached::new(encoder, 1 << 20, 7);
+        let text = TEXT.repeat(4);
+        assert!(text.len() < WINDOW);
+        cached.encode(&text, None).unwrap();
+        let next = format!("{text} and then one more question?");
+        let encoded = cached.encode_little(&next, WINDOW / 4).unwrap();
+        assert!(encoded.complete);
+        assert_eq!(encoded.ids, cached.encoder().whole(&next).unwrap());
+        assert!(encoded.remembered > encoded.ids.len() / 2, "{encoded:?}");
     }
 
     #[test]

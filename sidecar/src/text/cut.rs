@@ -103,9 +103,20 @@ impl Cuts {
 
     /// The cuts of a text, ascending: the first of each window but the first.
     pub fn of<'a>(&'a self, text: &'a str, window: usize) -> impl Iterator<Item = Cut> + 'a {
+        self.after(text, 0, window)
+    }
+
+    /// The same after a place.
+    pub fn after<'a>(
+        &'a self,
+        text: &'a str,
+        place: usize,
+        window: usize,
+    ) -> impl Iterator<Item = Cut> + 'a {
         let bytes = text.as_bytes();
         let window = window.max(1);
-        let starts = (1..).map(move |n: usize| n.saturating_mul(window));
+        let first = place / window + 1;
+        let starts = (first..).map(move |n: usize| n.saturating_mul(window));
         starts
             .take_while(|start| *start < bytes.len())
             .filter_map(move |start| {

@@ -3,7 +3,9 @@
 
 use std::sync::atomic::Ordering;
 
+use bytes::Bytes;
 use kv_core::family::{FamilyHasher, Namespace, Scheme};
+use kv_core::hash::Seed;
 use kv_core::id::Family;
 use kv_core::rng::Rng;
 use kv_core::surface::Surface;
@@ -12,7 +14,7 @@ use kv_sim::engine::{Config, Engine};
 use kv_sim::publish::{Encoding, EventPlane};
 use kv_tests::client::json_request;
 use kv_tests::stack::{Setup, Stack};
-use kv_tests::upstream::Upstream;
+use kv_tests::upstream::{Upstream, checksum};
 use kv_tests::wait;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -319,5 +321,62 @@ async fn token_ids_are_handed_over_to_engines_that_take_them() {
         "messages": [{"role": "user", "content": "the worker"}]});
     let (answer, _) = send(&stack, "/v1/chat/completions", &chat).await;
     assert_eq!(answer["usage"]["prompt_tokens"], 4);
+    stack.idle().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn token_ids_are_handed_over_after_a_wait_in_the_queue_too() {
+    let dir = TempDir::new().expect("a temporary directory");
+    let folder = model::model(dir.path());
+    let upstream = Upstream::start(1).await;
+    upstream.gate.send_replace(false);
+    let endpoint = upstream.address;
+    let stack = Stack::start(&Setup {
+        threads: 1,
+        workers: vec![],
+        more: json!({
+            "workers": [{"id": 1, "endpoint": endpoint, "max_num_batched_tokens": 1000}],
+            "queue": {"threshold": 0.1, "max_wait_secs": 60},
+            "tokenizer": {"path": folder, "budget_ms": 5_000, "hand_over": "field"},
+        }),
+    })
+    .await;
+    let files = Model::load(&folder, 1 << 20, 1).expect("a model");
+    let mut rng = Rng::new(25);
+    let mut answers = Vec::new();
+    for wanted in [(1, 0), (1, 1)] {
+        let body = json!({"model": "sim", "prompt": said(&mut rng, 300), "max_tokens": 1});
+        let given = ids(&files, Surface::Completions, &body);
+        let text = body["prompt"].to_string();
+        let expected = body.to_string().replace(&text, &json!(given).to_string());
+        let request = json_request(stack.envoy.port, "/v1/completions", &body).expect("a request");
+        let client = stack.client.clone();
+        let answer = tokio::spawn(async move { client.send(request).await.expect("an answer") });
+        answers.push((expected, answer));
+        // The first makes the worker busy, so that the second waits.
+        let there = async || {
+            let queues = stack.client.get(stack.sidecar.admin, "/v1/queue").await?;
+            let classes = queues[0]["classes"].as_array().into_iter().flatten();
+            let depth: u64 = classes.filter_map(|c| c["requests"].as_u64()).sum();
+            let state = (upstream.requests.load(Ordering::Relaxed), depth);
+            if state == wanted {
+                Ok(())
+            } else {
+                Err(format!("{state:?}"))
+            }
+        };
+        wait::until("one at the worker, the other in the queue", there).await;
+    }
+    upstream.gate.send_replace(true);
+    for (expected, answer) in answers {
+        let answer = answer.await.expect("an exchange");
+        let seen: Value = serde_json::from_slice(answer.body()).expect("json");
+        let expected = Bytes::from(expected);
+        let hash = Seed::default().block(&checksum(&expected));
+        assert_eq!(
+            (&seen["bytes"], &seen["hash"]),
+            (&json!(expected.len()), &json!(hash))
+        );
+    }
     stack.idle().await;
 }

@@ -164,6 +164,20 @@ async fn a_conversation_is_routed_as_its_token_ids() {
             texts.stack.sidecar.settled(publisher.published).await;
         }
     }
+    // Once its VM has a stream a question goes there.
+    let streamed = async || {
+        let calls = async || texts.stack.envoy.total("kv_router_text_calls_total").await;
+        let before = calls().await;
+        let body = json!({"messages": [{"role": "user", "content": system}]});
+        let (_, decision) = texts.send("/v1/chat/completions", &body).await;
+        let by_call = calls().await - before;
+        if decision["reason"] == "kv" && by_call == 0 {
+            Ok(())
+        } else {
+            Err(format!("{decision}, {by_call} calls"))
+        }
+    };
+    kv_tests::wait::until("a question on the stream", streamed).await;
     texts.stack.idle().await;
 }
 
