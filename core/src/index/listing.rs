@@ -1,9 +1,26 @@
-//! Blocks by their hashes and names.
+//! Blocks by their hashes and names. A block whose name is its sequence hash, as Dynamo's own engines
+//! and caches name it, is listed once.
 
 use super::places::Place;
-use super::run::{Block, RunId, SHARED, UNNAMED};
+use super::run::{Block, Run, RunId, SHARED, UNNAMED};
+use super::slab::Slab;
 use super::space::Space;
 use super::tree::Tree;
+
+fn block_at(run: &Run, place: Place) -> Block {
+    let at = usize::from(place.position().saturating_sub(run.first));
+    run.blocks.get(at).copied().unwrap_or_default()
+}
+
+fn sequence_key(runs: &Slab<Run>, secrets: &[u64], place: Place) -> u64 {
+    let run = runs.at(place.run());
+    run.space.key(secrets, block_at(run, place).sequence)
+}
+
+fn name_key(runs: &Slab<Run>, secrets: &[u64], place: Place) -> u64 {
+    let run = runs.at(place.run());
+    run.space.name_key(secrets, block_at(run, place).name)
+}
 
 impl Tree {
     /// The place of a sequence hash.
@@ -15,8 +32,28 @@ impl Tree {
             .get(space.key(&self.secrets, sequence), is_it)
     }
 
+    /// Whether a prompt that some block of the tree is of may begin with this one.
+    pub(super) fn may_begin(&self, space: Space, sequence: u64) -> bool {
+        let key = space.key(&self.secrets, sequence);
+        self.heads.may_have(key) || space.family().is_flat()
+    }
+
     /// The place of the block that a name is kept with.
     pub(super) fn find_name(&self, space: Space, name: u64) -> Option<Place> {
+        if self.eponymous > 0
+            && let Some(place) = self.find(space, name)
+            && self.block(place).name == name
+        {
+            return Some(place);
+        }
+        self.find_unlike(space, name)
+    }
+
+    /// The place of the block that has a name that is not its sequence hash.
+    fn find_unlike(&self, space: Space, name: u64) -> Option<Place> {
+        if self.by_name.is_empty() {
+            return None;
+        }
         let is_it =
             |place: &Place| self.block(*place).name == name && self.run(place.run()).space == space;
         self.by_name.get(space.name_key(&self.secrets, name), is_it)
@@ -26,40 +63,65 @@ impl Tree {
     pub(super) fn list(&mut self, space: Space, block: Block, place: Place) {
         let Self { runs, secrets, .. } = self;
         let (runs, secrets) = (&*runs, &*secrets);
-        let key = |place: &Place| {
-            let run = runs.at(place.run());
-            let at = usize::from(place.position().saturating_sub(run.first));
-            run.space
-                .key(secrets, run.blocks.get(at).map_or(0, |b| b.sequence))
-        };
+        let key = |place: &Place| sequence_key(runs, secrets, *place);
         self.by_sequence
             .insert(space.key(secrets, block.sequence), place, key);
-        if block.name != UNNAMED {
-            self.list_name(space, block.name, place);
+        self.list_name(space, block, place);
+    }
+
+    /// Enters a block that follows in its run, if the tables have neither its hash nor its name.
+    /// Whether they had not.
+    pub(super) fn list_next(&mut self, space: Space, block: Block, place: Place) -> bool {
+        let Self { runs, secrets, .. } = self;
+        let (runs, secrets) = (&*runs, &*secrets);
+        let hash = space.key(secrets, block.sequence);
+        let same = |other: &Place| {
+            let run = runs.at(other.run());
+            block_at(run, *other).sequence == block.sequence && run.space == space
+        };
+        let key = |place: &Place| sequence_key(runs, secrets, *place);
+        if !self.by_sequence.insert_absent(hash, place, same, key) {
+            return false;
+        }
+        let named = if block.is_eponymous() {
+            self.find_unlike(space, block.name)
+        } else {
+            self.find_name(space, block.name)
+        };
+        if named.is_some() {
+            self.by_sequence.remove(hash, place);
+            return false;
+        }
+        self.list_name(space, block, place);
+        true
+    }
+
+    fn list_name(&mut self, space: Space, block: Block, place: Place) {
+        if block.is_eponymous() {
+            self.eponymous += 1;
+        } else if block.name != UNNAMED {
+            let Self { runs, secrets, .. } = self;
+            let (runs, secrets) = (&*runs, &*secrets);
+            let key = |place: &Place| name_key(runs, secrets, *place);
+            self.by_name
+                .insert(space.name_key(secrets, block.name), place, key);
         }
     }
 
-    fn list_name(&mut self, space: Space, name: u64, place: Place) {
-        let Self { runs, secrets, .. } = self;
-        let (runs, secrets) = (&*runs, &*secrets);
-        let key = |place: &Place| {
-            let run = runs.at(place.run());
-            let at = usize::from(place.position().saturating_sub(run.first));
-            run.space
-                .name_key(secrets, run.blocks.get(at).map_or(0, |b| b.name))
-        };
-        self.by_name
-            .insert(space.name_key(secrets, name), place, key);
+    fn unlist_name(&mut self, space: Space, block: Block, place: Place) {
+        if block.is_eponymous() {
+            self.eponymous -= 1;
+        } else if block.name != UNNAMED {
+            let key = space.name_key(&self.secrets, block.name);
+            self.by_name.remove(key, place);
+        }
     }
 
     /// Takes a block out of the tables.
     pub(super) fn unlist(&mut self, space: Space, block: Block, place: Place) {
         let key = space.key(&self.secrets, block.sequence);
         self.by_sequence.remove(key, place);
-        if block.name != UNNAMED {
-            let key = space.name_key(&self.secrets, block.name);
-            self.by_name.remove(key, place);
-        }
+        self.unlist_name(space, block, place);
     }
 
     /// Keeps a name with a block, if it has that name or nobody uses the one it has. `is_held`:
@@ -74,15 +136,13 @@ impl Tree {
         if is_used || self.find_name(space, name).is_some() {
             return false;
         }
-        if block.name != UNNAMED {
-            let key = space.name_key(&self.secrets, block.name);
-            self.by_name.remove(key, place);
-        }
+        self.unlist_name(space, block, place);
         let index = self.index(place);
-        if let Some(block) = self.runs.at_mut(place.run()).blocks.get_mut(index) {
-            block.name = name;
+        let block = Block { name, ..block };
+        if let Some(kept) = self.runs.at_mut(place.run()).blocks.get_mut(index) {
+            *kept = block;
         }
-        self.list_name(space, name, place);
+        self.list_name(space, block, place);
         true
     }
 
@@ -93,7 +153,7 @@ impl Tree {
             let (was, is) = (run.place(old, at), run.place(new, at));
             let key = run.space.key(&self.secrets, block.sequence);
             self.by_sequence.replace(key, was, is);
-            if block.name != UNNAMED {
+            if block.name != UNNAMED && !block.is_eponymous() {
                 let key = run.space.name_key(&self.secrets, block.name);
                 self.by_name.replace(key, was, is);
             }

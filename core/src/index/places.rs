@@ -1,6 +1,7 @@
 //! Where blocks stand, by a hash.
 
 use hashbrown::HashTable;
+use hashbrown::hash_table::Entry;
 
 use super::run::RunId;
 use super::slab::NIL;
@@ -77,13 +78,31 @@ impl Places {
     /// Adds a place that is not there yet.
     pub(super) fn insert(&mut self, hash: u64, place: Place, rehash: impl Fn(&Place) -> u64) {
         if let Some(shard) = self.shards.get_mut(Self::shard(hash)) {
-            let grows = shard.len() == shard.capacity();
-            let before = if grows { shard.allocation_size() } else { 0 };
+            self.bytes += make_room(shard, &rehash);
             shard.insert_unique(hash, place, rehash);
-            if grows {
-                self.bytes = self.bytes + shard.allocation_size() - before;
-            }
             self.len += 1;
+        }
+    }
+
+    /// Adds a place unless one like it is there. Whether none was.
+    pub(super) fn insert_absent(
+        &mut self,
+        hash: u64,
+        place: Place,
+        is_it: impl FnMut(&Place) -> bool,
+        rehash: impl Fn(&Place) -> u64,
+    ) -> bool {
+        let Some(shard) = self.shards.get_mut(Self::shard(hash)) else {
+            return false;
+        };
+        self.bytes += make_room(shard, &rehash);
+        match shard.entry(hash, is_it, rehash) {
+            Entry::Occupied(_) => false,
+            Entry::Vacant(entry) => {
+                entry.insert(place);
+                self.len += 1;
+                true
+            }
         }
     }
 
@@ -124,6 +143,10 @@ impl Places {
         }
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
     /// Bytes taken from the allocator.
     pub(super) fn bytes(&self) -> usize {
         self.bytes
@@ -133,4 +156,19 @@ impl Places {
     pub(super) fn used_bytes(&self) -> usize {
         self.len * ENTRY_BYTES
     }
+}
+
+/// Makes room for one more in a full table and returns the bytes that it grew by. What it has is
+/// hashed first and then moved: so the reads of the blocks don't wait for each other.
+fn make_room(shard: &mut HashTable<Place>, rehash: impl Fn(&Place) -> u64) -> usize {
+    if shard.len() < shard.capacity() {
+        return 0;
+    }
+    let before = shard.allocation_size();
+    let places: Vec<_> = shard.iter().map(|place| (rehash(place), *place)).collect();
+    *shard = HashTable::with_capacity(places.len() + places.len() / 2 + 1);
+    for (hash, place) in places {
+        shard.insert_unique(hash, place, |_| hash);
+    }
+    shard.allocation_size().saturating_sub(before)
 }
