@@ -1,25 +1,45 @@
 //! Blocks by their hashes and names. A block whose name is its sequence hash, as Dynamo's own engines
 //! and caches name it, is listed once.
 
-use super::places::Place;
+use super::places::{Hashing, Place};
 use super::run::{Block, Run, RunId, SHARED, UNNAMED};
 use super::slab::Slab;
 use super::space::Space;
 use super::tree::Tree;
 
-fn block_at(run: &Run, place: Place) -> Block {
+/// How blocks hash by their sequence hashes.
+struct BySequence<'a>(&'a Slab<Run>, &'a [u64]);
+
+/// How they hash by their names.
+struct ByName<'a>(&'a Slab<Run>, &'a [u64]);
+
+/// A block of a space.
+type Found<'a> = (Space, Option<&'a Block>);
+
+fn find(runs: &Slab<Run>, place: Place) -> Found<'_> {
+    let run = runs.at(place.run());
     let at = usize::from(place.position().saturating_sub(run.first));
-    run.blocks.get(at).copied().unwrap_or_default()
+    (run.space, run.blocks.get(at))
 }
 
-fn sequence_key(runs: &Slab<Run>, secrets: &[u64], place: Place) -> u64 {
-    let run = runs.at(place.run());
-    run.space.key(secrets, block_at(run, place).sequence)
+impl<'a> Hashing<Found<'a>> for BySequence<'a> {
+    fn find(&self, place: Place) -> Found<'a> {
+        find(self.0, place)
+    }
+
+    fn hash(&self, (space, block): Found<'a>) -> u64 {
+        space.key(self.1, block.map_or(0, |block| block.sequence))
+    }
 }
 
-fn name_key(runs: &Slab<Run>, secrets: &[u64], place: Place) -> u64 {
-    let run = runs.at(place.run());
-    run.space.name_key(secrets, block_at(run, place).name)
+impl<'a> Hashing<Found<'a>> for ByName<'a> {
+    fn find(&self, place: Place) -> Found<'a> {
+        find(self.0, place)
+    }
+
+    fn hash(&self, (space, block): Found<'a>) -> u64 {
+        space.name_key(self.1, block.map_or(0, |block| block.name))
+    }
 }
 
 impl Tree {
@@ -61,26 +81,24 @@ impl Tree {
 
     /// Enters a block into the tables.
     pub(super) fn list(&mut self, space: Space, block: Block, place: Place) {
-        let Self { runs, secrets, .. } = self;
-        let (runs, secrets) = (&*runs, &*secrets);
-        let key = |place: &Place| sequence_key(runs, secrets, *place);
-        self.by_sequence
-            .insert(space.key(secrets, block.sequence), place, key);
+        let hash = space.key(&self.secrets, block.sequence);
+        let hashing = BySequence(&self.runs, &self.secrets);
+        self.by_sequence.insert(hash, place, &hashing);
         self.list_name(space, block, place);
     }
 
     /// Enters a block that follows in its run, if the tables have neither its hash nor its name.
     /// Whether they had not.
     pub(super) fn list_next(&mut self, space: Space, block: Block, place: Place) -> bool {
-        let Self { runs, secrets, .. } = self;
-        let (runs, secrets) = (&*runs, &*secrets);
-        let hash = space.key(secrets, block.sequence);
-        let same = |other: &Place| {
-            let run = runs.at(other.run());
-            block_at(run, *other).sequence == block.sequence && run.space == space
+        let hash = space.key(&self.secrets, block.sequence);
+        let runs = &self.runs;
+        let is_it = |other: &Place| {
+            let (of, other) = find(runs, *other);
+            of == space && other.is_some_and(|other| other.sequence == block.sequence)
         };
-        let key = |place: &Place| sequence_key(runs, secrets, *place);
-        if !self.by_sequence.insert_absent(hash, place, same, key) {
+        let hashing = BySequence(runs, &self.secrets);
+        let tables = &mut self.by_sequence;
+        if !tables.insert_absent(hash, place, is_it, &hashing) {
             return false;
         }
         let named = if block.is_eponymous() {
@@ -100,11 +118,9 @@ impl Tree {
         if block.is_eponymous() {
             self.eponymous += 1;
         } else if block.name != UNNAMED {
-            let Self { runs, secrets, .. } = self;
-            let (runs, secrets) = (&*runs, &*secrets);
-            let key = |place: &Place| name_key(runs, secrets, *place);
-            self.by_name
-                .insert(space.name_key(secrets, block.name), place, key);
+            let hash = space.name_key(&self.secrets, block.name);
+            let hashing = ByName(&self.runs, &self.secrets);
+            self.by_name.insert(hash, place, &hashing);
         }
     }
 

@@ -12,6 +12,8 @@ const POSITION_BITS: u32 = 7;
 pub(super) const MAX_RUNS: usize = (1 << (32 - POSITION_BITS)) - 1;
 /// Parts of a table, each of which grows by itself: growth pauses for a part only.
 const SHARDS: usize = 64;
+/// Entries that move together when a table grows.
+const STEP: usize = 64;
 /// Bytes of an entry in a table that has just grown and so is filled least.
 const ENTRY_BYTES: usize = 12;
 
@@ -76,26 +78,27 @@ impl Places {
     }
 
     /// Adds a place that is not there yet.
-    pub(super) fn insert(&mut self, hash: u64, place: Place, rehash: impl Fn(&Place) -> u64) {
+    pub(super) fn insert<K>(&mut self, hash: u64, place: Place, hashing: &impl Hashing<K>) {
         if let Some(shard) = self.shards.get_mut(Self::shard(hash)) {
-            self.bytes += make_room(shard, &rehash);
-            shard.insert_unique(hash, place, rehash);
+            self.bytes += make_room(shard, hashing);
+            shard.insert_unique(hash, place, |place| hashing.hash(hashing.find(*place)));
             self.len += 1;
         }
     }
 
     /// Adds a place unless one like it is there. Whether none was.
-    pub(super) fn insert_absent(
+    pub(super) fn insert_absent<K>(
         &mut self,
         hash: u64,
         place: Place,
         is_it: impl FnMut(&Place) -> bool,
-        rehash: impl Fn(&Place) -> u64,
+        hashing: &impl Hashing<K>,
     ) -> bool {
         let Some(shard) = self.shards.get_mut(Self::shard(hash)) else {
             return false;
         };
-        self.bytes += make_room(shard, &rehash);
+        self.bytes += make_room(shard, hashing);
+        let rehash = |place: &Place| hashing.hash(hashing.find(*place));
         match shard.entry(hash, is_it, rehash) {
             Entry::Occupied(_) => false,
             Entry::Vacant(entry) => {
@@ -158,17 +161,44 @@ impl Places {
     }
 }
 
-/// Makes room for one more in a full table and returns the bytes that it grew by. What it has is
-/// hashed first and then moved: so the reads of the blocks don't wait for each other.
-fn make_room(shard: &mut HashTable<Place>, rehash: impl Fn(&Place) -> u64) -> usize {
+/// How places hash, in two steps.
+pub(super) trait Hashing<K> {
+    /// Where what is hashed is to be read.
+    fn find(&self, place: Place) -> K;
+
+    /// Reads and hashes it.
+    fn hash(&self, key: K) -> u64;
+}
+
+/// Makes room for one more in a full table and returns the bytes that it grew by. Where blocks are
+/// is found for many before one is read: so few reads wait for others.
+fn make_room<K>(shard: &mut HashTable<Place>, hashing: &impl Hashing<K>) -> usize {
     if shard.len() < shard.capacity() {
         return 0;
     }
     let before = shard.allocation_size();
-    let places: Vec<_> = shard.iter().map(|place| (rehash(place), *place)).collect();
-    *shard = HashTable::with_capacity(places.len() + places.len() / 2 + 1);
-    for (hash, place) in places {
-        shard.insert_unique(hash, place, |_| hash);
+    let room = shard.len() + shard.len() / 2 + 1;
+    let old = std::mem::replace(shard, HashTable::with_capacity(room));
+    let mut places = old.iter().copied();
+    let (mut found, mut hashes) = (Vec::new(), Vec::new());
+    loop {
+        found.extend(
+            places
+                .by_ref()
+                .take(STEP)
+                .map(|place| (hashing.find(place), place)),
+        );
+        if found.is_empty() {
+            break;
+        }
+        hashes.extend(
+            found
+                .drain(..)
+                .map(|(key, place)| (hashing.hash(key), place)),
+        );
+        for (hash, place) in hashes.drain(..) {
+            shard.insert_unique(hash, place, |_| hash);
+        }
     }
     shard.allocation_size().saturating_sub(before)
 }
