@@ -13,6 +13,7 @@ mod check;
 mod cut;
 mod directory;
 mod dump;
+mod heads;
 mod held;
 mod leaves;
 mod listing;

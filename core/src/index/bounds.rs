@@ -189,6 +189,7 @@ impl Tree {
             + sets
             + self.units.bytes()
             + self.leaves.bytes()
+            + self.heads.bytes()
     }
 
     fn used_bytes(&self) -> usize {
@@ -200,6 +201,7 @@ impl Tree {
             + sets
             + self.units.used_bytes()
             + self.leaves.bytes()
+            + self.heads.bytes()
     }
 
     /// Bytes of the runs' lists of blocks.
@@ -243,7 +245,8 @@ impl Tree {
             (key, place)
         };
         self.by_sequence.fill(listed.clone().map(keys));
-        let named = listed.filter(|(_, block, _)| block.name != UNNAMED);
+        let has_own = |block: &Block| block.name != UNNAMED && !block.is_eponymous();
+        let named = listed.filter(|(_, block, _)| has_own(block));
         let keys = |(space, block, place): (Space, Block, _)| {
             let key = space.name_key(&self.secrets, block.name);
             (key, place)

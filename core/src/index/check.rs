@@ -54,6 +54,7 @@ impl Tree {
                 let first = run.blocks[0].sequence;
                 let next = self.next(run.space, Place::ROOT, first);
                 assert_eq!(next, Next::There(run.place(id, 0)));
+                assert!(self.may_begin(run.space, first));
             }
         }
         assert_eq!((blocks, room, held), (self.blocks, self.room, self.held));

@@ -1,9 +1,46 @@
-//! Blocks by their hashes and names.
+//! Blocks by their hashes and names. A block whose name is its sequence hash, as Dynamo's own engines
+//! and caches name it, is listed once.
 
-use super::places::Place;
-use super::run::{Block, RunId, SHARED, UNNAMED};
+use super::places::{Hashing, Place};
+use super::run::{Block, Run, RunId, SHARED, UNNAMED};
+use super::slab::Slab;
 use super::space::Space;
 use super::tree::Tree;
+
+/// How blocks hash by their sequence hashes.
+struct BySequence<'a>(&'a Slab<Run>, &'a [u64]);
+
+/// How they hash by their names.
+struct ByName<'a>(&'a Slab<Run>, &'a [u64]);
+
+/// A block of a space.
+type Found<'a> = (Space, Option<&'a Block>);
+
+fn find(runs: &Slab<Run>, place: Place) -> Found<'_> {
+    let run = runs.at(place.run());
+    let at = usize::from(place.position().saturating_sub(run.first));
+    (run.space, run.blocks.get(at))
+}
+
+impl<'a> Hashing<Found<'a>> for BySequence<'a> {
+    fn find(&self, place: Place) -> Found<'a> {
+        find(self.0, place)
+    }
+
+    fn hash(&self, (space, block): Found<'a>) -> u64 {
+        space.key(self.1, block.map_or(0, |block| block.sequence))
+    }
+}
+
+impl<'a> Hashing<Found<'a>> for ByName<'a> {
+    fn find(&self, place: Place) -> Found<'a> {
+        find(self.0, place)
+    }
+
+    fn hash(&self, (space, block): Found<'a>) -> u64 {
+        space.name_key(self.1, block.map_or(0, |block| block.name))
+    }
+}
 
 impl Tree {
     /// The place of a sequence hash.
@@ -15,8 +52,28 @@ impl Tree {
             .get(space.key(&self.secrets, sequence), is_it)
     }
 
+    /// Whether a prompt that some block of the tree is of may begin with this one.
+    pub(super) fn may_begin(&self, space: Space, sequence: u64) -> bool {
+        let key = space.key(&self.secrets, sequence);
+        self.heads.may_have(key) || space.family().is_flat()
+    }
+
     /// The place of the block that a name is kept with.
     pub(super) fn find_name(&self, space: Space, name: u64) -> Option<Place> {
+        if self.eponymous > 0
+            && let Some(place) = self.find(space, name)
+            && self.block(place).name == name
+        {
+            return Some(place);
+        }
+        self.find_unlike(space, name)
+    }
+
+    /// The place of the block that has a name that is not its sequence hash.
+    fn find_unlike(&self, space: Space, name: u64) -> Option<Place> {
+        if self.by_name.is_empty() {
+            return None;
+        }
         let is_it =
             |place: &Place| self.block(*place).name == name && self.run(place.run()).space == space;
         self.by_name.get(space.name_key(&self.secrets, name), is_it)
@@ -24,42 +81,63 @@ impl Tree {
 
     /// Enters a block into the tables.
     pub(super) fn list(&mut self, space: Space, block: Block, place: Place) {
-        let Self { runs, secrets, .. } = self;
-        let (runs, secrets) = (&*runs, &*secrets);
-        let key = |place: &Place| {
-            let run = runs.at(place.run());
-            let at = usize::from(place.position().saturating_sub(run.first));
-            run.space
-                .key(secrets, run.blocks.get(at).map_or(0, |b| b.sequence))
+        let hash = space.key(&self.secrets, block.sequence);
+        let hashing = BySequence(&self.runs, &self.secrets);
+        self.by_sequence.insert(hash, place, &hashing);
+        self.list_name(space, block, place);
+    }
+
+    /// Enters a block that follows in its run, if the tables have neither its hash nor its name.
+    /// Whether they had not.
+    pub(super) fn list_next(&mut self, space: Space, block: Block, place: Place) -> bool {
+        let hash = space.key(&self.secrets, block.sequence);
+        let runs = &self.runs;
+        let is_it = |other: &Place| {
+            let (of, other) = find(runs, *other);
+            of == space && other.is_some_and(|other| other.sequence == block.sequence)
         };
-        self.by_sequence
-            .insert(space.key(secrets, block.sequence), place, key);
-        if block.name != UNNAMED {
-            self.list_name(space, block.name, place);
+        let hashing = BySequence(runs, &self.secrets);
+        let tables = &mut self.by_sequence;
+        if !tables.insert_absent(hash, place, is_it, &hashing) {
+            return false;
+        }
+        let named = if block.is_eponymous() {
+            self.find_unlike(space, block.name)
+        } else {
+            self.find_name(space, block.name)
+        };
+        if named.is_some() {
+            self.by_sequence.remove(hash, place);
+            return false;
+        }
+        self.list_name(space, block, place);
+        true
+    }
+
+    fn list_name(&mut self, space: Space, block: Block, place: Place) {
+        if block.is_eponymous() {
+            self.eponymous += 1;
+        } else if block.name != UNNAMED {
+            let hash = space.name_key(&self.secrets, block.name);
+            let hashing = ByName(&self.runs, &self.secrets);
+            self.by_name.insert(hash, place, &hashing);
         }
     }
 
-    fn list_name(&mut self, space: Space, name: u64, place: Place) {
-        let Self { runs, secrets, .. } = self;
-        let (runs, secrets) = (&*runs, &*secrets);
-        let key = |place: &Place| {
-            let run = runs.at(place.run());
-            let at = usize::from(place.position().saturating_sub(run.first));
-            run.space
-                .name_key(secrets, run.blocks.get(at).map_or(0, |b| b.name))
-        };
-        self.by_name
-            .insert(space.name_key(secrets, name), place, key);
+    fn unlist_name(&mut self, space: Space, block: Block, place: Place) {
+        if block.is_eponymous() {
+            self.eponymous -= 1;
+        } else if block.name != UNNAMED {
+            let key = space.name_key(&self.secrets, block.name);
+            self.by_name.remove(key, place);
+        }
     }
 
     /// Takes a block out of the tables.
     pub(super) fn unlist(&mut self, space: Space, block: Block, place: Place) {
         let key = space.key(&self.secrets, block.sequence);
         self.by_sequence.remove(key, place);
-        if block.name != UNNAMED {
-            let key = space.name_key(&self.secrets, block.name);
-            self.by_name.remove(key, place);
-        }
+        self.unlist_name(space, block, place);
     }
 
     /// Keeps a name with a block, if it has that name or nobody uses the one it has. `is_held`:
@@ -74,15 +152,13 @@ impl Tree {
         if is_used || self.find_name(space, name).is_some() {
             return false;
         }
-        if block.name != UNNAMED {
-            let key = space.name_key(&self.secrets, block.name);
-            self.by_name.remove(key, place);
-        }
+        self.unlist_name(space, block, place);
         let index = self.index(place);
-        if let Some(block) = self.runs.at_mut(place.run()).blocks.get_mut(index) {
-            block.name = name;
+        let block = Block { name, ..block };
+        if let Some(kept) = self.runs.at_mut(place.run()).blocks.get_mut(index) {
+            *kept = block;
         }
-        self.list_name(space, name, place);
+        self.list_name(space, block, place);
         true
     }
 
@@ -93,7 +169,7 @@ impl Tree {
             let (was, is) = (run.place(old, at), run.place(new, at));
             let key = run.space.key(&self.secrets, block.sequence);
             self.by_sequence.replace(key, was, is);
-            if block.name != UNNAMED {
+            if block.name != UNNAMED && !block.is_eponymous() {
                 let key = run.space.name_key(&self.secrets, block.name);
                 self.by_name.replace(key, was, is);
             }

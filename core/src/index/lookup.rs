@@ -32,13 +32,18 @@ impl Index {
     pub fn overlaps_in(&self, pool: usize, family: Family, prompt: &[u64]) -> Vec<(Slot, Overlap)> {
         let space = Space::new(pool, family);
         let mut found = Vec::new();
-        if prompt.is_empty() {
+        let place = prompt.first().and_then(|first| {
+            let may_be = self.tree.may_begin(space, *first);
+            may_be.then(|| self.tree.find(space, *first)).flatten()
+        });
+        let Some(place) = place else {
+            return found;
+        };
+        let set = self.tree.run(place.run()).eff;
+        if set == EMPTY {
             return found;
         }
-        let first = self.probe(space, prompt, 0);
-        if first.set == EMPTY {
-            return found;
-        }
+        let first = Probe { at: 0, place, set };
         let mut steps = Vec::new();
         let last = self.deepest(space, prompt, first);
         self.descents(space, prompt, first, last, &mut steps);

@@ -1,6 +1,7 @@
 //! Where blocks stand, by a hash.
 
 use hashbrown::HashTable;
+use hashbrown::hash_table::Entry;
 
 use super::run::RunId;
 use super::slab::NIL;
@@ -11,6 +12,8 @@ const POSITION_BITS: u32 = 7;
 pub(super) const MAX_RUNS: usize = (1 << (32 - POSITION_BITS)) - 1;
 /// Parts of a table, each of which grows by itself: growth pauses for a part only.
 const SHARDS: usize = 64;
+/// Entries that move together when a table grows.
+const STEP: usize = 64;
 /// Bytes of an entry in a table that has just grown and so is filled least.
 const ENTRY_BYTES: usize = 12;
 
@@ -75,15 +78,34 @@ impl Places {
     }
 
     /// Adds a place that is not there yet.
-    pub(super) fn insert(&mut self, hash: u64, place: Place, rehash: impl Fn(&Place) -> u64) {
+    pub(super) fn insert<K>(&mut self, hash: u64, place: Place, hashing: &impl Hashing<K>) {
         if let Some(shard) = self.shards.get_mut(Self::shard(hash)) {
-            let grows = shard.len() == shard.capacity();
-            let before = if grows { shard.allocation_size() } else { 0 };
-            shard.insert_unique(hash, place, rehash);
-            if grows {
-                self.bytes = self.bytes + shard.allocation_size() - before;
-            }
+            self.bytes += make_room(shard, hashing);
+            shard.insert_unique(hash, place, |place| hashing.hash(hashing.find(*place)));
             self.len += 1;
+        }
+    }
+
+    /// Adds a place unless one like it is there. Whether none was.
+    pub(super) fn insert_absent<K>(
+        &mut self,
+        hash: u64,
+        place: Place,
+        is_it: impl FnMut(&Place) -> bool,
+        hashing: &impl Hashing<K>,
+    ) -> bool {
+        let Some(shard) = self.shards.get_mut(Self::shard(hash)) else {
+            return false;
+        };
+        self.bytes += make_room(shard, hashing);
+        let rehash = |place: &Place| hashing.hash(hashing.find(*place));
+        match shard.entry(hash, is_it, rehash) {
+            Entry::Occupied(_) => false,
+            Entry::Vacant(entry) => {
+                entry.insert(place);
+                self.len += 1;
+                true
+            }
         }
     }
 
@@ -124,6 +146,10 @@ impl Places {
         }
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
     /// Bytes taken from the allocator.
     pub(super) fn bytes(&self) -> usize {
         self.bytes
@@ -133,4 +159,46 @@ impl Places {
     pub(super) fn used_bytes(&self) -> usize {
         self.len * ENTRY_BYTES
     }
+}
+
+/// How places hash, in two steps.
+pub(super) trait Hashing<K> {
+    /// Where what is hashed is to be read.
+    fn find(&self, place: Place) -> K;
+
+    /// Reads and hashes it.
+    fn hash(&self, key: K) -> u64;
+}
+
+/// Makes room for one more in a full table and returns the bytes that it grew by. Where blocks are
+/// is found for many before one is read: so few reads wait for others.
+fn make_room<K>(shard: &mut HashTable<Place>, hashing: &impl Hashing<K>) -> usize {
+    if shard.len() < shard.capacity() {
+        return 0;
+    }
+    let before = shard.allocation_size();
+    let room = shard.len() + shard.len() / 2 + 1;
+    let old = std::mem::replace(shard, HashTable::with_capacity(room));
+    let mut places = old.iter().copied();
+    let (mut found, mut hashes) = (Vec::new(), Vec::new());
+    loop {
+        found.extend(
+            places
+                .by_ref()
+                .take(STEP)
+                .map(|place| (hashing.find(place), place)),
+        );
+        if found.is_empty() {
+            break;
+        }
+        hashes.extend(
+            found
+                .drain(..)
+                .map(|(key, place)| (hashing.hash(key), place)),
+        );
+        for (hash, place) in hashes.drain(..) {
+            shard.insert_unique(hash, place, |_| hash);
+        }
+    }
+    shard.allocation_size().saturating_sub(before)
 }

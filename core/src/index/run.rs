@@ -26,6 +26,13 @@ pub(super) struct Block {
     pub(super) name: u64,
 }
 
+impl Block {
+    /// Whether it has its sequence hash for a name.
+    pub(super) fn is_eponymous(self) -> bool {
+        self.name == self.sequence && self.name != UNNAMED
+    }
+}
+
 /// A run of blocks. 64 bytes.
 #[derive(Debug)]
 pub(super) struct Run {

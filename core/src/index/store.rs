@@ -5,6 +5,7 @@ use hashbrown::HashMap;
 use super::owner::{Hand, Owner, Taken};
 use super::places::Place;
 use super::run::{Block, SHARED, TIERS, UNNAMED};
+use super::slab::NIL;
 use super::space::Space;
 use super::tree::{Next, Tree};
 use super::waiting::{Orphan, OrphanBlock};
@@ -159,6 +160,7 @@ impl Hand<'_> {
         let mut at = from;
         let mut stored = 0;
         let mut rest = chain.blocks.as_slice();
+        let mut following = Vec::new();
         while let Some((block, after)) = rest.split_first() {
             let sequence = self.tree.sequence_after(at, block.tokens_hash);
             match self.tree.next(self.space, at, sequence) {
@@ -168,8 +170,9 @@ impl Hand<'_> {
                 }
                 Next::Absent => {
                     at = self.place(at, sequence, block, bit, after.len(), applied);
-                    stored += u32::from(!block.gone);
-                    rest = after;
+                    let more = self.follow(&mut at, after, bit, &mut following);
+                    stored += u32::from(!block.gone) + count(more);
+                    rest = after.get(more..).unwrap_or(&[]);
                 }
                 Next::There(place) => {
                     let alike = self.alike(place, rest);
@@ -202,6 +205,40 @@ impl Hand<'_> {
             // Links that nothing came to hang on.
             self.tree.release(at.run());
         }
+    }
+
+    /// Adds blocks after one that has been added, as many as join its run under names that are
+    /// kept with them, and returns how many. `chain` is room for them.
+    fn follow(
+        &mut self,
+        at: &mut Place,
+        blocks: &[OrphanBlock],
+        bit: u16,
+        chain: &mut Vec<Block>,
+    ) -> usize {
+        let run = self.tree.run(at.run());
+        let is_last = self.tree.index(*at) + 1 == run.blocks.len() && run.child == NIL;
+        let is_alone = self.tree.raw.is_alone(run.raw, self.slot.0, bit | SHARED);
+        if !is_last || !is_alone {
+            return 0;
+        }
+        let own = &self.owner.own;
+        let is_plain = |block: &&OrphanBlock| {
+            !block.gone && block.hash != UNNAMED && own.get(block.hash).is_none()
+        };
+        let room = self.tree.units.room(run.end() - 1) - 1;
+        let mut sequence = self.tree.block(*at).sequence;
+        chain.clear();
+        chain.extend(blocks.iter().take(room).take_while(is_plain).map(|block| {
+            sequence = crate::hash::chain(sequence, block.tokens_hash);
+            let name = block.hash;
+            Block { sequence, name }
+        }));
+        let added = self.tree.extend(at.run(), chain);
+        self.owner.held += added;
+        let run = self.tree.run(at.run());
+        *at = run.place(at.run(), run.blocks.len() - 1);
+        added
     }
 
     /// Adds a block that the tree lacks.

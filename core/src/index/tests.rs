@@ -131,9 +131,12 @@ impl History {
         sequence
     }
 
-    /// An engine's name for a block: there are three kinds of engines.
+    /// An engine's name for a block: there are four kinds of engines.
     fn name(slot: Slot, sequence: u64) -> u64 {
-        sequence.rotate_left(17) ^ u64::from(slot.0 % 3) << 3
+        match u64::from(slot.0 % 4) {
+            0 => sequence,
+            kind => sequence.rotate_left(17) ^ kind << 3,
+        }
     }
 
     fn step(&mut self) {
@@ -228,6 +231,8 @@ fn run(seed: u64, group: u8, slots: u16, length: usize, alphabet: u64, steps: us
         stats.orphans,
     );
     assert_eq!(nothing, (0, 0, 0, 0, 0));
+    let tree = &history.index.tree;
+    assert!(tree.by_name.is_empty() && tree.eponymous == 0);
     largest
 }
 
@@ -418,6 +423,44 @@ fn a_block_with_two_names_stays_until_both_are_gone() {
     assert_eq!(depth(&index, 0), 1);
     index.apply(0, Slot(0), Tier::Device, &removed(&[2]));
     assert_eq!((depth(&index, 0), index.stats().blocks), (0, 0));
+}
+
+#[test]
+fn names_that_are_hashes_of_other_blocks_find_their_own() {
+    let mut index = small();
+    let tokens = [1, 2, 3, 4];
+    let hash = History::sequence(&tokens);
+    // Each block has the hash of another one for a name, then its own.
+    let crossed = [(hash[1], 1), (hash[0], 2), (hash[3], 3), (hash[2], 4)];
+    index.apply(0, Slot(0), Tier::Device, &stored(None, &crossed));
+    let own: Vec<_> = hash.iter().copied().zip(tokens).collect();
+    index.apply(0, Slot(1), Tier::Device, &stored(None, &own));
+    index.tree.check();
+    let found = |index: &Index| {
+        let found = index.overlaps(0, &hash).into_iter();
+        found
+            .map(|(_, overlap)| overlap.depth[0])
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(found(&index), [4, 4]);
+    index.apply(0, Slot(0), Tier::Device, &removed(&[hash[2]]));
+    index.apply(0, Slot(1), Tier::Device, &removed(&[hash[2]]));
+    index.tree.check();
+    assert_eq!(found(&index), [3, 2]);
+}
+
+#[test]
+fn a_store_that_repeats_a_name_or_a_hash_adds_what_stands_before() {
+    let mut index = small();
+    let twice = [(11, 1), (12, 2), (13, 3), (12, 4), (15, 5)];
+    let applied = index.apply(0, Slot(0), Tier::Device, &stored(None, &twice));
+    index.tree.check();
+    // The name has moved on to the fourth block, so the second one is held no more.
+    assert_eq!((applied.stored, applied.renamed), (5, 1));
+    let hash = History::sequence(&[1, 2, 3, 4, 5]);
+    let found = index.overlaps(0, &hash);
+    assert_eq!(found.first().map(|(_, overlap)| overlap.depth[0]), Some(1));
+    assert_eq!(index.stats().owner_blocks, 4);
 }
 
 #[test]

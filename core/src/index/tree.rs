@@ -8,6 +8,7 @@
 //! published, so that lookups may gallop; blocks that a removal hides stay in `raw` and return
 //! with their parent. As `raw` is one along a run, so is `eff`.
 
+use super::heads::Heads;
 use super::leaves::Leaves;
 use super::places::{Place, Places};
 use super::run::{Block, Run, RunId, TIERS};
@@ -34,7 +35,10 @@ pub(super) enum Next {
 pub(super) struct Tree {
     pub(super) runs: Slab<Run>,
     pub(super) by_sequence: Places,
+    /// By names that differ from the sequence hash.
     pub(super) by_name: Places,
+    /// Blocks whose name is their sequence hash.
+    pub(super) eponymous: usize,
     /// Secrets of the pools.
     pub(super) secrets: Vec<u64>,
     /// Members are `slot << 5 | SHARED | mask of tiers`.
@@ -43,6 +47,8 @@ pub(super) struct Tree {
     pub(super) eff: Sets,
     pub(super) units: Units,
     pub(super) leaves: Leaves,
+    /// First blocks of prompts; blocks of flat families stand alone and are not among them.
+    pub(super) heads: Heads,
     /// Blocks.
     pub(super) blocks: usize,
     /// Blocks that the runs have room for.
@@ -59,11 +65,13 @@ impl Tree {
             runs: Slab::default(),
             by_sequence: Places::new(),
             by_name: Places::new(),
+            eponymous: 0,
             secrets: Vec::new(),
             raw: Sets::new(5),
             eff: Sets::new(2),
             units,
             leaves: Leaves::default(),
+            heads: Heads::default(),
             blocks: 0,
             room: 0,
             held: 0,
@@ -177,6 +185,38 @@ impl Tree {
         place
     }
 
+    /// Adds blocks to the end of a run without children, as long as they belong there and the tree
+    /// has neither their hashes nor their names. All that hold the run hold them under these names.
+    /// Returns how many were added.
+    pub(super) fn extend(&mut self, id: RunId, blocks: &[Block]) -> usize {
+        let run = self.run(id);
+        let (space, unit, from) = (run.space, run.unit, run.blocks.len());
+        let position = run.place(id, from).position();
+        let split = self.units.at(unit).split;
+        let mut room = self.units.room(run.depth) - from;
+        if split >= position {
+            room = room.min((split - position).into());
+        }
+        let blocks = blocks.get(..room).unwrap_or(blocks);
+        let before = run.blocks.capacity();
+        let run = self.runs.at_mut(id);
+        run.blocks.extend_from_slice(blocks);
+        let is_visible = run.is_visible();
+        let places = (position..).map(|position| Place::new(id, position));
+        let mut listed = blocks.iter().zip(places);
+        let refused = listed.position(|(block, place)| !self.list_next(space, *block, place));
+        let added = refused.unwrap_or(blocks.len());
+        let run = self.runs.at_mut(id);
+        run.blocks.truncate(from + added);
+        self.room = self.room + run.blocks.capacity() - before;
+        self.blocks += added;
+        self.held += added * self.raw.members(self.run(id).raw).len();
+        if added > 0 && is_visible {
+            self.units.touch(unit, false);
+        }
+        added
+    }
+
     fn push(&mut self, id: RunId, block: Block) {
         let blocks = &mut self.runs.at_mut(id).blocks;
         let before = blocks.capacity();
@@ -213,6 +253,9 @@ impl Tree {
         self.runs.at_mut(parent).child = id;
         self.runs.at_mut(next).previous = id;
         let key = space.key(&self.secrets, block.sequence);
+        if parent == NIL && !space.family().is_flat() {
+            self.heads.add(key);
+        }
         let parent_unit = self.run(parent).unit;
         self.runs.at_mut(id).unit = self.units.join(id, key, depth, parent_unit);
         self.leaves.push(id, &self.runs);
@@ -313,6 +356,10 @@ impl Tree {
             let run = self.runs.remove(id);
             self.blocks -= run.blocks.len();
             self.room -= run.blocks.capacity();
+            if parent == NIL && !run.space.family().is_flat() {
+                let first = run.blocks.first().map_or(0, |block| block.sequence);
+                self.heads.remove(run.space.key(&self.secrets, first));
+            }
             for (at, block) in run.blocks.iter().enumerate() {
                 self.unlist(run.space, *block, run.place(id, at));
             }
