@@ -30,7 +30,8 @@ pub struct Loads {
     /// behind what earlier filters read.
     #[serde(skip)]
     pub backlogs: Vec<u64>,
-    /// Whether no other proxy books on the same owners. Stands behind the backlogs.
+    /// Whether nobody has to know soon what is booked: no other proxy books on the same owners, and
+    /// nothing is predicted from bookings. Stands behind the backlogs.
     #[serde(skip)]
     pub is_alone: bool,
 }

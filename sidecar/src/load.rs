@@ -61,6 +61,8 @@ pub struct Accounts {
     is_unsettled: bool,
     /// By pool, the classes in which requests wait, as bits.
     backlogs: Vec<u64>,
+    /// Whether blocks are predicted from bookings.
+    predicts: bool,
 }
 
 /// The prompt of a booking, as far as it is known.
@@ -156,7 +158,8 @@ pub struct News {
     pub write_off: WriteOff,
     /// By pool, the classes in which requests wait, as bits.
     pub backlogs: Vec<u64>,
-    /// Whether no other proxy is connected or has booked anything for a while.
+    /// Whether no other proxy is connected or has booked anything for a while, and nothing is
+    /// predicted from bookings.
     pub is_alone: bool,
 }
 
@@ -173,6 +176,7 @@ impl Accounts {
             counts_distinct: settings.tracking.active_blocks && settings.tracking.kv_reuse,
             is_unsettled: false,
             backlogs: Vec::new(),
+            predicts: false,
         }
     }
 
@@ -392,10 +396,15 @@ impl Accounts {
         is_changed
     }
 
+    /// Whether blocks are predicted from bookings, so that those have to be known soon.
+    pub fn set_predicting(&mut self, predicts: bool) {
+        self.predicts = predicts;
+    }
+
     /// What is to be told to proxies whose corrections or live prefixes have changed.
     pub fn news(&mut self, now_ms: u64) -> Vec<News> {
         let mut news = Vec::new();
-        let is_only = self.proxies.len() == 1;
+        let may_wait = self.proxies.len() == 1 && !self.predicts;
         self.is_unsettled = false;
         for proxy in self.proxies.values_mut() {
             let Some(stream) = proxy.stream else { continue };
@@ -435,7 +444,7 @@ impl Accounts {
                 pools,
                 write_off: proxy.write_off.clone(),
                 backlogs: self.backlogs.clone(),
-                is_alone: is_alone && is_only,
+                is_alone: is_alone && may_wait,
             };
             if proxy.told.as_ref() != Some(&told) {
                 proxy.told = Some(told.clone());

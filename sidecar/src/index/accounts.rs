@@ -331,6 +331,9 @@ impl Service {
         };
         self.accounts
             .serve(self.tables.iter().map(owners).collect());
+        let mut pools = self.roster.pools.iter();
+        let predicts = pools.any(|p| !p.config.kv_events || p.config.predicted_ttl_ms.is_some());
+        self.accounts.set_predicting(predicts);
         self.queues.serve(&self.tables, unix_ns());
         self.settle_queues();
         self.loads_due();

@@ -202,6 +202,10 @@ fn a_proxy_is_alone_until_another_is_there() {
         news.iter().map(|n| (n.stream, n.is_alone)).collect()
     };
     assert_eq!(alone(accounts.news(0)), [(10, true)]);
+    for predicts in [true, false] {
+        accounts.set_predicting(predicts);
+        assert_eq!(alone(accounts.news(0)), [(10, !predicts)]);
+    }
     accounts.connected(proxy(2), 20, true, 0);
     assert_eq!(alone(accounts.news(0)), [(10, false), (20, false)]);
 }

@@ -97,6 +97,19 @@ async fn without_tokenizer_and_events_a_conversation_stays_where_it_was() {
             assert_eq!(answer["worker"], home, "{decision}");
         }
         home = answer["worker"].clone();
+        let predicted = async || {
+            let workers = stack.sidecar.workers().await?;
+            let settled = stack.sidecar.index().await?["settled"] == true;
+            let owners = workers["pools"][0]["owners"].as_array();
+            let mut owners = owners.into_iter().flatten();
+            let owner = owners.find(|o| o["worker"] == home);
+            if settled && owner.is_some_and(|o| o["blocks"] == text / 4 / BLOCK) {
+                Ok(())
+            } else {
+                Err(workers.to_string())
+            }
+        };
+        wait::until("the prediction", predicted).await;
         // What was sent is looked up by the same chunks.
         let (again, _) = held(&stack, path, &body, (text / 4 / BLOCK) as u64).await;
         assert_eq!(again["worker"], home);
