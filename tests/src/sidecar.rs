@@ -80,12 +80,7 @@ impl Sidecar {
     pub async fn settled(&self, events: u64) -> Value {
         let settled = async || {
             let index = self.index().await?;
-            let planes = index["planes"].as_object().into_iter().flatten();
-            let kinds = planes
-                .filter_map(|(_, plane)| plane["events"].as_object())
-                .flatten();
-            let applied: u64 = kinds.filter_map(|(_, n)| n.as_u64()).sum();
-            if applied >= events && index["settled"] == true {
+            if applied(&index) >= events && index["settled"] == true {
                 Ok(index)
             } else {
                 Err(index.to_string())
@@ -93,6 +88,16 @@ impl Sidecar {
         };
         wait::until("the index", settled).await
     }
+}
+
+/// Events that have been applied in all, from the index's report.
+#[must_use]
+pub fn applied(index: &Value) -> u64 {
+    let planes = index["planes"].as_object().into_iter().flatten();
+    let kinds = planes
+        .filter_map(|(_, plane)| plane["events"].as_object())
+        .flatten();
+    kinds.filter_map(|(_, n)| n.as_u64()).sum()
 }
 
 fn spawn(dir: &Path, config: &Path) -> Process {

@@ -1,6 +1,8 @@
 //! Blocks that are known by hashes of other families, through real Envoy: for every request of a
-//! random history the overlaps by tier in the decision record, and what a shared store adds, equal
+//! random history the overlaps by tier in the decision record, and what shared stores add, equal
 //! the naive model.
+
+mod mooncake;
 
 use kv_core::event::{EventData, Removed, Stored, StoredBlock};
 use kv_core::family::{FamilyHasher, Namespace, Scheme};
@@ -11,6 +13,7 @@ use kv_core::rng::Rng;
 use kv_tests::client::json_request;
 use kv_tests::stack::{Setup, Stack};
 use kv_tests::upstream::Upstream;
+use mooncake::{MOONCAKE, Mooncake, PAGE, PARTS, WHOLE, digests, object};
 use serde_json::{Value, json};
 
 const WORKERS: u64 = 4;
@@ -31,7 +34,7 @@ const FAMILIES: [Used; 4] = [
         &[("CPU", Tier::Host), ("SSD", Tier::Disk)],
     ),
     (Family::VllmSha256Cbor, 32, &[("FS", Tier::Disk)]),
-    (Family::HiCache, 64, &[("EXTERNAL", Tier::External)]),
+    (Family::HiCache, PAGE, &[("EXTERNAL", Tier::External)]),
     (Family::LmCache, 128, &[("CXL", Tier::Host)]),
 ];
 
@@ -65,16 +68,69 @@ fn prompt(rng: &mut Rng) -> Vec<u32> {
         .collect()
 }
 
-/// Posts workers' events, and tells the model.
+/// Tells of workers' and stores' blocks, and tells the model.
 struct Engines<'a> {
     stack: &'a Stack,
+    mooncake: Mooncake,
     naive: Naive,
+    /// As `naive`, but that it is not told of objects that leave.
+    keeps: Naive,
     sequences: [u64; 100],
     events: u64,
 }
 
 impl Engines<'_> {
+    /// Something happens to objects of some pages of a prompt.
+    async fn change_objects(&mut self, rng: &mut Rng) {
+        let prompt = prompt(rng);
+        let pages: Vec<_> = digests(&prompt)
+            .into_iter()
+            .zip(prompt.chunks_exact(PAGE as usize))
+            .collect();
+        if pages.is_empty() {
+            return;
+        }
+        let from = rng.below(pages.len());
+        let to = from + 1 + rng.below(pages.len() - from);
+        let is_stored = rng.below(3) > 0;
+        // Another tenant's are none of ours.
+        let mut events = vec![object(false, &pages[from].0, PARTS[0], "another")];
+        let slot = Slot(MOONCAKE as u16);
+        for (page, tokens) in &pages[from..to] {
+            let name = u64::from_str_radix(&page[..16], 16).expect("hexadecimal");
+            let only = (rng.below(4) == 0).then(|| rng.below(PARTS.len()));
+            let parts = PARTS.iter().enumerate();
+            for (at, part) in parts.filter(|(at, _)| only.is_none_or(|only| only == *at)) {
+                events.push(object(is_stored, page, part, "default"));
+                let there = self.mooncake.pages.entry(name).or_default();
+                let before = *there;
+                *there = if is_stored {
+                    before | 1 << at
+                } else {
+                    before & !(1 << at)
+                };
+                let data = match (is_stored, before, *there) {
+                    (true, _, WHOLE) => store(Family::HiCache, PAGE, "", &[name], tokens).1,
+                    // Of a page of which nothing is known, too.
+                    (false, WHOLE | 0, _) => removal(Family::HiCache, "", &[name]).1,
+                    _ => continue,
+                };
+                self.events += 1;
+                let family = Family::HiCache;
+                let tier = Tier::External;
+                self.naive.apply_family(0, family, slot, tier, &data);
+                if is_stored {
+                    self.keeps.apply_family(0, family, slot, tier, &data);
+                }
+            }
+        }
+        self.mooncake.publish(&events).await;
+    }
+
     async fn change(&mut self, rng: &mut Rng) {
+        if rng.below(5) == 0 {
+            return self.change_objects(rng).await;
+        }
         let used = FAMILIES.get(rng.below(FAMILIES.len() + 1)).copied();
         let prompt = prompt(rng);
         let worker = match used {
@@ -112,7 +168,9 @@ impl Engines<'_> {
             store(family, size, medium, &names[from..to], tokens)
         };
         let slot = Slot(u16::try_from(worker).expect("a small id"));
-        self.naive.apply_family(0, family, slot, tier, &data);
+        for naive in [&mut self.naive, &mut self.keeps] {
+            naive.apply_family(0, family, slot, tier, &data);
+        }
         self.post(worker, event).await;
     }
 
@@ -205,6 +263,9 @@ async fn overlaps_of_all_families_match_the_naive_model() {
     }
     let events = json!({"http": {"trust_loopback": true}});
     workers.push(json!({"id": STORE, "role": "store", "events": events}));
+    let (mut mooncake, address) = Mooncake::start().await;
+    let events = json!({"zmq": {"endpoint": address}});
+    workers.push(json!({"id": MOONCAKE, "role": "store", "events": events}));
     let families = FAMILIES.map(|(family, block_size, media)| {
         json!({
             "family": family,
@@ -221,15 +282,20 @@ async fn overlaps_of_all_families_match_the_naive_model() {
         }),
     })
     .await;
+    let events = mooncake.heard(&stack).await;
     let mut engines = Engines {
         stack: &stack,
+        mooncake,
         naive: Naive::default(),
+        keeps: Naive::default(),
         sequences: [0; 100],
-        events: 0,
+        events,
     };
     let mut rng = Rng::new(11);
-    // Decisions in which some worker has blocks on each tier, and in the store.
+    // Decisions in which some worker has blocks on each tier, and in the stores.
     let mut seen_on = [0; 5];
+    // Decisions to which the objects matter, and to which those that left would.
+    let (mut by_objects, mut by_gone) = (0, 0);
     for round in 0..300 {
         for _ in 0..rng.below(4) {
             engines.change(&mut rng).await;
@@ -244,14 +310,21 @@ async fn overlaps_of_all_families_match_the_naive_model() {
             hashes: hashes(used, &prompt),
         });
         let seen = decision["candidates"].as_array().expect("candidates");
-        // The store takes no requests.
+        // Stores take no requests.
         assert_eq!(seen.len(), WORKERS as usize, "round {round}: {decision}");
         let mut most = [0; 5];
+        let (mut adds, mut would_add) = (false, false);
         for candidate in seen {
             let worker = candidate["worker"].as_u64().expect("a worker");
             let slot = Slot(u16::try_from(worker).expect("a small id"));
-            let stores = [Slot(STORE as u16)];
-            let held = engines.naive.holding(0, slot, &stores, &sequence, &foreign);
+            let stores = [STORE, MOONCAKE].map(|store| Slot(store as u16));
+            let holding = |naive: &Naive, stores: &[Slot]| {
+                naive.holding(0, slot, stores, &sequence, &foreign)
+            };
+            let held = holding(&engines.naive, &stores);
+            let shared_cache = held.shared_cache;
+            adds |= shared_cache > holding(&engines.naive, &stores[..1]).shared_cache;
+            would_add |= holding(&engines.keeps, &stores).shared_cache > shared_cache;
             assert_eq!(
                 (&candidate["overlap"], &candidate["shared_cache"]),
                 (&json!(held.by_tier()), &json!(held.shared_cache)),
@@ -271,6 +344,8 @@ async fn overlaps_of_all_families_match_the_naive_model() {
                 .zip(blocks)
                 .for_each(|(most, n)| *most = n.max(*most));
         }
+        by_objects += usize::from(adds);
+        by_gone += usize::from(would_add);
         for (seen, most) in seen_on.iter_mut().zip(most) {
             *seen += usize::from(most > 0);
         }
@@ -284,5 +359,9 @@ async fn overlaps_of_all_families_match_the_naive_model() {
         assert_eq!(answer["worker"], decision["worker"], "round {round}");
     }
     assert!(seen_on.iter().all(|n| *n > 20), "{seen_on:?} of 300");
+    assert!(
+        by_objects > 20 && by_gone > 20,
+        "{by_objects}, {by_gone} of 300"
+    );
     stack.envoy.idle().await;
 }
