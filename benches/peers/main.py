@@ -91,7 +91,7 @@ class Run(Processes):
 
     def serves(self):
         """Whether the router answers."""
-        body = {"model": MODEL, "prompt": "t1 t2 t3", "max_tokens": 1}
+        body = {"model": MODEL, "prompt": "qb qc qd", "max_tokens": 1}
         answer = answers(f"http://127.0.0.1:{self.port}/v1/completions", json.dumps(body).encode())
         return answer is not None and b"choices" in answer
 
@@ -99,7 +99,8 @@ class Run(Processes):
 def write_model(folder):
     """A model's folder with a tokenizer that reads words as the simulated engines do."""
     os.makedirs(folder, exist_ok=True)
-    vocabulary = {f"t{token}": token for token in range(VOCABULARY)}
+    letters = str.maketrans("0123456789", "abcdefghij")
+    vocabulary = {"q" + str(token).translate(letters): token for token in range(VOCABULARY)}
     tokenizer = {
         "version": "1.0",
         "truncation": None,
@@ -109,13 +110,13 @@ def write_model(folder):
         "pre_tokenizer": {"type": "WhitespaceSplit"},
         "post_processor": None,
         "decoder": None,
-        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "t0"},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "qa"},
     }
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "unk_token": "t0",
-        "bos_token": "t1",
-        "eos_token": "t2",
+        "unk_token": "qa",
+        "bos_token": "qb",
+        "eos_token": "qc",
         "model_max_length": BLOCKS * BLOCK_SIZE,
         "chat_template": "{{ messages[0].content }}",
     }

@@ -376,7 +376,7 @@ mod tests {
         );
         assert_eq!(
             body(Format::Text),
-            format!(r#"{{"model":"sim","prompt":" t300 t7",{rest}"#)
+            format!(r#"{{"model":"sim","prompt":" qdaa qh",{rest}"#)
         );
     }
 

@@ -1,8 +1,8 @@
 //! The tokenizer and the answers of the simulated model.
 //!
-//! Text is split at white space. The word `t123` is token 123; any other word is hashed to a token
-//! of the vocabulary. Token 123 is written ` t123`, so text made of tokens gives the same tokens
-//! back. An answer is a function of its prompt and the position alone: the load generator knows it
+//! Text is split at white space. The word `qbcd` is token 123, its digits written as letters from `a`,
+//! so that generated text is made of words as real text is; any other word is hashed to a token of
+//! the vocabulary. Text made of tokens gives the same tokens back. An answer is a function of its prompt and the position alone: the load generator knows it
 //! without asking, and a conversation replays equally through any router.
 
 use xxhash_rust::xxh3::{Xxh3, xxh3_64};
@@ -29,15 +29,24 @@ pub fn encode(text: &str) -> Vec<u32> {
 }
 
 fn encode_word(word: &str) -> u32 {
-    word.strip_prefix('t')
-        .and_then(|digits| digits.parse().ok())
-        .unwrap_or_else(|| from_number(xxh3_64(word.as_bytes())))
+    token_of(word).unwrap_or_else(|| from_number(xxh3_64(word.as_bytes())))
+}
+
+/// The token that a word spells.
+fn token_of(word: &str) -> Option<u32> {
+    let digits = word.strip_prefix('q').filter(|digits| !digits.is_empty())?;
+    digits.bytes().try_fold(0_u32, |token, letter| {
+        let digit = letter.checked_sub(b'a').filter(|digit| *digit < 10)?;
+        token.checked_mul(10)?.checked_add(digit.into())
+    })
 }
 
 /// Text of one token, with the space before it.
 #[must_use]
 pub fn decode(token: u32) -> String {
-    format!(" t{token}")
+    let letter = |digit: char| char::from(b'a' + digit as u8 - b'0');
+    let letters: String = token.to_string().chars().map(letter).collect();
+    format!(" q{letters}")
 }
 
 /// The reserved token that opens a message of this role.
@@ -87,7 +96,7 @@ mod tests {
 
     #[test]
     fn words_are_generated_tokens_and_differ() {
-        let tokens = encode("the quick\n t-shirt t99999999999");
+        let tokens = encode("the quick\n quick-fix qjjjjjjjjjjj");
         assert_eq!(tokens.len(), 4);
         assert!(
             tokens

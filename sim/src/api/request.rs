@@ -231,7 +231,7 @@ mod tests {
         let first = tokens(r#"{"messages":[{"role":"user","content":"hello there"}]}"#);
         let second = tokens(
             r#"{"messages":[{"role":"user","content":[{"type":"text","text":"hello there"}]},
-                {"role":"assistant","content":"t400 t500"},{"role":"user","content":"more"}]}"#,
+                {"role":"assistant","content":"qeaa qfaa"},{"role":"user","content":"more"}]}"#,
         );
         assert_eq!(second[..first.len()], first);
         assert_eq!(second[first.len()..first.len() + 2], [400, 500]);
