@@ -375,13 +375,13 @@ mod tests {
         ] {
             let mut settings = golden("bpe/golden.json").settings;
             settings[lacking] = Value::Null;
-            let error = with(&model, &settings).err().expect("an error");
+            let error = with(&model, &settings).expect_err("an error");
             assert!(error.to_string().contains(what), "{error}");
         }
         let class = json!({"tokenizer_class": "XLMRobertaTokenizer"});
-        let error = with(&model, &class).err().expect("an error");
+        let error = with(&model, &class).expect_err("an error");
         assert!(matches!(error, ConvertError::Family { .. }), "{error}");
-        let error = with(b"\n\xff", &class).err().expect("an error");
+        let error = with(b"\n\xff", &class).expect_err("an error");
         assert!(matches!(error, ConvertError::Proto(_)), "{error}");
     }
 }

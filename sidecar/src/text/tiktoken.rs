@@ -301,7 +301,7 @@ mod tests {
         let with = |line: &str| [&file[..], line.as_bytes()].concat();
         let refused = |bytes: &[u8]| {
             let tokenizer = tokenizer(bytes, Family::Qwen, &Named::default());
-            tokenizer.err().expect("an error").to_string()
+            tokenizer.expect_err("an error").to_string()
         };
         assert!(refused(&with("!!! 602\n")).starts_with("line 603 "));
         assert!(refused(&with("YWJj\n")).starts_with("line 603 "));
@@ -309,9 +309,7 @@ mod tests {
         assert!(refused(&with("IQ== 602\n")).starts_with("token \"!\" "));
         assert!(refused(b"IQ== 0\n").starts_with("no token for byte 0x00"));
         let named: Named = serde_json::from_str(r#"{"bos_token": "<s>"}"#).expect("settings");
-        let error = tokenizer(&file, Family::Qwen, &named)
-            .err()
-            .expect("an error");
+        let error = tokenizer(&file, Family::Qwen, &named).expect_err("an error");
         assert_eq!(error.to_string(), "special token \"<s>\" has no id");
     }
 }
