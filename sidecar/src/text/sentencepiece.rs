@@ -63,18 +63,7 @@ fn llama(model: &Model, named: &Named) -> Result<Tokenizer, ConvertError> {
     let begins = named.add_bos_token;
     let begins = begins.ok_or(ConvertError::Lacks("add_bos_token"))?;
 
-    let mut ranks = HashMap::new();
-    let mut last = f32::INFINITY;
-    for (piece, rank) in model.pieces.iter().zip(0..) {
-        if piece.kind() == Kind::Normal {
-            if piece.score() >= last {
-                let same = format!("{:?} not scored below what is before it", piece.piece());
-                return Err(refused(same));
-            }
-            last = piece.score();
-            ranks.insert(piece.piece(), rank);
-        }
-    }
+    let pairs = model.pairs(&refused)?;
     let mut vocabulary = model.vocabulary()?;
     for byte in 0..=u8::MAX {
         if !vocabulary.contains_key(&format!("<0x{byte:02X}>")) {
@@ -83,7 +72,7 @@ fn llama(model: &Model, named: &Named) -> Result<Tokenizer, ConvertError> {
     }
     let added = named.added(model.added(), &mut vocabulary)?;
     let bpe = BPE::builder()
-        .vocab_and_merges(vocabulary.into_iter().collect::<Vocab>(), merges(&ranks))
+        .vocab_and_merges(vocabulary.into_iter().collect::<Vocab>(), pairs)
         .fuse_unk(true)
         .byte_fallback(true)
         .build()?;
@@ -193,6 +182,43 @@ impl Model {
         }
     }
 
+    /// The pairs of its byte pair encoding, best first. No two pieces have the same score, except
+    /// runs of spaces with the worst of all: the leftmost grows until there is no longer one.
+    fn pairs(
+        &self,
+        refused: &impl Fn(String) -> ConvertError,
+    ) -> Result<Vec<(String, String)>, ConvertError> {
+        let normal = || self.pieces.iter().filter(|p| p.kind() == Kind::Normal);
+        let worst = normal().map(Piece::score).fold(f32::INFINITY, f32::min);
+        let is_run =
+            |piece: &&Piece| piece.score() <= worst && piece.piece().chars().all(|c| c == SPACE);
+        let mut runs: Vec<&str> = normal().filter(is_run).map(Piece::piece).collect();
+        runs.sort_unstable_by_key(|run| run.len());
+        if !runs
+            .iter()
+            .zip(1..)
+            .all(|(run, n)| run.chars().count() == n)
+        {
+            return Err(refused("runs of spaces of the same score with gaps".into()));
+        }
+        let mut ranks = HashMap::new();
+        let mut last = f32::INFINITY;
+        for (piece, rank) in normal().filter(|piece| !is_run(piece)).zip(0..) {
+            let is_last = !runs.is_empty() && piece.score() <= worst;
+            if piece.score() >= last || is_last {
+                let same = format!("{:?} not scored below what is before it", piece.piece());
+                return Err(refused(same));
+            }
+            last = piece.score();
+            ranks.insert(piece.piece(), rank);
+        }
+        let mut pairs = merges(&ranks);
+        let grown = runs.windows(2).rev();
+        let space = || SPACE.to_string();
+        pairs.extend(grown.filter_map(|w| Some((w.first()?.to_string(), space()))));
+        Ok(pairs)
+    }
+
     fn vocabulary(&self) -> Result<HashMap<String, u32>, ConvertError> {
         let mut all = HashMap::new();
         for (piece, id) in self.pieces.iter().zip(0..) {
@@ -284,6 +310,24 @@ mod tests {
         let mut model = Model::decode(&fixture(file)[..]).expect("a model");
         change(&mut model);
         model.encode_to_vec()
+    }
+
+    #[test]
+    fn runs_of_spaces_grow_after_everything_else() {
+        // As in Llama's: all runs have the same score, the worst.
+        let runs = changed("bpe/tokenizer.model", |model| {
+            model.pieces[442].piece = Some("\u{2581}\u{2581}\u{2581}".into());
+            for piece in &mut model.pieces {
+                if piece.piece().chars().all(|c| c == SPACE) {
+                    piece.score = Some(-1e9);
+                }
+            }
+        });
+        let tokenizer = with(&runs, &golden("bpe/golden.json").settings).expect("a tokenizer");
+        let encoder = Encoder::new(tokenizer).expect("an encoder");
+        let ids = encoder.whole("the  the        x").expect("ids");
+        // SentencePiece's own.
+        assert_eq!(ids, [303, 443, 303, 442, 442, 298, 474]);
     }
 
     #[test]
