@@ -9,17 +9,23 @@
 mod body;
 mod cached;
 mod chat;
+mod convert;
 pub mod cut;
 mod encoder;
 mod engine;
+mod merges;
 mod model;
+mod named;
 mod python;
 mod reader;
+mod sentencepiece;
 mod template;
+mod tiktoken;
 mod vision;
 
 pub use body::{BodyError, Conversation, Prompt};
 pub use cached::{Cached, Encoded};
+pub use convert::{ConvertError, tokenizer_file};
 pub use encoder::{Encoder, EncoderError};
 pub use engine::{Engine, EngineError};
 pub use model::{Model, ModelError};

@@ -25,6 +25,7 @@ use super::{
 };
 use crate::ingest::subject::{Template, TemplateError};
 use crate::load;
+use crate::text::tokenizer_file;
 
 /// Longest path of a Unix socket that every system takes.
 const SOCKET_PATH_BYTES: usize = 100;
@@ -460,7 +461,7 @@ impl Check {
     fn tokenizer(&mut self, tokenizer: &file::Tokenizer, at: &str) -> Tokenizer {
         let from = match (&tokenizer.path, tokenizer.engine) {
             (Some(folder), engine) => {
-                self.readable(at, Some(&folder.join("tokenizer.json")));
+                self.readable(at, Some(&tokenizer_file(folder)));
                 if engine.is_some() {
                     self.refuse(at, folder.display(), "excludes engine");
                 }

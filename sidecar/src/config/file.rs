@@ -478,8 +478,8 @@ pub enum Stickiness {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Tokenizer {
-    /// Folder as Hugging Face lays it out: `tokenizer.json`, `tokenizer_config.json`,
-    /// `chat_template.jinja`. Either this or `engine`.
+    /// Folder as Hugging Face lays it out: `tokenizer.json` or a tokenizer of tiktoken or
+    /// SentencePiece, `tokenizer_config.json`, `chat_template.jinja`. Either this or `engine`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "PathBuf")]
     pub path: Option<PathBuf>,

@@ -4,9 +4,12 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
+use tokenizers::Tokenizer;
 
 use super::cached::Cached;
+use super::convert::{ConvertError, convert, tokenizer_file};
 use super::encoder::{Encoder, EncoderError};
+use super::named::Token;
 use super::template::{Source, Template, TemplateError};
 use super::vision::Vision;
 
@@ -28,6 +31,14 @@ pub enum ModelError {
         file: PathBuf,
         /// What is wrong.
         error: serde_json::Error,
+    },
+    /// A tokenizer that is no `tokenizer.json` and can't be made one.
+    #[error("{}: {error}", file.display())]
+    Convert {
+        /// Its path.
+        file: PathBuf,
+        /// What is wrong.
+        error: ConvertError,
     },
     /// The tokenizer.
     #[error(transparent)]
@@ -61,14 +72,6 @@ struct Settings {
     mask_token: Option<Token>,
 }
 
-/// A special token: its text, or what `AddedToken` is saved as.
-#[derive(Debug, Deserialize)]
-#[serde(untagged)]
-enum Token {
-    Text(String),
-    Added { content: String },
-}
-
 impl Model {
     /// The model of a folder. Its tokenizer remembers as many ids as fit into `bytes`; `seed` is a
     /// secret.
@@ -76,7 +79,10 @@ impl Model {
     /// # Errors
     /// When a file is missing or broken.
     pub fn load(folder: &Path, bytes: u64, seed: u64) -> Result<Self, ModelError> {
-        let encoder = Encoder::load(&folder.join("tokenizer.json"))?;
+        let encoder = match tokenizer_file(folder) {
+            file if file.extension().is_some_and(|end| end == "json") => Encoder::load(&file)?,
+            file => Encoder::new(converted(&file, folder)?)?,
+        };
         let mut settings: Settings =
             json(&folder.join("tokenizer_config.json"))?.unwrap_or_default();
         // Files of their own win over the template among the settings, as in `transformers`.
@@ -128,14 +134,26 @@ impl Settings {
             ("cls_token", self.cls_token),
             ("mask_token", self.mask_token),
         ];
-        let text = |token| match token {
-            Token::Text(content) | Token::Added { content } => content,
-        };
         let named = named.into_iter();
         named
-            .filter_map(|(name, token)| Some((name.to_owned(), text(token?))))
+            .filter_map(|(name, token)| Some((name.to_owned(), token?.text().to_owned())))
             .collect()
     }
+}
+
+/// The tokenizer of a file of a folder that is no `tokenizer.json`.
+fn converted(file: &Path, folder: &Path) -> Result<Tokenizer, ModelError> {
+    let path = || file.to_owned();
+    let bytes = std::fs::read(file).map_err(|error| ModelError::File {
+        file: path(),
+        error,
+    })?;
+    let named = json(&folder.join("tokenizer_config.json"))?.unwrap_or_default();
+    let config = json(&folder.join("config.json"))?.unwrap_or_default();
+    convert(file, &bytes, &named, &config).map_err(|error| ModelError::Convert {
+        file: path(),
+        error,
+    })
 }
 
 /// A file's text; `None` if there is no such file.

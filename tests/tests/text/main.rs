@@ -4,6 +4,7 @@
 mod elsewhere;
 mod model;
 
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use bytes::Bytes;
@@ -35,12 +36,17 @@ struct Texts {
 
 impl Texts {
     async fn start(threads: u32, tokenizer: Value) -> Self {
+        Self::of(model::model, threads, tokenizer).await
+    }
+
+    /// The same with a model of other files.
+    async fn of(model: fn(&Path) -> PathBuf, threads: u32, tokenizer: Value) -> Self {
         let mut upstreams = Vec::new();
         for id in 1..=WORKERS {
             upstreams.push(Upstream::start(id).await);
         }
         let dir = TempDir::new().expect("a temporary directory");
-        let folder = model::model(dir.path());
+        let folder = model(dir.path());
         let mut settings = json!({"path": folder});
         let (Value::Object(all), Value::Object(more)) = (&mut settings, tokenizer) else {
             panic!("settings must be a map");
@@ -183,7 +189,7 @@ async fn a_conversation_is_routed_as_its_token_ids() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn other_apis_are_routed_as_their_token_ids() {
-    let texts = Texts::start(1, json!({"budget_ms": 5_000})).await;
+    let texts = Texts::of(model::tiktoken, 1, json!({"budget_ms": 5_000})).await;
     let mut publisher = Publisher::connect(&texts.stack.nats.url()).await;
     let mut rng = Rng::new(8);
     let text = said(&mut rng, 100);

@@ -67,7 +67,22 @@ pub(crate) fn model(dir: &Path) -> PathBuf {
     folder
 }
 
-/// The same for a model of Qwen2-VL's family, with the id of its placeholder.
+/// A model's folder with a tokenizer of tiktoken, of Llama 3's family.
+pub(crate) fn tiktoken(dir: &Path) -> PathBuf {
+    let folder = dir.join("model");
+    std::fs::create_dir(&folder).expect("a writable directory");
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let from = tests.join("../sidecar/tests/fixtures/text/tiktoken");
+    for name in ["tiktoken.model", "tokenizer_config.json"] {
+        std::fs::copy(from.join(name), folder.join(name)).expect("a fixture");
+    }
+    let config = folder.join("config.json");
+    std::fs::write(config, r#"{"model_type": "llama"}"#).expect("a writable directory");
+    std::fs::write(folder.join("chat_template.jinja"), TEMPLATE).expect("a writable directory");
+    folder
+}
+
+/// A model as [`model`] makes it, of Qwen2-VL's family, with the id of its placeholder.
 pub(crate) fn seeing(dir: &Path) -> (PathBuf, u32) {
     let folder = model(dir);
     std::fs::write(folder.join("chat_template.jinja"), SEEING).expect("a writable directory");
