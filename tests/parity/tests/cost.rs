@@ -236,7 +236,7 @@ impl State {
             kv_transfer_candidates: None,
             retain_kv_transfer_chain: false,
             shared_cache_hits: (self.store > 0)
-                .then(|| SharedCacheHits::from_ranges(vec![0..self.store])),
+                .then(|| SharedCacheHits::from_ranges(std::iter::once(0..self.store).collect())),
             worker_loads,
             resp_tx: None,
         }

@@ -370,7 +370,10 @@ fn genuine_messages_mean_the_same() {
             let Ok(batch) = decode_event_batch(&payload) else {
                 continue;
             };
-            let sizes = batch.events.iter().filter_map(|event| event.block_size());
+            let sizes = batch
+                .events
+                .iter()
+                .filter_map(dynamo_kv_router::zmq_wire::RawKvEvent::block_size);
             let size = u32::try_from(sizes.max().unwrap_or(16)).unwrap();
             let mut us = ours(&mut Normaliser::new(settings(size), 0), &payload);
             let mut them = theirs(&mut ZmqEventNormalizer::new(size), &payload);
@@ -389,7 +392,7 @@ fn genuine_messages_mean_the_same() {
 }
 
 /// What both make of one store of the tokens 0 to 15.
-fn one_block(extra: Value) -> (u64, u64) {
+fn one_block(extra: &Value) -> (u64, u64) {
     let mut store = json!({
         "type": "BlockStored", "block_hashes": [5], "parent_block_hash": null,
         "token_ids": (0..16).collect::<Vec<u32>>(), "block_size": 16,
@@ -411,7 +414,7 @@ fn one_block(extra: Value) -> (u64, u64) {
 #[test]
 fn an_adapter_with_a_number_alone_is_not_taken_for_the_base_model() {
     let base = Seed::default().block(&(0..16).collect::<Vec<u32>>());
-    let (us, them) = one_block(json!({"lora_id": 3}));
+    let (us, them) = one_block(&json!({"lora_id": 3}));
     assert_eq!(them, base);
     assert_ne!(us, base);
 }
@@ -421,10 +424,10 @@ fn an_adapter_with_a_number_alone_is_not_taken_for_the_base_model() {
 #[test]
 fn a_salt_without_dynamos_mark_is_a_salt() {
     let tokens: Vec<u32> = (0..16).collect();
-    let (us, them) = one_block(json!({"extra_keys": [["tenant-1"]]}));
+    let (us, them) = one_block(&json!({"extra_keys": [["tenant-1"]]}));
     assert_eq!(them, Seed::default().block(&tokens));
     assert_eq!(us, Seed::new("", "tenant-1").block(&tokens));
-    let (us, them) = one_block(json!({"extra_keys": [["dynamo-cache-salt:tenant-1"]]}));
+    let (us, them) = one_block(&json!({"extra_keys": [["dynamo-cache-salt:tenant-1"]]}));
     assert_eq!(us, them);
 }
 

@@ -105,7 +105,7 @@ fn single(policy: RouterQueuePolicy, name: &str) -> Classes {
     }
 }
 
-fn history(rng: &mut Rng, classes: Classes) {
+fn history(rng: &mut Rng, classes: &Classes) {
     let mut ours = PolicyQueue::new(classes.ours.clone());
     let mut theirs = Theirs::new(classes.theirs.clone());
     // A lane that is blocked once stays so until Dynamo is told to look again.
@@ -199,7 +199,7 @@ fn requests_go_in_dynamos_order() {
             2 => single(RouterQueuePolicy::Lcfs, "lcfs"),
             _ => classes(&mut rng),
         };
-        history(&mut rng, classes);
+        history(&mut rng, &classes);
     }
 }
 
