@@ -55,6 +55,10 @@ impl Handover {
             return None;
         }
         let first = body.iter().position(|byte| *byte == b'{')? + 1;
+        // A body without members has no prompt that the ids could be of.
+        if body.get(first..)?.trim_ascii_start().first() == Some(&b'}') {
+            return None;
+        }
         match (self, surface) {
             (Self::Nvext, _) => match members.get(NVEXT) {
                 None => {
@@ -175,6 +179,7 @@ mod tests {
         let chat = r#"{"messages":[]}"#;
         assert_eq!(handed(Handover::Field, Surface::Chat, chat), None);
         assert_eq!(handed(Handover::None, Surface::Completions, odd), None);
+        assert_eq!(handed(Handover::Nvext, Surface::Completions, "{ }"), None);
         let many: String = (0..70).map(|i| format!("\"k{i}\":1,")).collect();
         let many = format!("{{{many}\"prompt\":\"a\"}}");
         assert_eq!(handed(Handover::Field, Surface::Completions, &many), None);
