@@ -6,14 +6,7 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 use crate::scan::Members;
-use crate::surface::Surface;
-
-/// Dynamo's extensions of a body.
-const NVEXT: &str = "nvext";
-/// Their key of token ids.
-const TOKEN_DATA: &str = "token_data";
-/// `SGLang`'s key of token ids.
-const INPUT_IDS: &str = "input_ids";
+use crate::surface::{INPUT_IDS, NVEXT, Surface, TOKEN_DATA};
 
 /// How workers get token ids.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -109,11 +109,7 @@ impl Report {
             at_ns: 0,
             sums,
             steps,
-            ages_ns: Vec::new(),
-            shared_caches: Vec::new(),
-            paced: Vec::new(),
-            constraints: Vec::new(),
-            sessions: Vec::new(),
+            ..Self::default()
         })
     }
 

@@ -3,6 +3,13 @@
 
 use serde::{Deserialize, Serialize};
 
+/// The body's key with Dynamo's extensions.
+pub const NVEXT: &str = "nvext";
+/// Their key of token ids.
+pub const TOKEN_DATA: &str = "token_data";
+/// `SGLang`'s key of token ids.
+pub const INPUT_IDS: &str = "input_ids";
+
 /// A kind of request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Surface {
@@ -61,7 +68,7 @@ impl Surface {
         match self {
             Self::Completions => Some("prompt"),
             Self::Inference => Some("token_ids"),
-            Self::Generate => Some("input_ids"),
+            Self::Generate => Some(INPUT_IDS),
             Self::Chat | Self::Responses | Self::Messages | Self::Embeddings => None,
         }
     }

@@ -13,6 +13,7 @@ use kv_core::wire::{self, Ack, Batch, METHOD, SERVICE, Subscribe, Up, WireError}
 use crate::config::Config;
 use crate::fleet::Fleet;
 use crate::host::{Expect, Host, Level, Token};
+use crate::link::{Link, State};
 use crate::metrics::{Event, Fault, Metrics};
 use crate::relay::Relay;
 
@@ -56,17 +57,6 @@ pub fn stamp_idle(host: &impl Host, now_ns: u64) {
     host.set_shared(&key::IDLE, &now_ns.to_le_bytes(), Expect::Anything);
 }
 
-/// The stream to the sidecar.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Link {
-    /// None; opened again at this time.
-    Down { retry_ns: u64 },
-    /// Open.
-    Up(Token),
-    /// To be reset at the next tick, its messages dropped.
-    Given(Token),
-}
-
 /// Whether the sidecar is heard, as far as this root context has made known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Voice {
@@ -83,7 +73,6 @@ pub struct Bridge {
     cluster: String,
     fresh_ns: u64,
     link: Link,
-    backoff_ns: u64,
     /// When the stream was opened or last brought a message.
     heard_ns: u64,
     voice: Voice,
@@ -104,8 +93,7 @@ impl Bridge {
             election: Election::new(me, ns(config.lease_ms)),
             cluster: config.sidecar_cluster.clone(),
             fresh_ns: FRESH_TICKS * ns(config.tick_ms),
-            link: Link::Down { retry_ns: 0 },
-            backoff_ns: BACKOFF_NS.0,
+            link: Link::new(BACKOFF_NS),
             heard_ns: 0,
             voice: Voice::Unknown,
             relay: Relay::default(),
@@ -116,15 +104,15 @@ impl Bridge {
     pub fn on_tick(&mut self, host: &impl Host, metrics: &mut Metrics, busy: bool) {
         let now_ns = host.now_ns();
         self.elect(host, metrics, busy, now_ns);
-        match (self.election.leads(), self.link) {
-            (Some(term), Link::Down { retry_ns }) if now_ns >= retry_ns => {
+        match (self.election.leads(), self.link.state()) {
+            (Some(term), State::Down { retry_ns }) if now_ns >= retry_ns => {
                 self.open(host, metrics, term, now_ns);
             }
-            (None, Link::Up(token)) | (_, Link::Given(token)) => {
+            (None, State::Up(token)) | (_, State::Given(token)) => {
                 host.reset_stream(token);
-                self.retry(now_ns);
+                self.link.ended(now_ns);
             }
-            (_, Link::Down { .. }) | (Some(_), Link::Up(_)) => {}
+            (_, State::Down { .. }) | (Some(_), State::Up(_)) => {}
         }
         self.relay(host, metrics);
     }
@@ -167,10 +155,7 @@ impl Bridge {
         {
             self.write(host, step, lease.version, 0);
         }
-        if let Link::Up(token) | Link::Given(token) = self.link {
-            host.reset_stream(token);
-            self.link = Link::Down { retry_ns: 0 };
-        }
+        self.link.reset(host);
     }
 
     /// A message of `size` bytes has come.
@@ -181,32 +166,32 @@ impl Bridge {
         token: Token,
         size: usize,
     ) {
-        if self.link != Link::Up(token) {
+        if self.link.up() != Some(token) {
             return;
         }
         // One look per message: a bridge that was away for longer than its lease writes nothing.
         let lease = host.shared(&key::LEASE).unwrap_or_default();
         if !self.election.holds(&lease.bytes) {
             metrics.fault(host, Fault::Fenced);
-            self.link = Link::Given(token);
+            self.link.give_up();
             return;
         }
         self.heard_ns = host.now_ns();
         let message = host.message(size);
         match wire::decode::<Batch<'_>>(&message) {
             Ok(batch) => self.write_batch(host, metrics, token, &batch),
-            Err(error) => self.refuse(host, metrics, token, error),
+            Err(error) => self.refuse(host, metrics, error),
         }
     }
 
     /// A stream was closed by the other side or could not be connected.
     pub fn on_close(&mut self, host: &impl Host, metrics: &mut Metrics, token: Token) {
-        if matches!(self.link, Link::Up(t) | Link::Given(t) if t == token) {
+        if self.link.token() == Some(token) {
             host.close_stream(token);
             metrics.fault(host, Fault::Closed);
             let now_ns = host.now_ns();
             self.fall_silent(host, now_ns);
-            self.retry(now_ns);
+            self.link.ended(now_ns);
         }
     }
 
@@ -229,11 +214,8 @@ impl Bridge {
             (None, Some(term)) => {
                 metrics.count(host, Event::Lease, 1);
                 host.log(Level::Info, &format!("bridge leads in term {term}"));
-                self.backoff_ns = BACKOFF_NS.0;
                 self.relay.register(host);
-                if let Link::Down { retry_ns } = &mut self.link {
-                    *retry_ns = 0;
-                }
+                self.link.hurry();
             }
             (Some(term), None) => {
                 host.log(Level::Info, &format!("bridge led until term {term}"));
@@ -255,10 +237,10 @@ impl Bridge {
         let Some(token) = host.open_stream(&self.cluster, SERVICE, METHOD) else {
             metrics.fault(host, Fault::Connect);
             self.fall_silent(host, now_ns);
-            self.retry(now_ns);
+            self.link.ended(now_ns);
             return;
         };
-        self.link = Link::Up(token);
+        self.link.opened(token);
         self.heard_ns = now_ns;
         let head = host.shared(&key::HEAD);
         let head = head.and_then(|shared| Head::decode(&shared.bytes));
@@ -278,18 +260,14 @@ impl Bridge {
 
     /// The stream, if somebody listens at its other end.
     fn listener(&self, now_ns: u64) -> Option<Token> {
-        match self.link {
-            Link::Up(token) if now_ns.saturating_sub(self.heard_ns) < SILENT_NS => Some(token),
-            Link::Up(_) | Link::Given(_) | Link::Down { .. } => None,
-        }
+        let is_heard = now_ns.saturating_sub(self.heard_ns) < SILENT_NS;
+        self.link.up().filter(|_| is_heard)
     }
 
     /// The stream takes no more messages.
     fn lose(&mut self, host: &impl Host, metrics: &mut Metrics) {
         metrics.fault(host, Fault::Closed);
-        if let Link::Up(token) = self.link {
-            self.link = Link::Given(token);
-        }
+        self.link.give_up();
     }
 
     fn write_batch(
@@ -313,7 +291,7 @@ impl Bridge {
         metrics.count(host, Event::Batch, 1);
         metrics.count(host, Event::Write, written);
         metrics.count(host, Event::Refused, refused);
-        self.backoff_ns = BACKOFF_NS.0;
+        self.link.works();
         if self.voice != Voice::Heard {
             self.voice = Voice::Heard;
             host.set_shared(&key::SILENT, &0_u64.to_le_bytes(), Expect::Anything);
@@ -326,10 +304,10 @@ impl Bridge {
         self.say(host, metrics, token, &ack);
     }
 
-    fn refuse(&mut self, host: &impl Host, metrics: &mut Metrics, token: Token, error: WireError) {
+    fn refuse(&mut self, host: &impl Host, metrics: &mut Metrics, error: WireError) {
         metrics.fault(host, Fault::Wire(error));
         host.log(Level::Error, &format!("message of the sidecar: {error}"));
-        self.link = Link::Given(token);
+        self.link.give_up();
     }
 
     fn say(&mut self, host: &impl Host, metrics: &mut Metrics, token: Token, message: &Up) {
@@ -346,14 +324,6 @@ impl Bridge {
             host.set_shared(&key::SILENT, &now_ns.to_le_bytes(), Expect::Anything);
         }
         self.voice = Voice::Silent;
-    }
-
-    /// Plans the next attempt.
-    fn retry(&mut self, now_ns: u64) {
-        self.link = Link::Down {
-            retry_ns: now_ns.saturating_add(self.backoff_ns),
-        };
-        self.backoff_ns = self.backoff_ns.saturating_mul(2).min(BACKOFF_NS.1);
     }
 }
 

@@ -238,9 +238,8 @@ impl Chooser {
             None => self.warm(host, served, all),
         };
         let bound = ask.constraints.bound.and_then(|bound| {
-            let mut owners = ask.owners.iter();
-            let is_it = |at: &&usize| served.owner(**at).is_some_and(|o| o.id == bound.owner);
-            Some((*owners.find(is_it)?, bound.slack?))
+            let owner = served.position(ask.owners, bound.owner)?;
+            Some((owner, bound.slack?))
         });
         let request = Request {
             demand: Demand {
@@ -371,10 +370,14 @@ impl Chooser {
         if fine.len() == round.candidates.len() {
             return;
         }
+        self.keep(round, |c| fine.contains(&worker(c)));
+    }
+
+    /// Keeps some of the candidates, with what was read of them.
+    fn keep(&mut self, round: &mut Round<'_>, is_kept: impl Fn(&Candidate) -> bool) {
         let read = std::mem::take(&mut self.read);
         let candidates = std::mem::take(&mut round.candidates).into_iter().zip(read);
-        let kept = candidates.filter(|(c, _)| fine.contains(&worker(c)));
-        (round.candidates, self.read) = kept.unzip();
+        (round.candidates, self.read) = candidates.filter(|(c, _)| is_kept(c)).unzip();
     }
 
     /// Decides and books, loads having been read. Another VM may have read the same loads at the same
@@ -423,7 +426,7 @@ impl Chooser {
             let Some((picked, place, booking)) = booked else {
                 return (weighed, None);
             };
-            if round.is_over(host, place, picked.owner) {
+            if round.is_over(host, picked.owner) {
                 // Others were quicker: it has no room any more.
                 if let Some(prompt) = &mut round.prompt {
                     prompt.again(host, booking.listing());
@@ -493,9 +496,7 @@ impl Chooser {
             return;
         }
         round.is_full = true;
-        let read = std::mem::take(&mut self.read);
-        let candidates = std::mem::take(&mut round.candidates).into_iter().zip(read);
-        (round.candidates, self.read) = candidates.filter(|(c, _)| !is_full(c)).unzip();
+        self.keep(round, |c| !is_full(c));
     }
 
     /// Whether the lane of the chosen owner shows more than what was read and booked.
@@ -663,10 +664,8 @@ impl Chooser {
         for _ in 0..SAMPLED {
             owners.extend(accepting.get(self.rng.below(accepting.len())));
         }
-        if let Some(bound) = ask.constraints.bound {
-            let is_it = |at: &&usize| served.owner(**at).is_some_and(|o| o.id == bound.owner);
-            owners.extend(accepting.iter().find(is_it));
-        }
+        let bound = ask.constraints.bound;
+        owners.extend(bound.and_then(|bound| served.position(accepting, bound.owner)));
         owners.sort_unstable();
         owners.dedup();
         let make = |owner: &usize| self.candidate(served, looked_up, ask, *owner);
@@ -729,19 +728,10 @@ impl Round<'_> {
     }
 
     /// Whether an owner has more requests than it takes, the one just booked among them.
-    fn is_over(&self, host: &impl Host, place: Place, owner: usize) -> bool {
-        let Some(owner) = self.served.owner(owner).filter(|_| self.is_capped) else {
-            return false;
-        };
-        let most = owner.metadata.max_requests;
-        if most == 0 {
-            return false;
-        }
-        let mut load = place.lane.read(host).load();
-        if let Some(loads) = self.loads {
-            load = loads.correction(owner.slot).apply(&load);
-        }
-        load.requests() > most
+    fn is_over(&self, host: &impl Host, owner: usize) -> bool {
+        let known = self.served.owner(owner).filter(|_| self.is_capped);
+        let most = known.map_or(0, |owner| owner.metadata.max_requests);
+        most > 0 && self.load(host, owner).requests() > most
     }
 
     /// The candidates that are compared with each other.

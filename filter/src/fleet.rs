@@ -4,7 +4,7 @@ use hashbrown::HashMap;
 use kv_core::family::Namespace;
 use kv_core::hash::{Hashing, Seed};
 use kv_core::holdings::{self, Named};
-use kv_core::id::{DpRank, Role, Slot, WorkerId};
+use kv_core::id::{DpRank, OwnerId, Role, Slot, WorkerId};
 use kv_core::policy::Mode;
 use kv_core::report::OwnerKey;
 use kv_core::scan::Scan;
@@ -206,6 +206,13 @@ impl<'a> Served<'a> {
     #[must_use]
     pub fn owner_at(&self, endpoint: &str) -> Option<usize> {
         self.derived.by_endpoint.get(endpoint).copied()
+    }
+
+    /// Where an owner stands, if it is one of those at these positions.
+    #[must_use]
+    pub fn position(&self, among: &[usize], id: OwnerId) -> Option<usize> {
+        let is_it = |at: &usize| self.owner(*at).is_some_and(|owner| owner.id == id);
+        among.iter().copied().find(is_it)
     }
 
     /// Whether some worker says which adapters it has loaded.

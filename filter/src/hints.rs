@@ -15,7 +15,7 @@ use crate::header_map::HeaderMap;
 use crate::host::{Headers, Host};
 use crate::metrics::Metrics;
 
-pub use said::{Malformed, NVEXT, Nvext, RANK, Said};
+pub use said::{Malformed, Nvext, RANK, Said};
 pub use trust::is_trusted;
 
 /// The kinds of privileged hints.

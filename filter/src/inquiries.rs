@@ -14,6 +14,7 @@ use std::collections::BTreeMap;
 use kv_core::text::{LONGEST_MS, SERVICE, STREAM, numbered};
 
 use crate::host::{Host, Token};
+use crate::link::{Link, State};
 use crate::metrics::{Fault, Metrics};
 
 /// First and longest wait before the stream is opened again. A sidecar of an earlier release
@@ -25,17 +26,6 @@ const MAX_OPEN: usize = 1_024;
 const MAX_BYTES: usize = 32 << 20;
 /// How long after a late question the stream is given up. All others are late by then.
 const GIVEN_UP_NS: u64 = LONGEST_MS * 1_000_000;
-
-/// The stream.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Link {
-    /// None; opened again at this time.
-    Down { retry_ns: u64 },
-    /// Open.
-    Up(Token),
-    /// Takes no more questions; to be reset at a tick.
-    Given(Token),
-}
 
 /// A question under way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,7 +51,6 @@ pub struct Inquiries {
     link: Link,
     /// The root context whose stream it is.
     root: u32,
-    backoff_ns: u64,
     next: u64,
     open: BTreeMap<u64, Open>,
     bytes: usize,
@@ -72,9 +61,8 @@ pub struct Inquiries {
 impl Default for Inquiries {
     fn default() -> Self {
         Self {
-            link: Link::Down { retry_ns: 0 },
+            link: Link::new(BACKOFF_NS),
             root: 0,
-            backoff_ns: BACKOFF_NS.0,
             next: 0,
             open: BTreeMap::new(),
             bytes: 0,
@@ -88,7 +76,7 @@ impl Inquiries {
     #[must_use]
     pub fn number(&self, bytes: usize) -> Option<u64> {
         let has_room = self.open.len() < MAX_OPEN && self.bytes.saturating_add(bytes) <= MAX_BYTES;
-        let is_sound = matches!(self.link, Link::Up(_)) && self.late == 0;
+        let is_sound = self.link.up().is_some() && self.late == 0;
         (has_room && is_sound).then_some(self.next)
     }
 
@@ -101,13 +89,13 @@ impl Inquiries {
         message: &[u8],
         deadline_ns: u64,
     ) -> bool {
-        let Link::Up(token) = self.link else {
+        let Some(token) = self.link.up() else {
             return false;
         };
         let is_sent = host.enter(self.root) && host.send(token, message);
         host.enter(context);
         if !is_sent {
-            self.link = Link::Given(token);
+            self.link.give_up();
             return false;
         }
         let bytes = message.len();
@@ -129,14 +117,14 @@ impl Inquiries {
         token: Token,
         message: &'a [u8],
     ) -> Option<(Waiter, &'a [u8])> {
-        if self.link != Link::Up(token) && self.link != Link::Given(token) {
+        if !self.is(token) {
             return None;
         }
         let (number, answer) = numbered(message)?;
         let open = self.open.remove(&number)?;
         self.bytes = self.bytes.saturating_sub(open.bytes);
         self.late -= usize::from(open.context.is_none());
-        self.backoff_ns = BACKOFF_NS.0;
+        self.link.works();
         let context = open.context?;
         Some((Waiter { context, number }, answer))
     }
@@ -144,7 +132,7 @@ impl Inquiries {
     /// Whether this is the stream.
     #[must_use]
     pub fn is(&self, token: Token) -> bool {
-        matches!(self.link, Link::Up(t) | Link::Given(t) if t == token)
+        self.link.token() == Some(token)
     }
 
     /// The stream was closed by the other side or could not be connected. Returns who waits in vain.
@@ -173,25 +161,25 @@ impl Inquiries {
     ) -> Vec<Waiter> {
         let now_ns = host.now_ns();
         let is_given_up = |open: &Open| now_ns >= open.deadline_ns.saturating_add(GIVEN_UP_NS);
-        match self.link {
-            Link::Down { retry_ns } if wanted && now_ns >= retry_ns => {
+        match self.link.state() {
+            State::Down { retry_ns } if wanted && now_ns >= retry_ns => {
                 let Some(token) = host.open_stream(cluster, SERVICE, STREAM) else {
                     metrics.fault(host, Fault::Connect);
                     return self.down(now_ns);
                 };
-                self.link = Link::Up(token);
+                self.link.opened(token);
                 self.root = root;
             }
-            Link::Given(token) if self.root == root => {
+            State::Given(token) if self.root == root => {
                 host.reset_stream(token);
                 return self.down(now_ns);
             }
-            Link::Up(token) if self.root == root && self.open.values().any(is_given_up) => {
+            State::Up(token) if self.root == root && self.open.values().any(is_given_up) => {
                 metrics.fault(host, Fault::Closed);
                 host.reset_stream(token);
                 return self.down(now_ns);
             }
-            Link::Up(_) | Link::Given(_) | Link::Down { .. } => {}
+            State::Up(_) | State::Given(_) | State::Down { .. } => {}
         }
         let late = self.open.iter_mut();
         let late = late.filter(|(_, open)| now_ns >= open.deadline_ns);
@@ -207,33 +195,23 @@ impl Inquiries {
     /// A root context is no longer in charge, and the current one. Its stream ends once nothing is
     /// asked on it.
     pub fn step_aside(&mut self, host: &impl Host, root: u32) {
-        if let Link::Up(token) = self.link
-            && self.root == root
-            && self.open.is_empty()
-        {
-            host.reset_stream(token);
-            self.link = Link::Down { retry_ns: 0 };
+        if self.link.up().is_some() && self.root == root && self.open.is_empty() {
+            self.link.reset(host);
         }
     }
 
     /// A root context, the current one, ends. Returns who waits in vain.
     pub fn leave(&mut self, host: &impl Host, root: u32) -> Vec<Waiter> {
-        let (Link::Up(token) | Link::Given(token)) = self.link else {
+        let Some(token) = self.link.token().filter(|_| self.root == root) else {
             return Vec::new();
         };
-        if self.root != root {
-            return Vec::new();
-        }
         host.reset_stream(token);
         self.down(host.now_ns())
     }
 
     /// There is no stream; plans the next one.
     fn down(&mut self, now_ns: u64) -> Vec<Waiter> {
-        self.link = Link::Down {
-            retry_ns: now_ns.saturating_add(self.backoff_ns),
-        };
-        self.backoff_ns = self.backoff_ns.saturating_mul(2).min(BACKOFF_NS.1);
+        self.link.ended(now_ns);
         (self.bytes, self.late) = (0, 0);
         let open = std::mem::take(&mut self.open).into_iter();
         let waiting = open.filter_map(|(number, open)| {

@@ -51,6 +51,7 @@ pub mod hold;
 pub mod host;
 pub mod inquiries;
 pub mod lanes;
+pub mod link;
 pub mod mailbox;
 pub mod metrics;
 pub mod models;

@@ -124,7 +124,8 @@ pub enum Event {
 }
 
 impl Event {
-    const COUNT: usize = 26;
+    /// One more than the last one's number.
+    const COUNT: usize = Self::TextCall as usize + 1;
 
     fn name(self) -> &'static str {
         match self {

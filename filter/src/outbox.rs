@@ -205,11 +205,7 @@ impl Outbox {
             at_ns: host.unix_ns(),
             sums: known.copied().collect(),
             steps,
-            ages_ns: Vec::new(),
-            shared_caches: Vec::new(),
-            paced: Vec::new(),
-            constraints: Vec::new(),
-            sessions: Vec::new(),
+            ..Report::default()
         };
         self.send(host, &report.with_besides(), now_ns)
     }
@@ -236,10 +232,7 @@ impl Outbox {
                 sums,
                 steps,
                 ages_ns,
-                shared_caches: Vec::new(),
-                paced: Vec::new(),
-                constraints: Vec::new(),
-                sessions: Vec::new(),
+                ..Report::default()
             };
             let report = report.with_besides();
             if !self.send(host, &report, now_ns) {

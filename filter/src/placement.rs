@@ -2,7 +2,6 @@
 
 use kv_core::affinity::Session;
 use kv_core::constraint::{Bound, Constraints, Narrowed, pinned};
-use kv_core::id::OwnerId;
 use kv_core::policy::Mode;
 
 use crate::fleet::Served;
@@ -82,10 +81,7 @@ impl<H: Host> Router<H> {
             return None;
         }
         let session = session::of(headers, affinity, served.pool.key)?;
-        let takes = |owner: OwnerId| {
-            let mut accepting = served.accepting().iter();
-            accepting.any(|at| served.owner(*at).is_some_and(|o| o.id == owner))
-        };
+        let takes = |owner| served.position(served.accepting(), owner).is_some();
         let binding = session::find(&self.host, affinity, session, takes);
         constraints.bound = binding.map(|binding| Bound {
             owner: binding.owner,
@@ -114,10 +110,8 @@ impl<H: Host> Router<H> {
         };
         self.metrics.count(&self.host, event, 1);
         // One that only load has driven away comes back.
-        let is_there = before.is_some_and(|before| {
-            let mut accepting = served.accepting().iter();
-            accepting.any(|at| served.owner(*at).is_some_and(|o| o.id == before.owner))
-        });
+        let takes = |before: Binding| served.position(served.accepting(), before.owner).is_some();
+        let is_there = before.is_some_and(takes);
         if event != Event::SessionLeft || !is_there {
             session::note(&self.host, affinity, session, before, owner.id);
         }

@@ -19,7 +19,7 @@ use kv_core::policy::Mode;
 use kv_core::queue::Verdict;
 use kv_core::report::Queued;
 use kv_core::scan::{Field, Prompt, Scan, Scanner};
-use kv_core::surface::Surface;
+use kv_core::surface::{NVEXT, Surface, TOKEN_DATA};
 use kv_core::table::Pool;
 
 use crate::choose::{Answer, Ask, Barred, Busy, Gate, Published};
@@ -102,9 +102,8 @@ struct Waiting {
     since_ns: u64,
     /// When the last body part came.
     part_ns: u64,
-    /// The API, and bytes of the body.
+    /// The API.
     surface: Surface,
-    bytes: usize,
     asked: Asked,
     read: Read,
 }
@@ -142,8 +141,8 @@ struct Read {
     is_complete: bool,
     /// Bytes of the body that Envoy keeps.
     bytes: usize,
-    /// The size of the body, and what is to stand in its place once it is routed.
-    changed: Option<(usize, Vec<u8>)>,
+    /// What is to stand in the place of the body once it is routed.
+    changed: Option<Vec<u8>>,
     headers: HeaderMap,
     /// The body's extensions.
     nvext: Nvext,
@@ -292,7 +291,6 @@ impl Request {
             since_ns,
             part_ns,
             surface,
-            bytes,
             asked,
             mut read,
         } = *waiting;
@@ -305,10 +303,9 @@ impl Request {
         read.tokens = told.tokens;
         read.hashes = told.hashes;
         read.families = told.families;
-        let changed = (!told.ids.is_empty())
-            .then(|| router.with_ids(surface, bytes, &read.scan, &told.ids))
-            .flatten();
-        read.changed = changed.map(|body| (bytes, body));
+        if !told.ids.is_empty() {
+            read.changed = router.with_ids(surface, read.bytes, &read.scan, &told.ids);
+        }
         if self.route(router, read, since_ns, part_ns, Pass::Asks) == Action::Continue {
             router.resume();
         }
@@ -458,7 +455,6 @@ impl Request {
             since_ns,
             part_ns,
             surface,
-            taken,
             ..
         } = *held;
         let is_packed = held.whole && held.headers.get(PACKED).is_some();
@@ -479,7 +475,7 @@ impl Request {
             return self.refuse(router, served.pool, refusal, "");
         }
         if read.reason == Reason::Text {
-            return self.ask(router, read, (surface, taken), since_ns, part_ns);
+            return self.ask(router, read, surface, since_ns, part_ns);
         }
         self.route(router, read, since_ns, part_ns, Pass::Asks)
     }
@@ -489,7 +485,7 @@ impl Request {
         &mut self,
         router: &mut Router<H>,
         mut read: Read,
-        (surface, bytes): (Surface, usize),
+        surface: Surface,
         since_ns: u64,
         part_ns: u64,
     ) -> Action {
@@ -498,7 +494,7 @@ impl Request {
         let question = Question {
             contexts: (self.context, self.root),
             surface,
-            bytes,
+            bytes: read.bytes,
             scan: &read.scan,
             salt: salt(read.hints.as_ref(), &read.scan.cache_salt),
         };
@@ -514,7 +510,6 @@ impl Request {
                     since_ns,
                     part_ns,
                     surface,
-                    bytes,
                     asked,
                     read,
                 }));
@@ -657,8 +652,8 @@ impl Request {
             router.unqueue(ticket);
         }
         // What routing reads of the body has been read.
-        if let Some((bytes, body)) = &read.changed {
-            router.hand_over(*bytes, body);
+        if let Some(body) = &read.changed {
+            router.hand_over(read.bytes, body);
         }
         let metrics = &mut router.metrics;
         metrics.request(&router.host, routed.pool(), routed.reason());
@@ -715,7 +710,7 @@ impl Request {
             pool: pool.key,
             class: busy.class,
             tokens: read.tokens,
-            body_bytes: read.bytes + read.changed.as_ref().map_or(0, |(_, body)| body.len()),
+            body_bytes: read.bytes + read.changed.as_ref().map_or(0, Vec::len),
         });
         let Router {
             host,
@@ -902,9 +897,9 @@ impl Held {
             return Read::nothing(Reason::BadJson, self.headers);
         };
         let mut nvext = Nvext::default();
-        if let Some(place) = scan.members.get(hints::NVEXT) {
+        if let Some(place) = scan.members.get(NVEXT) {
             let json = host.body(place.start, place.len());
-            let mut scanner = Scanner::of(limit, Some("token_data"));
+            let mut scanner = Scanner::of(limit, Some(TOKEN_DATA));
             scanner.feed(&json);
             // Where it makes no sense, that is for the worker to judge.
             let within = scanner.finish().unwrap_or_default();

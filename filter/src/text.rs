@@ -107,14 +107,14 @@ impl<H: Host> Router<H> {
             return None;
         }
         let members = &question.scan.members;
-        let value = |key: &str, most: usize| {
+        let value = |key: &str| {
             let place = members.get(key);
             place.map_or_else(Vec::new, |place| {
-                self.host.body(place.start, place.len().min(most))
+                self.host.body(place.start, place.len().min(LONGEST_BODY))
             })
         };
-        let text = value(question.surface.prompt_key()?, LONGEST_BODY);
-        let beside = BESIDE.map(|key| value(key, LONGEST_BODY));
+        let text = value(question.surface.prompt_key()?);
+        let beside = BESIDE.map(value);
         let seed = served.hashing(question.salt).seed;
         Some(Chunks::of(&text, &beside, served.pool.block_size, seed))
     }

@@ -10,8 +10,6 @@ use serde::de::DeserializeOwned;
 use super::Kind;
 use crate::header_map::HeaderMap;
 
-/// The body's key with Dynamo's extensions.
-pub const NVEXT: &str = "nvext";
 /// Longest value of one of its keys that is read, in bytes.
 const MAX_FIELD: usize = 32 << 10;
 /// Dynamo's way of saying that there is no rank.
@@ -235,7 +233,7 @@ fn weighted((name, weight): (String, f32)) -> Option<(String, f32)> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Malformed(pub &'static str);
 
-/// The parts of [`NVEXT`] that are read.
+/// The parts of a body's `nvext` that are read.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Nvext {
     /// `decode_worker_id`, else `backend_instance_id`.
