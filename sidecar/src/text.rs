@@ -6,6 +6,7 @@
 //! tokenizer can tell that the text was cut ([`cut`]). Where there are no files an engine is asked
 //! ([`Engine`]).
 
+mod blocks;
 mod body;
 mod cached;
 mod chat;
@@ -18,6 +19,7 @@ mod model;
 mod named;
 mod python;
 mod reader;
+mod rendered;
 mod sentencepiece;
 mod template;
 mod tiktoken;

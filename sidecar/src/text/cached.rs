@@ -224,7 +224,7 @@ impl Lifecycle<u128, Ids> for Evictions {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::time::{Duration, Instant};
 
     use tokenizers::models::TrainerWrapper;
@@ -258,7 +258,7 @@ mod tests {
     }
 
     /// As GPT-2 and its followers have it.
-    fn byte_level() -> Tokenizer {
+    pub(in crate::text) fn byte_level() -> Tokenizer {
         let mut tokenizer = Tokenizer::new(BPE::default());
         tokenizer.with_normalizer(Some(NFC)).unwrap();
         tokenizer.with_pre_tokenizer(Some(ByteLevel::new(false, true, true)));

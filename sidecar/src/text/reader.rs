@@ -11,20 +11,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use kv_core::family::Namespace;
-use kv_core::hash::{Hashing, Seed, sequence_hashes};
-use kv_core::holdings::{self, Named};
-use kv_core::text::{Answer, Ask, Blocks, Extent, Further, LONGEST_BODY, Refusal, Wanted};
+use kv_core::text::{Answer, Ask, Extent, Further, LONGEST_BODY, Refusal, Wanted};
 use kv_core::wire;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::body::Prompt;
+use super::blocks::Blockwise;
 use super::cached::Encoded;
-use super::chat::MEDIA;
-use super::cut::Cuts;
 use super::encoder::EncoderError;
 use super::engine::{Engine, EngineError};
 use super::model::{Model, ModelError};
+use super::rendered::Rendered;
 use crate::config::{self, Config, TokenizerFrom};
 use crate::metrics::{Kind, Metrics};
 
@@ -32,8 +28,6 @@ use crate::metrics::{Kind, Metrics};
 const MAX_WAITING: usize = 16 * LONGEST_BODY;
 /// Part of a budget after which nothing further is tokenized: the answer must be back in time.
 const SPENT: (u32, u32) = (3, 4);
-/// Bytes of text to a token, where nothing better is known.
-const BYTES_PER_TOKEN: usize = 4;
 
 /// Longest body that is read without a thread of its own, in bytes.
 const GLANCE_BODY: usize = 256 << 10;
@@ -50,16 +44,6 @@ pub struct Reader {
     threads: Arc<Semaphore>,
     waiting: Arc<Semaphore>,
     asked: Semaphore,
-}
-
-/// What has been read of a prompt.
-struct Blockwise {
-    tokens: usize,
-    extent: Extent,
-    hashes: Vec<u64>,
-    families: Vec<Named>,
-    /// As a JSON array, where they are wanted.
-    ids: Vec<u8>,
 }
 
 impl Reader {
@@ -138,14 +122,11 @@ impl Reader {
                     let read = tokio::time::timeout_at(deadline.into(), read).await;
                     read.unwrap_or(Err(Refusal::Deadline))
                 }
-                None => match self.glance(&ask, &wanted) {
-                    Some(read) => read,
-                    None => Arc::clone(&self).study(&message, room, deadline).await,
-                },
+                None => self.read(&message, &ask, &wanted, room, deadline).await,
             },
         };
         let kind = match &outcome {
-            Ok(read) => read.extent.name(),
+            Ok(read) => read.extent().name(),
             Err(refusal) => refusal.name(),
         };
         self.metrics.texts.get_or_create(&Kind { kind }).inc();
@@ -166,29 +147,41 @@ impl Reader {
         room.map_err(|_| Refusal::Overloaded)
     }
 
-    /// Reads a prompt of which nearly all is remembered, here and now: another thread would take
-    /// longer to wake.
-    fn glance(&self, ask: &Ask<'_>, wanted: &Wanted<'_>) -> Option<Result<Blockwise, Refusal>> {
+    /// Reads a prompt: here and now where nearly all of it is remembered, since another thread would
+    /// take longer to wake. Where none has come free in time, what is remembered of it counts.
+    async fn read(
+        self: &Arc<Self>,
+        message: &Bytes,
+        ask: &Ask<'_>,
+        wanted: &Wanted<'_>,
+        room: OwnedSemaphorePermit,
+        deadline: Instant,
+    ) -> Result<Blockwise, Refusal> {
+        let model = self.models.get(ask.pool).ok_or(Refusal::NoTokenizer)?;
         if ask.body.len() > GLANCE_BODY {
-            return None;
+            return self.study(message, None, room, deadline).await;
         }
-        let encode = |model: &Model, text: &str| {
-            let encoded = tokenized(model.tokens.encode_little(text, GLANCE_NEW))?;
-            encoded.complete.then_some(encoded).ok_or(Refusal::Deadline)
-        };
-        let read = AssertUnwindSafe(|| self.read(ask, wanted, encode));
-        // A panic in a tokenizer is that prompt's alone.
-        match std::panic::catch_unwind(read) {
-            Ok(Err(Refusal::Deadline)) => None,
-            Ok(read) => Some(read),
-            Err(_) => Some(Err(Refusal::Malformed)),
+        let (rendered, known) = guarded(|| {
+            let rendered = Rendered::new(model, ask)?;
+            let known = tokenized(model.tokens.encode_little(&rendered.text, GLANCE_NEW))?;
+            Ok((Arc::new(rendered), known))
+        })?;
+        if !known.complete {
+            let begun = Some(Arc::clone(&rendered));
+            let studied = self.study(message, begun, room, deadline).await;
+            if studied != Err(Refusal::Deadline) || known.ids.is_empty() {
+                return studied;
+            }
         }
+        self.count(&known);
+        guarded(|| Ok(rendered.blocks(model, known, ask, wanted)))
     }
 
-    /// Reads a prompt on a thread.
+    /// Reads a prompt on a thread, from its body or as it has been rendered.
     async fn study(
-        self: Arc<Self>,
+        self: &Arc<Self>,
         message: &Bytes,
+        rendered: Option<Arc<Rendered>>,
         room: OwnedSemaphorePermit,
         deadline: Instant,
     ) -> Result<Blockwise, Refusal> {
@@ -197,13 +190,18 @@ impl Reader {
             Ok(Ok(thread)) => thread,
             Ok(Err(_)) | Err(_) => return Err(Refusal::Deadline),
         };
-        let message = message.clone();
+        let (reader, message) = (Arc::clone(self), message.clone());
         let read = move || {
             let _permits = (room, thread);
             let (ask, wanted) = Ask::decode(&message).map_err(|_| Refusal::Malformed)?;
-            self.read(&ask, &wanted, |model, text| {
-                tokenized(model.tokens.encode(text, Some(deadline)))
-            })
+            let model = reader.models.get(ask.pool).ok_or(Refusal::NoTokenizer)?;
+            let rendered = match rendered {
+                Some(rendered) => rendered,
+                None => Arc::new(Rendered::new(model, &ask)?),
+            };
+            let encoded = tokenized(model.tokens.encode(&rendered.text, Some(deadline)))?;
+            reader.count(&encoded);
+            Ok(rendered.blocks(model, encoded, &ask, &wanted))
         };
         let read = tokio::task::spawn_blocking(read).await;
         read.unwrap_or(Err(Refusal::Malformed))
@@ -237,73 +235,6 @@ impl Reader {
         ))
     }
 
-    fn read(
-        &self,
-        ask: &Ask<'_>,
-        wanted: &Wanted<'_>,
-        encode: impl Fn(&Model, &str) -> Result<Encoded, Refusal>,
-    ) -> Result<Blockwise, Refusal> {
-        let model = self.models.get(ask.pool).ok_or(Refusal::NoTokenizer)?;
-        let malformed = |error| {
-            tracing::debug!(%error, pool = ask.pool, "prompt not read");
-            Refusal::Malformed
-        };
-        let prompt = Prompt::parse(ask.surface, ask.body).map_err(malformed)?;
-        let mut extent = Extent::Whole;
-        let mut seen = None;
-        let (text, special) = match prompt {
-            Prompt::Text { text, special } => (text, special),
-            Prompt::Chat(mut chat) => {
-                let template = model.template.as_ref().ok_or(Refusal::NoTokenizer)?;
-                let (special, has_media) = (chat.special(), chat.has_media());
-                let vision = model.vision.as_ref().filter(|_| template.takes_parts());
-                let mut is_clear = !has_media;
-                if let Some(vision) = vision.filter(|_| has_media) {
-                    let (images, is_all) = chat.images();
-                    is_clear = is_all;
-                    seen = Some((vision, images));
-                    chat = chat.seeing();
-                }
-                let chat = chat.into_chat(template.takes_parts());
-                let mut text = template.render(&chat).map_err(|error| {
-                    tracing::debug!(%error, pool = ask.pool, "prompt not rendered");
-                    Refusal::Template
-                })?;
-                if !is_clear {
-                    before_media(&mut text, model.tokens.encoder().cuts());
-                    extent = Extent::Media;
-                }
-                (text, special)
-            }
-        };
-        let encoded = encode(model, &text)?;
-        self.count(&encoded);
-        if !encoded.complete {
-            extent = Extent::Deadline;
-        }
-        let estimated = estimate(&encoded, text.len(), ask.body.len(), extent);
-        let mut ids = encoded.ids;
-        if let Some((vision, images)) = &seen
-            && !vision.expand(&mut ids, images, extent == Extent::Whole)
-        {
-            extent = Extent::Media;
-        }
-        if special {
-            let (before, after) = model.tokens.encoder().around();
-            ids.splice(..0, before.iter().copied());
-            if extent == Extent::Whole {
-                ids.extend_from_slice(after);
-            }
-        }
-        let tokens = estimated.max(ids.len());
-        let wanted = Wanted {
-            // What stands for an image is none of the engine's tokens.
-            ids: wanted.ids && seen.is_none(),
-            ..wanted.clone()
-        };
-        Ok(Blockwise::new(ask, &wanted, tokens, extent, &ids))
-    }
-
     fn count(&self, encoded: &Encoded) {
         let kinds = [
             ("remembered", encoded.remembered),
@@ -321,6 +252,11 @@ impl Reader {
     }
 }
 
+/// What this returns. A panic in a template or tokenizer is that prompt's alone.
+fn guarded<T>(read: impl FnOnce() -> Result<T, Refusal>) -> Result<T, Refusal> {
+    std::panic::catch_unwind(AssertUnwindSafe(read)).unwrap_or(Err(Refusal::Malformed))
+}
+
 /// The ids of a text that the tokenizer takes.
 fn tokenized(encoded: Result<Encoded, EncoderError>) -> Result<Encoded, Refusal> {
     encoded.map_err(|error| {
@@ -334,57 +270,81 @@ fn endpoints(pool: &config::Pool) -> Vec<SocketAddr> {
     pool.workers.iter().filter_map(|w| w.endpoint).collect()
 }
 
-impl Blockwise {
-    /// The blocks of a prompt's ids, as far as it was read.
-    fn new(ask: &Ask<'_>, wanted: &Wanted<'_>, tokens: usize, extent: Extent, ids: &[u32]) -> Self {
-        let namespace = Namespace {
-            lora: wanted.lora,
-            salt: wanted.salt,
+#[cfg(test)]
+mod tests {
+    use kv_core::hash::{Hashing, Seed, sequence_hashes};
+    use kv_core::surface::Surface;
+
+    use super::*;
+    use crate::text::cached::tests::byte_level;
+    use crate::text::{Cached, Encoder};
+
+    fn reader() -> Arc<Reader> {
+        let encoder = Encoder::new(byte_level()).unwrap();
+        let model = Model {
+            tokens: Cached::new(encoder, 1 << 20, 7),
+            template: None,
+            vision: None,
         };
-        let block_size = usize::try_from(ask.block_size).unwrap_or_default();
-        let handed_over = if wanted.ids && extent == Extent::Whole {
-            serde_json::to_vec(ids).unwrap_or_default()
-        } else {
-            Vec::new()
+        Arc::new(Reader {
+            models: HashMap::from([("p".to_owned(), model)]),
+            engines: HashMap::new(),
+            metrics: Arc::new(Metrics::default()),
+            threads: Arc::new(Semaphore::new(1)),
+            waiting: Arc::new(Semaphore::new(MAX_WAITING)),
+            asked: Semaphore::new(1),
+        })
+    }
+
+    fn question(text: &str, budget_us: u64) -> Bytes {
+        let body = serde_json::json!({ "prompt": text }).to_string();
+        let ask = Ask {
+            pool: "p",
+            surface: Surface::Completions,
+            block_size: 4,
+            seed: 3,
+            budget_us,
+            body: body.as_bytes(),
         };
-        Self {
-            tokens,
-            extent,
-            hashes: sequence_hashes(ids, Hashing::new(block_size, Seed(ask.seed))),
-            families: holdings::named(&wanted.families, ask.block_size, ids, namespace),
-            ids: handed_over,
+        ask.encode(&Wanted::default()).into()
+    }
+
+    async fn answered(
+        reader: &Arc<Reader>,
+        question: Bytes,
+    ) -> Result<(Extent, Vec<u64>), Refusal> {
+        let answer = Arc::clone(reader).answer(question).await.unwrap();
+        match Answer::decode(&answer).unwrap().0 {
+            Answer::Read(blocks) => Ok((blocks.extent, blocks.hashes())),
+            Answer::Refused(refusal) => Err(refusal),
         }
     }
 
-    /// The answer.
-    fn encode(self) -> Vec<u8> {
-        let hashes: Vec<u8> = self.hashes.iter().flat_map(|h| h.to_le_bytes()).collect();
-        let blocks = Blocks {
-            tokens: u32::try_from(self.tokens).unwrap_or(u32::MAX),
-            extent: self.extent,
-            hashes: &hashes,
-        };
-        Answer::Read(blocks).encode(&Further {
-            families: self.families,
-            ids: &self.ids,
-        })
-    }
-}
-
-/// Cuts a text before what stands for an image, where its beginning has the ids that it has in the
-/// engine's prompt, whatever stands for the image there.
-fn before_media(text: &mut String, cuts: &Cuts) {
-    let end = text.find(MEDIA).unwrap_or(text.len());
-    let cut = text.get(..end).and_then(|text| cuts.last(text));
-    text.truncate(cut.map_or(0, |cut| cut.at));
-}
-
-/// Tokens of a prompt that was not read to its end, by what is known of its beginning.
-fn estimate(encoded: &Encoded, text: usize, body: usize, extent: Extent) -> usize {
-    match extent {
-        Extent::Whole => encoded.ids.len(),
-        Extent::Deadline => text / BYTES_PER_TOKEN,
-        // What an image takes can't be known.
-        Extent::Media => encoded.ids.len() + body.saturating_sub(text).min(4096) / BYTES_PER_TOKEN,
+    #[tokio::test]
+    async fn without_a_thread_in_time_what_is_remembered_is_answered() {
+        let reader = reader();
+        let long = 60_000_000;
+        let turn = "What is the time now, please tell me? ".repeat(60);
+        let (extent, first) = answered(&reader, question(&turn, long)).await.unwrap();
+        assert_eq!(extent, Extent::Whole);
+        let next = turn.clone() + &"And which of them is it then? ".repeat(200);
+        let taken = Arc::clone(&reader.threads).acquire_owned().await;
+        let (extent, begun) = answered(&reader, question(&next, 1_000)).await.unwrap();
+        assert_eq!(extent, Extent::Deadline);
+        assert!(
+            begun.len() > first.len() / 2,
+            "{} of {}",
+            begun.len(),
+            first.len()
+        );
+        assert_eq!(begun, first[..begun.len()]);
+        let unseen = question(&"nothing of this ".repeat(400), 1_000);
+        assert_eq!(answered(&reader, unseen).await, Err(Refusal::Deadline));
+        drop(taken);
+        let whole = answered(&reader, question(&next, long)).await.unwrap();
+        let model = &reader.models["p"];
+        let ids = model.tokens.encoder().whole(&next).unwrap();
+        let hashes = sequence_hashes(&ids, Hashing::new(4, Seed(3)));
+        assert_eq!(whole, (Extent::Whole, hashes));
     }
 }
