@@ -155,6 +155,14 @@ bench-peers: tools filter ## other routers before the same simulated engines (an
 	@cargo build --quiet --release -p kv-router -p kv-sim
 	@python3 -B benches/peers/main.py $(PEERS_ARGS)
 
+.PHONY: bench-text-peers
+bench-text-peers: tools filter ## what a prompt of text costs in other routers, before engines that answer at once (half an hour)
+	@echo '==> building kv-router and kv-sim (two to four minutes the first time)'
+	@cargo build --quiet --release -p kv-router -p kv-sim
+	@cargo build --quiet --release -p kv-benches --bin text_peers
+	@mkdir -p target/bench
+	@python3 -B benches/peers/text.py
+
 bench-%: tools filter ## one bench by name (a file of benches/src/bin)
 	@mkdir -p target/bench
 	@echo '==> building kv-router (two to four minutes the first time)'

@@ -52,9 +52,9 @@ class Run(Processes):
         self.engines = []
         return self
 
-    def start_engines(self):
-        ports = iter(free_ports(3 * ENGINES))
-        for worker in range(1, ENGINES + 1):
+    def start_engines(self, count=ENGINES, flags=()):
+        ports = iter(free_ports(3 * count))
+        for worker in range(1, count + 1):
             port, events, replay = (next(ports) for _ in range(3))
             engine = Engine(
                 worker,
@@ -65,7 +65,7 @@ class Run(Processes):
             )
             self.engines.append(engine)
             argv = [KV_SIM, "engine", "--port", str(port), "--worker-id", str(worker), "--model", MODEL]
-            argv += ["--block-size", str(BLOCK_SIZE), "--blocks", str(BLOCKS)]
+            argv += ["--block-size", str(BLOCK_SIZE), "--blocks", str(self.blocks), *flags]
             self.start(f"engine-{worker}", [*argv, "--events", engine.events, "--replay", engine.replay])
         for engine in self.engines:
             self.wait(f"engine {engine.id}", 20, lambda engine=engine: is_well(engine.url + "/health"))
@@ -178,6 +178,17 @@ def table(workload, results, lacking):
     return "\n".join(lines)
 
 
+def fetch_peers(routers):
+    """Fetches what these routers need; by name why some of it is not there."""
+    absent = {}
+    for peer in sorted({ARMS[arm][0] for arm in routers} - {None}):
+        print(f"==> fetching {peer} unless it is there", flush=True)
+        reason = fetch.fetch(PEERS, peer)
+        if reason:
+            absent[peer] = f"not fetched: {reason}"
+    return absent
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=RUNS, help="runs of each router, interleaved")
@@ -189,13 +200,7 @@ def main():
     os.makedirs(OUT, exist_ok=True)
     write_model(os.path.join(OUT, "model"))
 
-    absent = {}
-    for peer in sorted({ARMS[arm][0] for arm in wanted.routers} - {None}):
-        print(f"==> fetching {peer} unless it is there", flush=True)
-        reason = fetch.fetch(PEERS, peer)
-        if reason:
-            absent[peer] = f"not fetched: {reason}"
-
+    absent = fetch_peers(wanted.routers)
     tables = []
     for workload in wanted.workloads:
         results = {arm: [] for arm in wanted.routers}

@@ -51,6 +51,12 @@ class Processes:
             )
         self.started.append((name, child, log))
 
+    def members(self, without=()):
+        """The processes that live of what was started, but for these names: a program's children too."""
+        groups = {child.pid for name, child, _ in self.started if not name.startswith(tuple(without))}
+        living = (int(entry) for entry in os.listdir("/proc") if entry.isdigit())
+        return [process for process in living if group_of(process) in groups]
+
     def said(self, name):
         """What a program has written so far."""
         with open(os.path.join(self.folder, name + ".log"), encoding="utf-8", errors="replace") as file:
@@ -70,6 +76,13 @@ class Processes:
 def clean():
     """The caller's environment without variables that routers would take for settings."""
     return {key: value for key, value in os.environ.items() if not key.startswith(("DYN_", "KV_", "NATS_"))}
+
+
+def group_of(process):
+    try:
+        return os.getpgid(process)
+    except ProcessLookupError:
+        return None
 
 
 def end_of(log):

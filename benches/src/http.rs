@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail, ensure};
 
 /// Longest wait for an answer.
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(30);
 
 /// Header of a request that names how many events its answer is to have.
 pub const EVENTS: &str = "x-bench-events";
@@ -76,7 +76,7 @@ impl Connection {
     /// Sends a request and reads the whole answer; returns the answer's head.
     ///
     /// # Errors
-    /// When the answer isn't 200 with a content-length.
+    /// When the answer isn't 200, or tells neither its length nor its chunks.
     pub fn send(&mut self, request: &[u8]) -> anyhow::Result<String> {
         self.stream.write_all(request)?;
         let mut filled = 0;
@@ -91,12 +91,20 @@ impl Connection {
         };
         let head = String::from_utf8_lossy(&self.buffer[..head_end]).into_owned();
         ensure!(head.starts_with("HTTP/1.1 200"), "{head}");
-        let Some(length) = header(&head, "content-length") else {
-            bail!("no content-length: {head}");
-        };
-        let all = head_end + length.parse::<usize>()?;
-        while filled < all {
-            filled += self.read(filled)?;
+        match header(&head, "content-length") {
+            Some(length) => {
+                let all = head_end + length.parse::<usize>()?;
+                while filled < all {
+                    filled += self.read(filled)?;
+                }
+            }
+            None if header(&head, "transfer-encoding").is_some() => {
+                // No answer of one token has an empty line of its own before its end.
+                while !self.buffer[..filled].ends_with(b"0\r\n\r\n") {
+                    filled += self.read(filled)?;
+                }
+            }
+            None => bail!("no end: {head}"),
         }
         Ok(head)
     }

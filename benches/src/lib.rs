@@ -4,6 +4,7 @@
 //! A bench prints tables, sets each number that has a target beside it, and writes both into
 //! `target/bench/NAME.json`. A missed target is printed as missed; it is no failure.
 
+pub mod chat;
 pub mod corpus;
 pub mod cpu;
 pub mod feed;

@@ -3,12 +3,11 @@
 //! of prompts.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
 
 use anyhow::ensure;
+use kv_benches::chat::{Kind, Request, SIZES, Size, send};
 use kv_benches::fleet::{Fleet, Options};
-use kv_benches::http::{Connection, together};
+use kv_benches::http::together;
 use kv_benches::report::{Report, Table};
 use kv_benches::spread::{Spread, quantile};
 use kv_benches::{cpu, plain, sink};
@@ -18,89 +17,6 @@ use kv_tests::envoy::Envoy;
 const WORKERS: usize = 4;
 const REPEATS: usize = 5;
 const THREADS: u32 = 2;
-/// Words of the common language that prompts are made of.
-const WORDS: &str = "time person year way day thing man world life hand part child eye woman place \
-    work week case point government company number group problem fact be have do say get make go \
-    know take see come think look want give use find tell ask seem feel try leave call good new \
-    first last long great little own other old right big high different small large next early";
-
-/// A size of prompts, and how many are sent in a repeat.
-struct Size {
-    words: usize,
-    alone: usize,
-    together: usize,
-}
-
-const SIZES: [Size; 3] = [
-    Size {
-        words: 64,
-        alone: 300,
-        together: 1_200,
-    },
-    Size {
-        words: 4_096,
-        alone: 60,
-        together: 240,
-    },
-    Size {
-        words: 36_000,
-        alone: 12,
-        together: 60,
-    },
-];
-
-/// What a request's text has in common with those before it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    /// Nothing.
-    Cold,
-    /// All but the last message.
-    NextTurn,
-}
-
-/// A request whose every copy is another text.
-struct Request {
-    bytes: Vec<u8>,
-    /// Where its number stands.
-    at: usize,
-    next: AtomicU64,
-}
-
-const MARK: &str = "0123456789abcdef";
-
-impl Request {
-    fn new(words: usize, kind: Kind, rng: &mut Rng) -> Self {
-        let all: Vec<&str> = WORDS.split_whitespace().collect();
-        let text: Vec<&str> = (0..words).map(|_| all[rng.below(all.len())]).collect();
-        let text = text.join(" ");
-        let (first, last) = match kind {
-            Kind::Cold => (format!("{MARK} {text}"), "and then?".to_owned()),
-            Kind::NextTurn => (text, format!("and then {MARK}?")),
-        };
-        let body = format!(
-            r#"{{"model":"m","max_tokens":1,"messages":[{{"role":"user","content":"{first}"}},{{"role":"assistant","content":"I see."}},{{"role":"user","content":"{last}"}}]}}"#
-        );
-        let bytes = format!(
-            "POST /v1/chat/completions HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n\
-             content-length: {}\r\n\r\n{body}",
-            body.len()
-        );
-        Self {
-            at: bytes.find(MARK).unwrap_or_default(),
-            bytes: bytes.into_bytes(),
-            next: AtomicU64::new(rng.next_u64()),
-        }
-    }
-
-    /// A text that has not been before, in `buffer`.
-    fn write(&self, buffer: &mut Vec<u8>) {
-        let number = self
-            .next
-            .fetch_add(0x9E37_79B9_7F4A_7C15, Ordering::Relaxed);
-        buffer.clone_from(&self.bytes);
-        buffer[self.at..self.at + MARK.len()].copy_from_slice(format!("{number:016x}").as_bytes());
-    }
-}
 
 #[derive(Default)]
 struct Measured {
@@ -108,20 +24,6 @@ struct Measured {
     sidecar_us: Vec<f64>,
     alone_us: Vec<f64>,
     per_second: Vec<f64>,
-}
-
-/// Sends requests one after the other and returns what each took, in microseconds.
-fn send(port: u16, request: &Request, count: usize) -> anyhow::Result<Vec<f64>> {
-    let mut connection = Connection::open(port)?;
-    let mut buffer = Vec::new();
-    let mut times = Vec::with_capacity(count);
-    for _ in 0..count {
-        request.write(&mut buffer);
-        let since = Instant::now();
-        connection.send(&buffer)?;
-        times.push(since.elapsed().as_secs_f64() * 1e6);
-    }
-    Ok(times)
 }
 
 fn measure(
@@ -178,8 +80,8 @@ async fn main() -> anyhow::Result<()> {
             .is_none_or(|only| *only == size.words.to_string())
     };
     for size in SIZES.iter().filter(is_wanted) {
-        let next = Request::new(size.words, Kind::NextTurn, &mut rng);
-        let cold = Request::new(size.words, Kind::Cold, &mut rng);
+        let next = Request::new("m", size.words, Kind::NextTurn, &mut rng);
+        let cold = Request::new("m", size.words, Kind::Cold, &mut rng);
         for connections in [1, 20, 64] {
             let variants = [
                 ("no filter", &bare, &next),
