@@ -4,16 +4,20 @@
 //! Whatever is added to a lane is added to its owner's sum in the same function, [`Bookings::add`],
 //! so the reported sums are exactly what this VM added.
 
+mod tentative;
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use hashbrown::{HashMap, HashSet};
-use kv_core::affinity::Session;
 use kv_core::board::EntryId;
 use kv_core::load::{Delta, Leg};
-use kv_core::report::{Booked, Evidence, Failure, OwnerKey, Queued, Step, Sum};
+use kv_core::report::{Booked, Failure, OwnerKey, Queued, Step, Sum};
 use kv_core::table::Table;
 use kv_core::tracker::Tracking;
 
+pub use self::tentative::{Tentative, Told};
 use crate::board::{self, Glimpse, Listing};
 use crate::host::Host;
 use crate::lanes::Lane;
@@ -36,38 +40,6 @@ pub struct Place {
     pub lane: Lane,
     /// The owner.
     pub owner: OwnerKey,
-}
-
-/// A booking that is in the lanes and that nobody has been told of: it is to be opened or undone.
-#[derive(Debug)]
-#[must_use]
-pub struct Tentative {
-    place: Place,
-    /// Where its prompt stands, if it does.
-    listing: Option<Listing>,
-    leg: Leg,
-    prefill_tokens: u32,
-    blocks: u32,
-    delta: Delta,
-    /// When it was made, Unix nanoseconds.
-    at_ns: u64,
-}
-
-/// What a booking is told with.
-#[derive(Clone, Debug, Default)]
-pub struct Told {
-    /// See [`Booked::prefix`].
-    pub prefix: Option<(u32, u64)>,
-    /// See [`Booked::hashes`].
-    pub hashes: Vec<u64>,
-    /// What the decision rested on.
-    pub evidence: Option<Evidence>,
-    /// See [`Booked::session`].
-    pub session: Option<Session>,
-    /// Whether the answer comes whole, so that its first token is not seen.
-    pub whole: bool,
-    /// Prompt tokens that the worker prefills in a second; 0 where not known.
-    pub prefill_rate: u32,
 }
 
 /// Number of a booking within its VM.
@@ -105,78 +77,6 @@ pub struct Bookings {
     outbox: Outbox,
     /// Whether the VM ends with the requests it has.
     leaving: bool,
-}
-
-impl Tentative {
-    /// What it has added to the lanes.
-    #[must_use]
-    pub fn delta(&self) -> Delta {
-        self.delta
-    }
-
-    /// Where its prompt stands among the live ones.
-    #[must_use]
-    pub fn listing(&self) -> Option<Listing> {
-        self.listing
-    }
-
-    /// Takes it back as if it had never been.
-    pub fn undo(mut self, bookings: &mut Bookings, host: &impl Host) {
-        let delta = self.leg.release().plus(unlist(host, self.listing));
-        bookings.add(host, self.place, delta);
-        self.place.lane.unwind(host, self.prefill_tokens);
-    }
-
-    /// Makes it known.
-    pub fn open(
-        self,
-        bookings: &mut Bookings,
-        host: &impl Host,
-        metrics: &mut Metrics,
-        told: Told,
-    ) -> BookingId {
-        bookings.last += 1;
-        let request = bookings.last;
-        let Told {
-            prefix,
-            mut hashes,
-            evidence,
-            session,
-            whole,
-            prefill_rate,
-        } = told;
-        hashes.truncate(MAX_HASHES);
-        let owner = self.place.owner;
-        let booked = Booked {
-            request,
-            owner,
-            decoding: false,
-            prefill_tokens: self.prefill_tokens,
-            blocks: self.blocks,
-            prefix,
-            hashes,
-            evidence: None,
-            session,
-        };
-        let live = Live {
-            lane: self.place.lane,
-            listing: self.listing,
-            leg: self.leg,
-            booked: booked.clone(),
-            whole,
-            prefilled_ns: (whole && prefill_rate > 0).then(|| {
-                let takes_ns = u64::from(self.prefill_tokens) * 1_000_000_000;
-                host.now_ns()
-                    .saturating_add(takes_ns / u64::from(prefill_rate))
-            }),
-        };
-        bookings.live.insert(request, live);
-        let booked = Booked { evidence, ..booked };
-        bookings.tell(host, metrics, owner, self.at_ns, || {
-            Step::Book(Box::new(booked))
-        });
-        BookingId(request)
-    }
 }
 
 impl Bookings {
@@ -579,129 +479,5 @@ impl Live {
             lane: self.lane,
             owner: self.booked.owner,
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::fake::Fake;
-    use crate::lanes::Lanes;
-    use kv_core::id::OwnerId;
-    use kv_core::load::Load;
-    use kv_core::table::Pool;
-
-    const ID: OwnerId = OwnerId { worker: 7, rank: 1 };
-
-    fn place(host: &Fake, worker: u64) -> Place {
-        let id = OwnerId { worker, ..ID };
-        Place {
-            lane: Lanes::default().of(host, "p.q", id).unwrap(),
-            owner: OwnerKey { pool: 0, id },
-        }
-    }
-
-    fn sum(bookings: &Bookings, place: Place) -> (u64, u64) {
-        let sum = bookings.sums[&place.owner];
-        (sum.a, sum.b)
-    }
-
-    #[test]
-    fn vms_of_a_process_see_each_others_bookings_and_know_their_own() {
-        let one = Fake::default();
-        let two = one.beside();
-        let (here, there) = (place(&one, 7), place(&two, 7));
-        let (mut bookings, mut metrics) = (Bookings::default(), Metrics::default());
-        let booking = bookings.hold(
-            &one,
-            &mut metrics,
-            here,
-            Tracking::default(),
-            (100, 7),
-            None,
-        );
-        let load = Load {
-            prefill_tokens: 100,
-            waiting: 1,
-            decoding: 0,
-            blocks: 7,
-        };
-        assert_eq!(there.lane.read(&two).load(), load);
-        let lanes = there.lane.read(&two);
-        assert_eq!(sum(&bookings, here), (lanes.a, lanes.b));
-        let id = booking.open(&mut bookings, &one, &mut metrics, Told::default());
-        bookings.first_token(&one, &mut metrics, id);
-        bookings.first_token(&one, &mut metrics, id);
-        assert_eq!(there.lane.read(&two).load().decoding, 1);
-        bookings.free(&one, &mut metrics, id);
-        bookings.free(&one, &mut metrics, id);
-        assert_eq!(there.lane.read(&two).load(), Load::default());
-        assert_eq!(sum(&bookings, here), (0, 0));
-        assert!(one.has_metric("kv_router_lane_b.p.q.7.1"));
-    }
-
-    #[test]
-    fn a_booking_moves_whole_in_either_phase() {
-        let host = Fake::default();
-        let (from, to) = (place(&host, 1), place(&host, 2));
-        for decoding in [false, true] {
-            let (mut bookings, mut metrics) = (Bookings::default(), Metrics::default());
-            let booking = bookings.hold(
-                &host,
-                &mut metrics,
-                from,
-                Tracking::default(),
-                (100, 7),
-                None,
-            );
-            let id = booking.open(&mut bookings, &host, &mut metrics, Told::default());
-            if decoding {
-                bookings.first_token(&host, &mut metrics, id);
-            }
-            let before = from.lane.read(&host);
-            bookings.relocate(&host, &mut metrics, id, to);
-            assert_eq!(from.lane.read(&host).load(), Load::default());
-            assert_eq!(to.lane.read(&host), before);
-            assert_eq!(sum(&bookings, to), (before.a, before.b));
-            bookings.free(&host, &mut metrics, id);
-            assert_eq!(to.lane.read(&host).load(), Load::default());
-        }
-    }
-
-    #[test]
-    fn bookings_follow_their_pool_to_another_position() {
-        let host = Fake::default();
-        let here = place(&host, 1);
-        let (mut bookings, mut metrics) = (Bookings::default(), Metrics::default());
-        let booking = bookings.hold(
-            &host,
-            &mut metrics,
-            here,
-            Tracking::default(),
-            (100, 7),
-            None,
-        );
-        let id = booking.open(&mut bookings, &host, &mut metrics, Told::default());
-        let table = |names: &[&str]| Table {
-            pools: names
-                .iter()
-                .map(|name| Pool {
-                    name: (*name).to_owned(),
-                    ..Pool::default()
-                })
-                .collect(),
-            ..Table::default()
-        };
-        bookings.follow(&table(&["p.q"]), &table(&["x", "p.q"]));
-        let moved = OwnerKey {
-            pool: 1,
-            ..here.owner
-        };
-        assert_eq!(bookings.live[&id.0].booked.owner, moved);
-        assert_eq!(bookings.sums.keys().collect::<Vec<_>>(), [&moved]);
-        bookings.follow(&table(&["x", "p.q"]), &table(&["x"]));
-        assert!(bookings.sums.is_empty());
-        bookings.free(&host, &mut metrics, id);
-        assert_eq!(here.lane.read(&host).load(), Load::default());
     }
 }

@@ -1,166 +1,38 @@
 //! Choosing a worker: overlaps from the pages, loads from the lanes, the decision, the booking.
 
-use std::borrow::Cow;
+mod ask;
+mod candidates;
+mod choice;
+mod round;
 
-use kv_core::affinity::Session;
-use kv_core::constraint::Constraints;
+use hashbrown::HashMap;
 use kv_core::cost::Demand;
-use kv_core::decide::{self, Candidate, Price, Request, Scored};
-use kv_core::delay::{self, Pace};
-use kv_core::device;
-use kv_core::holdings::{Holdings, Named, Pages};
-use kv_core::id::{Family, OwnerId, Slot, WorkerId};
-use kv_core::key;
+use kv_core::decide::{self, Candidate, Price, Request};
+use kv_core::delay;
+use kv_core::holdings::Holdings;
+use kv_core::id::{Slot, WorkerId};
 use kv_core::load::{Delta, Load};
-use kv_core::loads::PoolLoads;
-use kv_core::overlap::Overlap;
-use kv_core::policy::{Mode, Policy};
-use kv_core::queue::Profile;
-use kv_core::reader::{Reader, View};
+use kv_core::policy::Mode;
+use kv_core::reader::Reader;
 use kv_core::rng::Rng;
 use kv_core::table::Pool;
 
-use hashbrown::HashMap;
-
+pub use self::ask::{Answer, Ask, Gate, Published};
+pub use self::choice::{Barred, Busy, Choice, Weighed};
+use self::round::Round;
 use crate::board::Glimpse;
 use crate::bookings::{Bookings, Place, Tentative};
 use crate::fleet::Served;
 use crate::host::Host;
-use crate::metrics::{Event, Metrics, Timing};
+use crate::metrics::{Event, Metrics};
 use crate::reason::Reason;
-use crate::world::Index;
 
-/// Owners of a pool up to which all are scored.
-const SCORE_ALL: usize = 128;
-/// In a larger pool: owners scored because they have most of the prompt.
-const DEEPEST: usize = 64;
-/// In a larger pool: owners scored besides, at random.
-const SAMPLED: usize = 32;
 /// Pools whose usual prompts are remembered, at most.
 const MAX_TYPICAL: usize = 64;
 /// Owners that are named to the sidecar of a request that only some can take, at most.
 const MAX_NAMED: usize = 64;
 /// Bookings of one request that are undone, at most.
 const MAX_UNDONE: u32 = 2;
-
-/// A request to be routed.
-#[derive(Clone, Copy, Debug)]
-pub struct Ask<'a> {
-    /// The reason so far; see [`Reason::has_blocks`].
-    pub reason: Reason,
-    /// Prompt tokens, 0 where unknown.
-    pub tokens: u32,
-    /// Sequence hashes of the prompt's blocks.
-    pub hashes: &'a [u64],
-    /// Its hashes in the pool's further families.
-    pub families: &'a [Named],
-    /// Positions of the owners that may have it, ascending.
-    pub owners: &'a [usize],
-    /// What it asks of its worker.
-    pub constraints: &'a Constraints,
-    /// Its session, where those are kept together.
-    pub session: Option<Session>,
-    /// What answer it asks for.
-    pub answer: Answer,
-    /// Where it may have to wait; `None` for one that goes on whatever the load.
-    pub gate: Option<Gate<'a>>,
-}
-
-/// When a request has to wait.
-#[derive(Clone, Copy, Debug)]
-pub struct Gate<'a> {
-    /// The classes of its pool.
-    pub profile: &'a Profile,
-    /// The class or family that it names; empty for none.
-    pub named: &'a str,
-    /// Classes in which requests wait already, as bits: nobody overtakes them.
-    pub backlog: u64,
-}
-
-/// Why a request is not sent to any worker.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Barred {
-    /// All that could take it are busy, or others of its class wait.
-    Busy(Busy),
-    /// All that could take it have more load than they are to have.
-    Overloaded,
-}
-
-/// A request that is to wait.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Busy {
-    /// Position of its class.
-    pub class: usize,
-    /// Prompt tokens that the best owner has cached.
-    pub cached_tokens: u32,
-    /// The only owners that can take it; empty for any of the pool.
-    pub owners: Vec<OwnerId>,
-}
-
-/// How an answer comes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Answer {
-    /// The body has not said.
-    #[default]
-    Unknown,
-    /// At once, when it is complete.
-    Whole,
-    /// Token by token; `expected` of them, 0 where not known.
-    Streamed {
-        /// Tokens that the client expects.
-        expected: u32,
-        /// Whether the client wants to be told what the answer used.
-        tells_usage: bool,
-    },
-}
-
-/// What the sidecar has published for a pool.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Published<'a> {
-    /// The pages, if they may be used.
-    pub index: Option<Index>,
-    /// What to correct the lanes by, if it may be used.
-    pub loads: Option<&'a PoolLoads>,
-}
-
-/// Where a request goes.
-#[derive(Debug)]
-pub struct Choice {
-    /// Endpoints of the chosen worker and of the one to try after it; `None` leaves the choice to
-    /// Envoy.
-    pub endpoints: Option<String>,
-    /// Position of the chosen owner in its pool.
-    pub owner: Option<usize>,
-    /// Position of the owner to try after it.
-    pub second: Option<usize>,
-    /// Why.
-    pub reason: Reason,
-    /// Whether nobody was chosen because all have as many requests as they take.
-    pub is_full: bool,
-    /// What was booked.
-    pub booking: Option<Tentative>,
-    /// The longest prefix of the prompt that some owner holds: its blocks, and the hash of the last.
-    pub prefix: Option<(u32, u64)>,
-    /// Share of the overlaps that counted.
-    pub trust: f64,
-    /// When the loads were read, Unix nanoseconds.
-    pub read_ns: u64,
-    /// What was weighed.
-    pub weighed: Weighed,
-}
-
-/// The candidates of a decision.
-#[derive(Debug, Default)]
-pub struct Weighed {
-    /// Size of the prompt.
-    pub demand: Demand,
-    /// All that were scored.
-    pub scored: Vec<Scored>,
-    /// Position of the chosen one.
-    pub chosen: Option<usize>,
-    /// What prompts of the pool usually take to prefill, milliseconds; 0 where nothing predicts.
-    pub typical_ms: f64,
-}
 
 /// Chooses workers. Reused between requests, which spares allocations.
 pub struct Chooser {
@@ -591,175 +463,5 @@ impl Chooser {
         };
         let second = decide::second(&weighed.scored, chosen, mode, &mut self.rng, elsewhere)?;
         Some(weighed.scored.get(second)?.candidate.owner)
-    }
-
-    /// The longest prefix that some owner holds, after a lookup.
-    fn prefix(&self, hashes: &[u64]) -> Option<(u32, u64)> {
-        let depth = self.holdings.known();
-        let last = usize::try_from(depth).ok()?.checked_sub(1)?;
-        Some((depth, *hashes.get(last)?))
-    }
-
-    /// Finds out what every owner holds of the prompt.
-    fn look_up(
-        &mut self,
-        host: &impl Host,
-        metrics: &mut Metrics,
-        served: &Served<'_>,
-        index: &Index,
-        ask: &Ask<'_>,
-    ) {
-        let view = View {
-            level: index.head.level,
-            group: index.head.group,
-            epoch: index.head.epoch,
-            pool_key: served.pool.key,
-            family: Family::Dynamo,
-            slots: served.pool.slots(),
-        };
-        let since_ns = host.now_ns();
-        let fetch = |id| host.shared(&key::page(id)).map(|page| page.bytes);
-        let mut pages = Pages {
-            reader: &mut self.reader,
-            view,
-            fetch,
-        };
-        let stores = &served.pool.stores;
-        self.holdings
-            .look_up(&mut pages, view.slots, stores, ask.hashes, ask.families);
-        metrics.time(host, Timing::Lookup, since_ns, host.now_ns());
-    }
-
-    /// The owners to score, with overlap and without load.
-    fn candidates(
-        &mut self,
-        served: &Served<'_>,
-        looked_up: bool,
-        policy: &Policy,
-        ask: &Ask<'_>,
-    ) -> Vec<Candidate> {
-        let accepting = ask.owners;
-        if accepting.len() <= SCORE_ALL || policy.mode != Mode::Kv {
-            let make = |owner: &usize| self.candidate(served, looked_up, ask, *owner);
-            return accepting.iter().map(make).collect();
-        }
-        let mut owners = Vec::with_capacity(DEEPEST + SAMPLED);
-        if looked_up {
-            let mut holders: Vec<(f64, usize)> = self
-                .holdings
-                .held()
-                .filter_map(|slot| {
-                    let owner = served.owner_in(slot)?;
-                    let depth = self.holdings.overlap(slot).effective(policy);
-                    accepting.binary_search(&owner).ok()?;
-                    Some((depth, owner))
-                })
-                .collect();
-            if holders.len() > DEEPEST {
-                holders.select_nth_unstable_by(DEEPEST, |a, b| b.0.total_cmp(&a.0));
-                holders.truncate(DEEPEST);
-            }
-            owners.extend(holders.iter().map(|(_, owner)| *owner));
-        }
-        for _ in 0..SAMPLED {
-            owners.extend(accepting.get(self.rng.below(accepting.len())));
-        }
-        let bound = ask.constraints.bound;
-        owners.extend(bound.and_then(|bound| served.position(accepting, bound.owner)));
-        owners.sort_unstable();
-        owners.dedup();
-        let make = |owner: &usize| self.candidate(served, looked_up, ask, *owner);
-        owners.iter().map(make).collect()
-    }
-
-    fn candidate(
-        &self,
-        served: &Served<'_>,
-        looked_up: bool,
-        ask: &Ask<'_>,
-        position: usize,
-    ) -> Candidate {
-        let owner = served.owner(position);
-        let held = owner.map(|o| o.slot).filter(|_| looked_up);
-        Candidate {
-            owner: position,
-            overlap: held.map_or_else(Overlap::default, |slot| self.holdings.overlap(slot)),
-            load: Load::default(),
-            shared_blocks: 0,
-            pace: Pace::default(),
-            factor: owner.map_or(1.0, |owner| ask.constraints.factor(owner)),
-        }
-    }
-
-    /// Leading blocks of the prompt that requests of other proxies use.
-    fn in_use(&self, slot: Slot) -> u32 {
-        let at = self.in_use.binary_search_by_key(&slot, |(s, _)| *s);
-        let found = at.ok().and_then(|at| self.in_use.get(at));
-        found.map_or(0, |(_, depth)| *depth)
-    }
-}
-
-/// One decision under way.
-struct Round<'a> {
-    served: &'a Served<'a>,
-    ask: &'a Ask<'a>,
-    loads: Option<&'a PoolLoads>,
-    request: Request,
-    /// The prompt among the live ones of this process.
-    prompt: Option<Glimpse>,
-    /// Whether workers take no more requests than they are said to.
-    is_capped: bool,
-    /// Whether some were left out for that.
-    is_full: bool,
-    /// Whether no owner that could take the request is missing among the candidates.
-    is_whole: bool,
-    candidates: Vec<Candidate>,
-}
-
-impl Round<'_> {
-    /// The load of any owner of the pool.
-    fn load(&self, host: &impl Host, owner: usize) -> Load {
-        let place = self.served.place(owner);
-        let lanes = place.map_or_else(Load::default, |place| place.lane.read(host).load());
-        match self.loads.zip(self.served.owner(owner)) {
-            Some((loads, owner)) => loads.correction(owner.slot).apply(&lanes),
-            None => lanes,
-        }
-    }
-
-    /// Whether an owner has more requests than it takes, the one just booked among them.
-    fn is_over(&self, host: &impl Host, owner: usize) -> bool {
-        let known = self.served.owner(owner).filter(|_| self.is_capped);
-        let most = known.map_or(0, |owner| owner.metadata.max_requests);
-        most > 0 && self.load(host, owner).requests() > most
-    }
-
-    /// The candidates that are compared with each other.
-    fn group(&self) -> Cow<'_, [Candidate]> {
-        device::group(&self.candidates, self.served.pool)
-    }
-
-    /// Whether no candidate is better than this one.
-    fn is_least(&self, owner: usize) -> bool {
-        let policy = &self.served.pool.policy;
-        let scored = decide::score(&self.group(), &self.request, policy);
-        if let Some(bound) = decide::bound(&scored, &self.request, policy.mode) {
-            return scored
-                .get(bound)
-                .is_some_and(|s| s.candidate.owner == owner);
-        }
-        let own = scored.iter().find(|s| s.candidate.owner == owner);
-        own.is_some_and(|own| {
-            let own = own.compared(policy.mode) - policy.band().unwrap_or(0.0);
-            scored.iter().all(|s| own <= s.compared(policy.mode))
-        })
-    }
-}
-
-impl Weighed {
-    /// The chosen one.
-    #[must_use]
-    pub fn picked(&self) -> Option<&Scored> {
-        self.scored.get(self.chosen?)
     }
 }
