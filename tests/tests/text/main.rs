@@ -274,6 +274,49 @@ async fn requests_go_on_when_nobody_reads() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn while_others_keep_all_threads_busy_a_conversation_goes_where_its_beginning_is() {
+    let settings = json!({"budget_ms": 300, "budget_ms_per_1000_words": 0});
+    let texts = &Texts::start(2, settings).await;
+    let mut publisher = Publisher::connect(&texts.stack.nats.url()).await;
+    let mut rng = Rng::new(11);
+    let first = said(&mut rng, 300);
+    let body = |last: &str| {
+        let turns = [("user", first.as_str()), ("user", last)];
+        let turns = turns.map(|(role, said)| json!({"role": role, "content": said}));
+        json!({"messages": turns, "max_tokens": 1})
+    };
+    let ids = texts.ids(Surface::Chat, &body("so?"));
+    publisher
+        .publish(2, StorageTier::Device, stored(&ids), Encoding::Json)
+        .await;
+    texts.stack.sidecar.settled(publisher.published).await;
+    // Its text can't be cut: a thread has it until it is done.
+    let endless = json!({"messages": [{"role": "user", "content": "a".repeat(2 << 20)}]});
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let beginning = async || {
+        // Remembered, whatever has become of it meanwhile.
+        let (_, whole) = texts.send("/v1/chat/completions", &body("so?")).await;
+        let blockers = (0..2 * threads).map(|_| texts.send("/v1/chat/completions", &endless));
+        let long = body(&said(&mut rng, 2_000));
+        let next = texts.send("/v1/chat/completions", &long);
+        let (_, (_, decision)) = futures::join!(futures::future::join_all(blockers), next);
+        if whole["reason"] == "kv" && decision["reason"] == "kv_beginning" {
+            Ok(decision)
+        } else {
+            Err(format!("{whole}, {decision}"))
+        }
+    };
+    let beginning = kv_tests::wait::until("a prompt that no thread reads", beginning).await;
+    assert_eq!(beginning["worker"], 2, "{beginning}");
+    let (_, held) = overlaps(&beginning).swap_remove(1);
+    assert!(
+        held.as_array()
+            .is_some_and(|held| held[0].as_u64() > Some(10)),
+        "{beginning}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn hostile_texts_pass_by_load() {
     let texts = Texts::start(2, json!({"budget_ms": 2_000})).await;
     let user = |content: &str| format!(r#"{{"messages":[{{"role":"user","content":{content}}}]}}"#);
