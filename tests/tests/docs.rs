@@ -177,7 +177,7 @@ fn every_metric_of_the_filter_is_in_the_catalogue() {
     for file in files("filter/src", "rs") {
         let below = file.strip_prefix(root().join("filter/src")).unwrap();
         let is_test =
-            below.starts_with("tests") || ["tests.rs", "fake.rs"].map(Path::new).contains(&below);
+            below.starts_with("tests") || below.ends_with("tests.rs") || below.ends_with("fake.rs");
         let text = read(&file);
         let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap();
         for literal in code.split("\"kv_router_").skip(1).filter(|_| !is_test) {
