@@ -10,6 +10,7 @@ pub mod feed;
 pub mod fleet;
 pub mod histogram;
 pub mod http;
+pub mod lookups;
 pub mod modes;
 pub mod noop;
 pub mod plain;
