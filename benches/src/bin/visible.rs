@@ -71,8 +71,8 @@ async fn main() -> anyhow::Result<()> {
         feed.add(&fleet, conversation.stores).await?;
     }
     feed.finish(&fleet).await?;
-    let known = Arc::new(Known::publish(&mut feed, &fleet, OWNERS).await?);
     let envoy = fleet.envoy(1, |_| ()).await?;
+    let known = Arc::new(Known::publish(&mut feed, &fleet, OWNERS).await?);
     // The worker of the probes has a publisher of its own, so its events are numbered apart.
     let mut probes = Feed::connect(&fleet, 2).await?;
     let mut table = Table::new(
