@@ -41,6 +41,12 @@ pub fn request(body: &[u8]) -> Vec<u8> {
     with_header("", body)
 }
 
+/// A completion request that names its worker.
+#[must_use]
+pub fn request_to(worker: u64, body: &[u8]) -> Vec<u8> {
+    with_header(&format!("x-worker-instance-id: {worker}\r\n"), body)
+}
+
 /// A completion request that the workers of [`crate::sink`] answer with this many events.
 #[must_use]
 pub fn stream_request(body: &[u8], events: usize) -> Vec<u8> {

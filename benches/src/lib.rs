@@ -11,6 +11,7 @@ pub mod feed;
 pub mod fleet;
 pub mod histogram;
 pub mod http;
+pub mod lookups;
 pub mod modes;
 pub mod noop;
 pub mod plain;

@@ -1,53 +1,27 @@
 //! Blocks by their hashes and names. A block whose name is its sequence hash, as Dynamo's own engines
 //! and caches name it, is listed once.
 
-use super::places::{Hashing, Place};
+use super::places::Place;
 use super::run::{Block, Run, RunId, SHARED, UNNAMED};
 use super::slab::Slab;
 use super::space::Space;
 use super::tree::Tree;
 
-/// How blocks hash by their sequence hashes.
-struct BySequence<'a>(&'a Slab<Run>, &'a [u64]);
-
-/// How they hash by their names.
-struct ByName<'a>(&'a Slab<Run>, &'a [u64]);
-
-/// A block of a space.
-type Found<'a> = (Space, Option<&'a Block>);
-
-fn find(runs: &Slab<Run>, place: Place) -> Found<'_> {
+/// Whether the block with this sequence hash stands at a place.
+fn is_block(runs: &Slab<Run>, place: Place, space: Space, sequence: u64) -> bool {
     let run = runs.at(place.run());
     let at = usize::from(place.position().saturating_sub(run.first));
-    (run.space, run.blocks.get(at))
-}
-
-impl<'a> Hashing<Found<'a>> for BySequence<'a> {
-    fn find(&self, place: Place) -> Found<'a> {
-        find(self.0, place)
-    }
-
-    fn hash(&self, (space, block): Found<'a>) -> u64 {
-        space.key(self.1, block.map_or(0, |block| block.sequence))
-    }
-}
-
-impl<'a> Hashing<Found<'a>> for ByName<'a> {
-    fn find(&self, place: Place) -> Found<'a> {
-        find(self.0, place)
-    }
-
-    fn hash(&self, (space, block): Found<'a>) -> u64 {
-        space.name_key(self.1, block.map_or(0, |block| block.name))
-    }
+    run.space == space
+        && run
+            .blocks
+            .get(at)
+            .is_some_and(|block| block.sequence == sequence)
 }
 
 impl Tree {
     /// The place of a sequence hash.
     pub(super) fn find(&self, space: Space, sequence: u64) -> Option<Place> {
-        let is_it = |place: &Place| {
-            self.block(*place).sequence == sequence && self.run(place.run()).space == space
-        };
+        let is_it = |place: Place| is_block(&self.runs, place, space, sequence);
         self.by_sequence
             .get(space.key(&self.secrets, sequence), is_it)
     }
@@ -75,15 +49,14 @@ impl Tree {
             return None;
         }
         let is_it =
-            |place: &Place| self.block(*place).name == name && self.run(place.run()).space == space;
+            |place: Place| self.block(place).name == name && self.run(place.run()).space == space;
         self.by_name.get(space.name_key(&self.secrets, name), is_it)
     }
 
     /// Enters a block into the tables.
     pub(super) fn list(&mut self, space: Space, block: Block, place: Place) {
         let hash = space.key(&self.secrets, block.sequence);
-        let hashing = BySequence(&self.runs, &self.secrets);
-        self.by_sequence.insert(hash, place, &hashing);
+        self.by_sequence.insert(hash, place);
         self.list_name(space, block, place);
     }
 
@@ -92,13 +65,8 @@ impl Tree {
     pub(super) fn list_next(&mut self, space: Space, block: Block, place: Place) -> bool {
         let hash = space.key(&self.secrets, block.sequence);
         let runs = &self.runs;
-        let is_it = |other: &Place| {
-            let (of, other) = find(runs, *other);
-            of == space && other.is_some_and(|other| other.sequence == block.sequence)
-        };
-        let hashing = BySequence(runs, &self.secrets);
-        let tables = &mut self.by_sequence;
-        if !tables.insert_absent(hash, place, is_it, &hashing) {
+        let is_it = |other: Place| is_block(runs, other, space, block.sequence);
+        if !self.by_sequence.insert_absent(hash, place, is_it) {
             return false;
         }
         let named = if block.is_eponymous() {
@@ -119,8 +87,7 @@ impl Tree {
             self.eponymous += 1;
         } else if block.name != UNNAMED {
             let hash = space.name_key(&self.secrets, block.name);
-            let hashing = ByName(&self.runs, &self.secrets);
-            self.by_name.insert(hash, place, &hashing);
+            self.by_name.insert(hash, place);
         }
     }
 

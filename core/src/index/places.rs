@@ -1,7 +1,6 @@
 //! Where blocks stand, by a hash.
 
-use hashbrown::HashTable;
-use hashbrown::hash_table::Entry;
+use hashbrown::hash_table::{self as table, HashTable};
 
 use super::run::RunId;
 use super::slab::NIL;
@@ -12,10 +11,8 @@ const POSITION_BITS: u32 = 7;
 pub(super) const MAX_RUNS: usize = (1 << (32 - POSITION_BITS)) - 1;
 /// Parts of a table, each of which grows by itself: growth pauses for a part only.
 const SHARDS: usize = 64;
-/// Entries that move together when a table grows.
-const STEP: usize = 64;
 /// Bytes of an entry in a table that has just grown and so is filled least.
-const ENTRY_BYTES: usize = 12;
+const ENTRY_BYTES: usize = 21;
 
 /// Where a block stands: in which run, and at which position of its group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,10 +42,31 @@ impl Place {
     }
 }
 
+/// A place, and bits of what it is found by: enough to find most others out without reading their
+/// blocks, and to grow the table without reading any.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Entry {
+    key: u32,
+    place: Place,
+}
+
+impl Entry {
+    #[allow(clippy::cast_possible_truncation)]
+    fn new(hash: u64, place: Place) -> Self {
+        let key = hash as u32;
+        Self { key, place }
+    }
+
+    /// What the table takes for its hash: a bucket by low bits, a tag by high ones.
+    fn hash(&self) -> u64 {
+        u64::from(self.key) << 32 | u64::from(self.key)
+    }
+}
+
 /// A table of places.
 #[derive(Debug)]
 pub(super) struct Places {
-    shards: Vec<HashTable<Place>>,
+    shards: Vec<HashTable<Entry>>,
     len: usize,
     bytes: usize,
 }
@@ -66,43 +84,41 @@ impl Places {
 
     #[allow(clippy::cast_possible_truncation)]
     fn shard(hash: u64) -> usize {
-        // Bits that a shard uses for neither the bucket nor the tag.
+        // Bits that are not in the key.
         (hash >> 40) as usize % SHARDS
     }
 
-    pub(super) fn get(&self, hash: u64, is_it: impl FnMut(&Place) -> bool) -> Option<Place> {
-        self.shards
-            .get(Self::shard(hash))?
-            .find(hash, is_it)
-            .copied()
+    pub(super) fn get(&self, hash: u64, mut is_it: impl FnMut(Place) -> bool) -> Option<Place> {
+        let wanted = Entry::new(hash, Place::ROOT);
+        let shard = self.shards.get(Self::shard(hash))?;
+        let is_it = |entry: &Entry| entry.key == wanted.key && is_it(entry.place);
+        shard.find(wanted.hash(), is_it).map(|entry| entry.place)
     }
 
     /// Adds a place that is not there yet.
-    pub(super) fn insert<K>(&mut self, hash: u64, place: Place, hashing: &impl Hashing<K>) {
-        if let Some(shard) = self.shards.get_mut(Self::shard(hash)) {
-            self.bytes += make_room(shard, hashing);
-            shard.insert_unique(hash, place, |place| hashing.hash(hashing.find(*place)));
-            self.len += 1;
-        }
+    pub(super) fn insert(&mut self, hash: u64, place: Place) {
+        self.insert_absent(hash, place, |_| false);
     }
 
     /// Adds a place unless one like it is there. Whether none was.
-    pub(super) fn insert_absent<K>(
+    pub(super) fn insert_absent(
         &mut self,
         hash: u64,
         place: Place,
-        is_it: impl FnMut(&Place) -> bool,
-        hashing: &impl Hashing<K>,
+        mut is_it: impl FnMut(Place) -> bool,
     ) -> bool {
         let Some(shard) = self.shards.get_mut(Self::shard(hash)) else {
             return false;
         };
-        self.bytes += make_room(shard, hashing);
-        let rehash = |place: &Place| hashing.hash(hashing.find(*place));
-        match shard.entry(hash, is_it, rehash) {
-            Entry::Occupied(_) => false,
-            Entry::Vacant(entry) => {
-                entry.insert(place);
+        if shard.len() == shard.capacity() {
+            self.bytes += grow(shard);
+        }
+        let new = Entry::new(hash, place);
+        let is_it = |entry: &Entry| entry.key == new.key && is_it(entry.place);
+        match shard.entry(new.hash(), is_it, Entry::hash) {
+            table::Entry::Occupied(_) => false,
+            table::Entry::Vacant(entry) => {
+                entry.insert(new);
                 self.len += 1;
                 true
             }
@@ -124,23 +140,25 @@ impl Places {
         self.len = sizes.iter().sum();
         for (hash, place) in places {
             if let Some(shard) = self.shards.get_mut(Self::shard(hash)) {
-                // There is room for all: nothing is hashed again.
-                shard.insert_unique(hash, place, |_| hash);
+                let entry = Entry::new(hash, place);
+                shard.insert_unique(entry.hash(), entry, Entry::hash);
             }
         }
     }
 
     /// Puts another place where one stood.
     pub(super) fn replace(&mut self, hash: u64, old: Place, new: Place) {
+        let old = Entry::new(hash, old);
         let shard = self.shards.get_mut(Self::shard(hash));
-        if let Some(place) = shard.and_then(|s| s.find_mut(hash, |place| *place == old)) {
-            *place = new;
+        if let Some(entry) = shard.and_then(|s| s.find_mut(old.hash(), |entry| *entry == old)) {
+            entry.place = new;
         }
     }
 
     pub(super) fn remove(&mut self, hash: u64, place: Place) {
+        let gone = Entry::new(hash, place);
         let shard = self.shards.get_mut(Self::shard(hash));
-        if let Some(Ok(entry)) = shard.map(|s| s.find_entry(hash, |other| *other == place)) {
+        if let Some(Ok(entry)) = shard.map(|s| s.find_entry(gone.hash(), |entry| *entry == gone)) {
             entry.remove();
             self.len -= 1;
         }
@@ -161,44 +179,14 @@ impl Places {
     }
 }
 
-/// How places hash, in two steps.
-pub(super) trait Hashing<K> {
-    /// Where what is hashed is to be read.
-    fn find(&self, place: Place) -> K;
-
-    /// Reads and hashes it.
-    fn hash(&self, key: K) -> u64;
-}
-
-/// Makes room for one more in a full table and returns the bytes that it grew by. Where blocks are
-/// is found for many before one is read: so few reads wait for others.
-fn make_room<K>(shard: &mut HashTable<Place>, hashing: &impl Hashing<K>) -> usize {
-    if shard.len() < shard.capacity() {
-        return 0;
-    }
+/// Makes room in a full table and returns the bytes that it grew by: none where it is full of what
+/// has gone.
+fn grow(shard: &mut HashTable<Entry>) -> usize {
     let before = shard.allocation_size();
     let room = shard.len() + shard.len() / 2 + 1;
     let old = std::mem::replace(shard, HashTable::with_capacity(room));
-    let mut places = old.iter().copied();
-    let (mut found, mut hashes) = (Vec::new(), Vec::new());
-    loop {
-        found.extend(
-            places
-                .by_ref()
-                .take(STEP)
-                .map(|place| (hashing.find(place), place)),
-        );
-        if found.is_empty() {
-            break;
-        }
-        hashes.extend(
-            found
-                .drain(..)
-                .map(|(key, place)| (hashing.hash(key), place)),
-        );
-        for (hash, place) in hashes.drain(..) {
-            shard.insert_unique(hash, place, |_| hash);
-        }
+    for entry in old {
+        shard.insert_unique(entry.hash(), entry, Entry::hash);
     }
     shard.allocation_size().saturating_sub(before)
 }

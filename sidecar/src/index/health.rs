@@ -89,8 +89,9 @@ struct Dropped {
 /// A worker's health.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Health {
-    /// Last blocks of prompts that the worker has computed, and when.
-    awaited: VecDeque<(Slot, u64, Instant)>,
+    /// Last blocks of prompts that the worker has computed, and when; `None` for one or more in
+    /// between of which an event has come.
+    awaited: VecDeque<Option<(Slot, u64, Instant)>>,
     /// Of how many in a row no event has come, and when the first of them was computed.
     missed: Option<(u32, Instant)>,
     /// When an event was last applied.
@@ -115,8 +116,11 @@ impl Health {
     pub(super) fn computed(&mut self, slot: Slot, last: u64, is_held: bool, at: Instant) {
         if is_held {
             self.missed = None;
+            if self.awaited.back().is_some_and(Option::is_some) {
+                self.awaited.push_back(None);
+            }
         } else if self.ailment.is_none() && self.awaited.len() < AWAITED {
-            self.awaited.push_back((slot, last, at));
+            self.awaited.push_back(Some((slot, last, at)));
         }
     }
 
@@ -143,14 +147,20 @@ impl Health {
     fn look(&mut self, at: Instant, is_held: impl Fn(Slot, u64) -> bool) {
         let awaited = self.awaited.len();
         self.awaited
-            .retain(|(slot, last, _)| !is_held(*slot, *last));
+            .retain(|prompt| !prompt.is_some_and(|(slot, last, _)| is_held(slot, last)));
         if self.awaited.len() < awaited {
             self.missed = None;
         }
-        let is_due = |(_, _, computed): &mut (Slot, u64, Instant)| at >= *computed + PATIENCE;
-        while let Some((_, _, computed)) = self.awaited.pop_front_if(is_due) {
-            let (missed, since) = self.missed.unwrap_or((0, computed));
-            self.missed = Some((missed.saturating_add(1), since));
+        let is_due = |prompt: &mut Option<(Slot, u64, Instant)>| {
+            prompt.is_none_or(|(_, _, computed)| at >= computed + PATIENCE)
+        };
+        while self.missed.is_none_or(|(missed, _)| missed < MISSED)
+            && let Some(prompt) = self.awaited.pop_front_if(is_due)
+        {
+            self.missed = prompt.map(|(_, _, computed)| {
+                let (missed, since) = self.missed.unwrap_or((0, computed));
+                (missed + 1, since)
+            });
         }
     }
 
@@ -305,6 +315,20 @@ mod tests {
             let is_held = |slot, last| slot == SLOT && last % 7 == 0;
             assert_eq!(health.judge(at, true, is_held), None);
         }
+    }
+
+    #[test]
+    fn prompts_that_come_due_together_are_no_row_if_others_between_them_were_heard_of() {
+        let (mut health, at) = (Health::default(), Instant::now());
+        for last in 0..u64::from(2 * MISSED) {
+            health.computed(SLOT, last, last % 2 == 0, at);
+        }
+        assert_eq!(health.judge(at + PATIENCE, true, nothing), None);
+        compute(&mut health, MISSED, at + PATIENCE);
+        health.computed(SLOT, 0, true, at + PATIENCE);
+        compute(&mut health, 1, at + PATIENCE);
+        let fell = Change::Fell(Ailment::Silent);
+        assert_eq!(health.judge(at + 2 * PATIENCE, true, nothing), Some(fell));
     }
 
     #[test]
