@@ -143,14 +143,14 @@ pub struct Traits {
     pub since_ms: u64,
 }
 
-/// Which pool serves a model, and as what.
+/// Which pool serves a request, and its model as what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Served<'a> {
     /// Position of the pool in the table.
     pub pool: usize,
     /// The adapter, where the model is one.
     pub lora: Option<&'a str>,
-    /// Whether some pool names this model; otherwise the first pool serves it.
+    /// Whether the pool names this model, or takes any.
     pub known: bool,
 }
 
@@ -177,26 +177,18 @@ impl Table {
         Some(table)
     }
 
-    /// The pool for a request's model name; `None` only for an empty table.
+    /// The pool for a request: the one of this name, else the one that names its model, else the
+    /// first; `None` only for an empty table.
     #[must_use]
-    pub fn serve(&self, model: Option<&str>) -> Option<Served<'_>> {
-        let named = self.pools.iter().enumerate().find_map(|(pool, p)| {
-            let model = model?;
-            let lora = p.lora_adapters.iter().find(|l| *l == model);
-            let known = lora.is_some() || p.models.iter().any(|m| m == model);
-            known.then_some(Served {
-                pool,
-                lora: lora.map(String::as_str),
-                known,
-            })
-        });
-        named.or_else(|| {
-            let first = self.pools.first()?;
-            Some(Served {
-                pool: 0,
-                lora: None,
-                known: first.models.is_empty(),
-            })
+    pub fn serve(&self, pool: Option<&str>, model: Option<&str>) -> Option<Served<'_>> {
+        let all = || self.pools.iter().enumerate();
+        let named = all().find(|(_, p)| pool == Some(p.name.as_str()));
+        let by_model = || all().find(|(_, p)| p.names(model));
+        let (position, p) = named.or_else(by_model).or_else(|| all().next())?;
+        Some(Served {
+            pool: position,
+            lora: p.adapter(model),
+            known: p.names(model) || p.models.is_empty(),
         })
     }
 }
@@ -220,6 +212,18 @@ impl Owner {
 }
 
 impl Pool {
+    /// The adapter of this name.
+    fn adapter(&self, model: Option<&str>) -> Option<&str> {
+        let mut adapters = self.lora_adapters.iter().map(String::as_str);
+        adapters.find(|adapter| model == Some(*adapter))
+    }
+
+    /// Whether this is one of its models or adapters.
+    fn names(&self, model: Option<&str>) -> bool {
+        let is_model = self.models.iter().any(|m| model == Some(m.as_str()));
+        is_model || self.adapter(model).is_some()
+    }
+
     /// The owner in a slot.
     #[must_use]
     pub fn owner(&self, slot: Slot) -> Option<&Owner> {
@@ -349,7 +353,7 @@ mod tests {
     #[test]
     fn a_model_selects_its_pool_and_an_adapter_is_named() {
         let table = table();
-        let served = |m| table.serve(m).unwrap();
+        let served = |m| table.serve(None, m).unwrap();
         assert_eq!(served(Some("llama-70b")).pool, 1);
         assert_eq!(
             served(Some("sql")),
@@ -368,7 +372,24 @@ mod tests {
             }
         );
         assert_eq!(served(None).pool, 0);
-        assert_eq!(Table::default().serve(None), None);
+        assert_eq!(Table::default().serve(None, None), None);
+    }
+
+    #[test]
+    fn a_pool_that_is_named_comes_before_the_one_of_the_model() {
+        let mut table = table();
+        let served = |table: &Table, pool, model| {
+            let served = table.serve(Some(pool), model).unwrap();
+            (served.pool, served.lora.is_some(), served.known)
+        };
+        assert_eq!(served(&table, "small", Some("llama-8b")), (0, false, true));
+        assert_eq!(served(&table, "small", Some("sql")), (0, false, false));
+        assert_eq!(served(&table, "large", Some("sql")), (1, true, true));
+        assert_eq!(served(&table, "large", None), (1, false, false));
+        assert_eq!(served(&table, "?", Some("sql")), (1, true, true));
+        // One without models takes any.
+        table.pools[1].models.clear();
+        assert_eq!(served(&table, "large", Some("?")), (1, false, true));
     }
 
     #[test]

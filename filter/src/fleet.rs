@@ -103,10 +103,10 @@ impl Fleet {
         Self { table, pools }
     }
 
-    /// The pool for a model.
+    /// The pool for a request, by its name or by the request's model.
     #[must_use]
-    pub fn serve(&self, model: Option<&str>) -> Option<Served<'_>> {
-        let served = self.table.serve(model)?;
+    pub fn serve(&self, pool: Option<&str>, model: Option<&str>) -> Option<Served<'_>> {
+        let served = self.table.serve(pool, model)?;
         self.at(served.pool, served.lora.unwrap_or_default(), served.known)
     }
 
@@ -142,8 +142,8 @@ impl Fleet {
 
     /// How to hash a prompt, as far as its body has said.
     #[must_use]
-    pub fn hashing(&self, scan: &Scan) -> Option<Hashing> {
-        let served = self.serve(scan.model.value().map(String::as_str))?;
+    pub fn hashing(&self, pool: Option<&str>, scan: &Scan) -> Option<Hashing> {
+        let served = self.serve(pool, scan.model.value().map(String::as_str))?;
         Some(served.hashing(scan.cache_salt.value().map_or("", String::as_str)))
     }
 }

@@ -21,6 +21,8 @@ pub use trust::is_trusted;
 /// The kinds of privileged hints.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
+    /// The pool.
+    Pool,
     /// The worker.
     Worker,
     /// Its data-parallel rank.
@@ -45,7 +47,8 @@ pub enum Kind {
 
 impl Kind {
     /// All of them, in order.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
+        Self::Pool,
         Self::Worker,
         Self::Rank,
         Self::AllowedWorkers,
@@ -64,6 +67,7 @@ impl Kind {
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            Self::Pool => "pool",
             Self::Worker => "worker",
             Self::Rank => "rank",
             Self::AllowedWorkers => "allowed_workers",

@@ -64,6 +64,9 @@ pub enum Event {
     /// `kv_router_unknown_model_total`: requests for a model that no pool names. They are answered
     /// with an error.
     UnknownModel,
+    /// `kv_router_unknown_pool_total`: requests whose route, listener or client names a pool that
+    /// there is not. They go to the pool of their model. *Action*: correct the name.
+    UnknownPool,
     /// `kv_router_reports_total`: reports of VMs sent to the sidecar.
     Report,
     /// `kv_router_reports_dropped_total`: reports dropped because no sidecar listened. The VMs
@@ -134,6 +137,7 @@ impl Event {
             Self::Refused => "kv_router_bridge_refused_total",
             Self::Lease => "kv_router_bridge_leases_total",
             Self::UnknownModel => "kv_router_unknown_model_total",
+            Self::UnknownPool => "kv_router_unknown_pool_total",
             Self::Report => "kv_router_reports_total",
             Self::ReportDropped => "kv_router_reports_dropped_total",
             Self::StepDropped => "kv_router_report_steps_dropped_total",

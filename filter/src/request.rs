@@ -12,6 +12,7 @@
 //! Whatever happens, what a request booked is released when it is over, once.
 
 mod held;
+mod pool;
 mod read;
 mod route;
 mod upstream;
@@ -128,12 +129,22 @@ impl Request {
         let now_ns = router.host.now_ns();
         match self.hold(router, &headers, end, now_ns) {
             Ok(held) => {
-                self.state = State::Held(Box::new(Held { headers, ..held }));
+                let pool = router.named_pool(&headers, now_ns);
+                let held = Held {
+                    headers,
+                    pool,
+                    ..held
+                };
+                self.state = State::Held(Box::new(held));
                 Action::Pause
             }
-            Err(_) if end && hold::asks_for_models(&headers) => self.list(router, headers, now_ns),
             Err(reason) => {
-                let read = Read::nothing(reason, headers);
+                let asks_for_models = end && hold::asks_for_models(&headers);
+                let pool = router.named_pool(&headers, now_ns);
+                let read = Read::nothing(reason, headers, pool);
+                if asks_for_models {
+                    return self.list(router, read, now_ns);
+                }
                 self.route(router, read, now_ns, now_ns, Pass::Asks)
             }
         }
@@ -187,7 +198,7 @@ impl Request {
         read.hashes = told.hashes;
         read.families = told.families;
         if !told.ids.is_empty() {
-            read.changed = router.with_ids(surface, read.bytes, &read.scan, &told.ids);
+            read.changed = router.with_ids(surface, &read, &told.ids);
         }
         if self.route(router, read, since_ns, part_ns, Pass::Asks) == Action::Continue {
             router.resume();
@@ -303,12 +314,7 @@ impl Request {
         if end {
             return Err(Reason::Passed);
         }
-        // A table as of the last tick will do: the decision reads it again.
-        let fleet = router.world.fleet().or_else(|| {
-            router.refresh(now_ns);
-            router.world.fleet()
-        });
-        let fleet = fleet.ok_or(Reason::NoTable)?;
+        let fleet = router.fleet(now_ns).ok_or(Reason::NoTable)?;
         let settings = fleet.table.settings;
         let surface = hold::judge(headers, settings.body_limit)?;
         if !router.watchdog.hold(&router.host, self.context, now_ns) {
@@ -325,6 +331,7 @@ impl Request {
             taken: 0,
             whole: true,
             headers: HeaderMap::default(),
+            pool: None,
         })
     }
 
@@ -353,7 +360,7 @@ impl Request {
         };
         if let Some(refusal) = refusal
             && let Some(fleet) = router.world.fleet()
-            && let Some(served) = fleet.serve(None)
+            && let Some(served) = fleet.serve(read.pool.as_deref(), None)
         {
             return self.refuse(router, served.pool, refusal, "");
         }
@@ -377,6 +384,7 @@ impl Request {
         let question = Question {
             contexts: (self.context, self.root),
             surface,
+            pool: read.pool.as_deref(),
             bytes: read.bytes,
             scan: &read.scan,
             salt: salt(read.hints.as_ref(), &read.scan.cache_salt),
@@ -406,10 +414,9 @@ impl Request {
     }
 
     /// Answers with the list of models, where it is known here.
-    fn list<H: Host>(&mut self, router: &mut Router<H>, headers: HeaderMap, now_ns: u64) -> Action {
+    fn list<H: Host>(&mut self, router: &mut Router<H>, read: Read, now_ns: u64) -> Action {
         let fleet = router.world.fleet();
         let Some(list) = fleet.and_then(|fleet| models::list(&fleet.table)) else {
-            let read = Read::nothing(Reason::Passed, headers);
             return self.route(router, read, now_ns, now_ns, Pass::Asks);
         };
         let Router { host, metrics, .. } = router;

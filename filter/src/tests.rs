@@ -9,6 +9,7 @@ mod failures;
 mod hints;
 mod load;
 mod noise;
+mod pools;
 mod reports;
 mod requests;
 mod sessions;

@@ -40,6 +40,8 @@ pub struct Question<'a> {
     pub contexts: (u32, u32),
     /// The API.
     pub surface: Surface,
+    /// The pool, where it is named.
+    pub pool: Option<&'a str>,
     /// Bytes of the body.
     pub bytes: usize,
     /// What it said.
@@ -102,7 +104,7 @@ impl<H: Host> Router<H> {
     /// The chunks of a text, in a pool that finds texts by them.
     pub fn chunks(&self, question: &Question<'_>) -> Option<Chunks> {
         let fleet = self.world.fleet()?;
-        let served = fleet.serve(question.model())?;
+        let served = fleet.serve(question.pool, question.model())?;
         if !served.pool.chunks || served.pool.policy.mode != Mode::Kv {
             return None;
         }
@@ -125,7 +127,9 @@ impl<H: Host> Router<H> {
     /// The reason why it is not asked.
     pub fn ask(&mut self, question: &Question<'_>) -> Result<Asked, Reason> {
         let fleet = self.world.fleet().ok_or(Reason::Text)?;
-        let served = fleet.serve(question.model()).ok_or(Reason::Text)?;
+        let served = fleet
+            .serve(question.pool, question.model())
+            .ok_or(Reason::Text)?;
         let budget = served.pool.text.ok_or(Reason::Text)?;
         if served.pool.policy.mode != Mode::Kv {
             return Err(Reason::Text);

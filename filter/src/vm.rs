@@ -1,6 +1,7 @@
 //! One VM and the callbacks that Envoy makes into it.
 
 use std::collections::BTreeMap;
+use std::rc::Rc;
 
 use hashbrown::HashMap;
 use kv_core::key;
@@ -55,6 +56,14 @@ pub struct Router<H> {
 }
 
 impl<H: Host> Router<H> {
+    /// The worker table as of the last tick or decision, or as it is where there was none.
+    pub fn fleet(&mut self, now_ns: u64) -> Option<Rc<Fleet>> {
+        self.world.fleet().or_else(|| {
+            self.refresh(now_ns);
+            self.world.fleet()
+        })
+    }
+
     /// Brings the published state up to date.
     pub fn refresh(&mut self, now_ns: u64) {
         let (host, metrics, lanes) = (&self.host, &mut self.metrics, &mut self.lanes);

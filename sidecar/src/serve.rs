@@ -61,6 +61,13 @@ pub struct Source {
 /// # Errors
 /// When it can't start, or a part of it fails.
 pub async fn run(config: Config, source: Source, cancel: CancellationToken) -> anyhow::Result<()> {
+    let is_unnamed = |pool: &&config::Pool| pool.models.is_empty() && pool.lora_adapters.is_empty();
+    for pool in config.pools.iter().skip(1).filter(is_unnamed) {
+        tracing::warn!(
+            pool = pool.name,
+            "names no models: it serves what a route, listener or trusted client sends there"
+        );
+    }
     let metrics = Arc::new(Metrics::default());
     let (pools, text_metrics) = (config.pools.clone(), Arc::clone(&metrics));
     let reader = tokio::task::spawn_blocking(move || Reader::load(&pools, text_metrics)).await?;

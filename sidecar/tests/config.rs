@@ -129,7 +129,6 @@ pools:
             "pools[1].name: is taken by pools[0].name, got a",
             "pools[1].workers[0].endpoint: is taken by pools[0].workers[0].endpoint, got 1.1.1.1:1",
             "pools[1].workers[0].id: is taken by pools[0].workers[0].id, got 1",
-            "pools[2].models: must not be empty: only the first pool takes any model, got []",
             r#"pools[2].name: must match ^[A-Za-z0-9._-]{1,64}$, got "b c""#,
             r#"router_mode: belongs into a pool when there are `pools`, got "kv""#,
         ]

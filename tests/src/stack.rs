@@ -131,7 +131,7 @@ impl Stack {
         std::fs::write(&file, bootstrap).expect("a writable directory");
         let envoy = Envoy::start(&dir, &file, threads, port, admin).await;
         let decides = async || {
-            let request = http::Request::get(crate::client::uri(port, "/v1/models"));
+            let request = http::Request::get(crate::client::uri(port, "/health"));
             let request = request
                 .body(http_body_util::Full::default())
                 .expect("a request");

@@ -26,6 +26,8 @@ pub(super) struct Held {
     /// Whether Envoy handed out all bytes it announced.
     pub(super) whole: bool,
     pub(super) headers: HeaderMap,
+    /// The pool, where it is named.
+    pub(super) pool: Option<String>,
 }
 
 impl Held {
@@ -44,7 +46,8 @@ impl Held {
         self.taken = size;
         self.scanner.feed(&part);
         let fleet = router.world.fleet();
-        let hashing = fleet.and_then(|fleet| fleet.hashing(self.scanner.so_far()));
+        let hashing =
+            fleet.and_then(|fleet| fleet.hashing(self.pool.as_deref(), self.scanner.so_far()));
         if let Some(hashing) = hashing {
             self.scanner.hash(hashing);
         }
@@ -52,7 +55,7 @@ impl Held {
 
     /// What a body that was not read to its end said: at most the pool.
     pub(super) fn cut(self, reason: Reason) -> Read {
-        let mut read = Read::nothing(reason, self.headers);
+        let mut read = Read::nothing(reason, self.headers, self.pool);
         read.scan.model = self.scanner.so_far().model.clone();
         read
     }
@@ -62,7 +65,7 @@ impl Held {
         let (limit, bytes) = (self.scanner.limit(), self.taken);
         let scan = self.scanner.finish();
         let (true, Ok(mut scan)) = (self.whole, scan) else {
-            return Read::nothing(Reason::BadJson, self.headers);
+            return Read::nothing(Reason::BadJson, self.headers, self.pool);
         };
         let mut nvext = Nvext::default();
         if let Some(place) = scan.members.get(NVEXT) {
@@ -107,6 +110,7 @@ impl Held {
             bytes,
             changed: None,
             headers: self.headers,
+            pool: self.pool,
             nvext,
             hints: None,
         }

@@ -31,6 +31,8 @@ pub(super) struct Read {
     /// What is to stand in the place of the body once it is routed.
     pub(super) changed: Option<Vec<u8>>,
     pub(super) headers: HeaderMap,
+    /// The pool, where it is named.
+    pub(super) pool: Option<String>,
     /// The body's extensions.
     pub(super) nvext: Nvext,
     /// What counts of headers and extensions, once it is known.
@@ -43,8 +45,9 @@ impl Read {
     pub(super) fn hints<H: Host>(&mut self, router: &mut Router<H>) -> &Hints {
         self.hints.get_or_insert_with(|| {
             let fleet = router.world.fleet();
-            let model = self.scan.model.value().map(String::as_str);
-            let served = fleet.as_ref().and_then(|fleet| fleet.serve(model));
+            let (pool, model) = (self.pool.as_deref(), self.scan.model.value());
+            let model = model.map(String::as_str);
+            let served = fleet.as_ref().and_then(|fleet| fleet.serve(pool, model));
             let pool = served.map(|served| served.pool);
             let Router { host, metrics, .. } = router;
             Hints::gather(host, metrics, pool, &self.headers, &self.nvext)
@@ -79,7 +82,7 @@ impl Read {
     }
 
     /// Nothing but the headers.
-    pub(super) fn nothing(reason: Reason, headers: HeaderMap) -> Self {
+    pub(super) fn nothing(reason: Reason, headers: HeaderMap, pool: Option<String>) -> Self {
         Self {
             reason,
             tokens: 0,
@@ -90,6 +93,7 @@ impl Read {
             bytes: 0,
             changed: None,
             headers,
+            pool,
             nvext: Nvext::default(),
             hints: None,
         }

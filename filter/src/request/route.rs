@@ -36,7 +36,7 @@ impl Request {
         let model = read.scan.model.value().map(String::as_str);
         let fleet = router.world.fleet();
         let served = fleet.as_ref().and_then(|fleet| {
-            let served = fleet.serve(model)?;
+            let served = fleet.serve(read.pool.as_deref(), model)?;
             Some((fleet, served))
         });
         let routed = match &served {

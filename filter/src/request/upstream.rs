@@ -1,9 +1,9 @@
 //! What Envoy is told of a request: its headers, its body, and to go on.
 
 use kv_core::id::DpRank;
-use kv_core::scan::Scan;
 use kv_core::surface::Surface;
 
+use super::read::Read;
 use super::{DECISION, DESTINATION, POOL};
 use crate::header_map::HeaderMap;
 use crate::hints;
@@ -52,18 +52,13 @@ impl<H: Host> Router<H> {
     }
 
     /// The body with its prompt's token ids, as the pool hands them over.
-    pub(super) fn with_ids(
-        &self,
-        surface: Surface,
-        bytes: usize,
-        scan: &Scan,
-        ids: &[u8],
-    ) -> Option<Vec<u8>> {
+    pub(super) fn with_ids(&self, surface: Surface, read: &Read, ids: &[u8]) -> Option<Vec<u8>> {
         let fleet = self.world.fleet()?;
-        let served = fleet.serve(scan.model.value().map(String::as_str))?;
-        let body = self.host.body(0, bytes);
+        let model = read.scan.model.value().map(String::as_str);
+        let served = fleet.serve(read.pool.as_deref(), model)?;
+        let body = self.host.body(0, read.bytes);
         let handover = served.pool.handover;
-        handover.body(surface, &body, &scan.members, ids)
+        handover.body(surface, &body, &read.scan.members, ids)
     }
 
     /// Sends this body instead of the one that came.

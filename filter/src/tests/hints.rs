@@ -62,7 +62,8 @@ fn nothing_privileged_is_left_of_a_client_that_is_not_trusted() {
     let left = host.headers(Headers::Request).unwrap();
     let left: Vec<&[u8]> = left.iter().map(|(name, _)| name).collect();
     assert_eq!(left, [b"x-request-id"]);
-    for kind in Kind::ALL {
+    // The pool's name is read with the headers, before there is a pool whose word counts.
+    for kind in Kind::ALL.into_iter().filter(|k| *k != Kind::Pool) {
         assert_eq!(ignored(&host, kind), 1, "{}", kind.name());
     }
 }

@@ -85,21 +85,13 @@ pub(super) async fn explain(
 ) -> Result<Json<Value>, AdminError> {
     let question = Question::read(&body)?;
     let table: Table = admin.ask(Control::Table).await?;
-    let served = match &question.pool {
-        Some(name) => {
-            let number = table.pools.iter().position(|p| p.name == *name);
-            let pool = number.ok_or_else(|| AdminError::NoSuchPool(name.clone()))?;
-            (pool, None, true)
-        }
-        None => {
-            let served = table
-                .serve(question.model.as_deref())
-                .ok_or(AdminError::ShuttingDown)?;
-            (served.pool, served.lora, served.known)
-        }
-    };
-    let (number, adapter, known_model) = served;
-    let lora = question.lora.as_deref().or(adapter);
+    let (pool, model) = (question.pool.as_deref(), question.model.as_deref());
+    if let Some(name) = pool.filter(|name| table.pools.iter().all(|p| p.name != *name)) {
+        return Err(AdminError::NoSuchPool(name.to_owned()));
+    }
+    let served = table.serve(pool, model).ok_or(AdminError::ShuttingDown)?;
+    let (number, known_model) = (served.pool, served.known || model.is_none());
+    let lora = question.lora.as_deref().or(served.lora);
     let block_size = table.pools.get(number).map_or(1, |p| p.block_size);
     let seed = Seed::new(
         lora.unwrap_or_default(),

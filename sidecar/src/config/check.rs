@@ -116,7 +116,7 @@ impl Check {
             } else {
                 format!("pools[{i}].")
             };
-            self.pool(pool, &prefix, i == 0, tracking)
+            self.pool(pool, &prefix, tracking)
         });
         Config {
             file: file.clone(),
@@ -288,20 +288,10 @@ impl Check {
         }
     }
 
-    fn pool(
-        &mut self,
-        pool: &file::Pool,
-        prefix: &str,
-        is_first: bool,
-        tracking: Tracking,
-    ) -> Pool {
+    fn pool(&mut self, pool: &file::Pool, prefix: &str, tracking: Tracking) -> Pool {
         let path = |key: &str| format!("{prefix}{key}");
         if let Some(other) = self.names.insert(pool.name.clone(), path("name")) {
             self.refuse(path("name"), &pool.name, &format!("is taken by {other}"));
-        }
-        if pool.models.is_empty() && pool.lora_adapters.is_empty() && !is_first {
-            let why = "must not be empty: only the first pool takes any model";
-            self.refuse(path("models"), "[]", why);
         }
         let lists = [
             ("models", &pool.models),

@@ -102,7 +102,9 @@ impl Service {
     /// Sets thresholds of the pool that serves a model, and returns all of them.
     pub(super) fn set_threshold(&mut self, model: &str, change: Thresholds) -> Option<Thresholds> {
         let table: Table = self.table();
-        let served = table.serve(Some(model)).filter(|served| served.known)?;
+        let served = table
+            .serve(None, Some(model))
+            .filter(|served| served.known)?;
         let before = table.pools.get(served.pool)?.overload;
         if change.is_unset() {
             return Some(before);
