@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 
 use super::Admin;
 use super::error::AdminError;
-use crate::fleet::lease::{Outcome, RegisterError};
+use crate::fleet::outcome::{Outcome, RegisterError};
 use crate::fleet::said::Said;
 use crate::fleet::{Ask, Joined};
 

@@ -5,7 +5,7 @@ use kv_core::id::WorkerId;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::lease::RegisterError;
+use super::outcome::RegisterError;
 use crate::config::{self, Worker};
 
 /// The keys that the configuration's workers lack.

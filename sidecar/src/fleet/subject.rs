@@ -9,7 +9,7 @@ use serde_json::json;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use super::lease::RegisterError;
+use super::outcome::RegisterError;
 use super::said::Said;
 use super::{Ask, Joined};
 use crate::config::Nats;
