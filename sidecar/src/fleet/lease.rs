@@ -132,12 +132,7 @@ impl Leases {
             });
         }
         let ttl_ms = ttl(terms, said.terms.ttl_secs)?;
-        if base
-            .pools
-            .iter()
-            .flat_map(|p| &p.workers)
-            .any(|w| w.id == id)
-        {
+        if base.workers().any(|w| w.id == id) {
             return Err(RegisterError::OfFile(id));
         }
         self.endpoint_is_free(base, &said)?;
@@ -192,8 +187,7 @@ impl Leases {
         if self.workers.remove(&worker).is_some() {
             return Ok(());
         }
-        let mut of_file = base.pools.iter().flat_map(|pool| &pool.workers);
-        Err(if of_file.any(|w| w.id == worker) {
+        Err(if base.workers().any(|w| w.id == worker) {
             RegisterError::OfFile(worker)
         } else {
             RegisterError::NotRegistered(worker)
@@ -216,18 +210,10 @@ impl Leases {
     /// The configuration with them.
     #[must_use]
     pub fn over(&self, mut config: Config) -> Config {
-        for (id, registered) in &self.workers {
-            let endpoint = registered.said.worker.endpoint;
-            let mut all = config.pools.iter().flat_map(|pool| &pool.workers);
-            if all.any(|w| w.id == *id || endpoint.is_some() && w.endpoint == endpoint) {
-                continue;
-            }
-            let pool = config.pools.iter_mut().find(|p| p.name == registered.pool);
-            if let Some(pool) = pool {
-                let mut worker = registered.said.worker.clone();
-                worker.source = Source::Registered;
-                pool.workers.push(worker);
-            }
+        for registered in self.workers.values() {
+            let mut worker = registered.said.worker.clone();
+            worker.source = Source::Registered;
+            config.admit(&registered.pool, worker);
         }
         config
     }
@@ -268,8 +254,7 @@ impl Leases {
             return Ok(());
         };
         let registered = self.workers.values().map(|r| &r.said.worker);
-        let of_file = base.pools.iter().flat_map(|pool| &pool.workers);
-        let mut all = of_file.chain(registered);
+        let mut all = base.workers().chain(registered);
         let other = all.find(|w| w.endpoint == Some(endpoint) && w.id != said.id());
         match other {
             Some(other) => Err(RegisterError::EndpointTaken {
