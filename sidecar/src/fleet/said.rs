@@ -48,6 +48,18 @@ impl Said {
         Self::of(serde_json::from_slice(bytes).map_err(body)?)
     }
 
+    /// Reads JSON of this very worker.
+    ///
+    /// # Errors
+    /// When it is not what a worker says, or another worker's.
+    pub fn read_of(bytes: &[u8], expected: WorkerId) -> Result<Self, RegisterError> {
+        let read = Self::read(bytes)?;
+        match read.id() {
+            id if id == expected => Ok(read),
+            said => Err(RegisterError::OtherWorker { said, expected }),
+        }
+    }
+
     pub(super) fn of(text: Map<String, Value>) -> Result<Self, RegisterError> {
         let mut worker = text.clone();
         let terms: Map<String, Value> = TERMS
