@@ -24,11 +24,9 @@ const TOKENS: u32 = 200;
 
 /// Workers whose gates are closed, and an Envoy whose requests wait when each has one.
 async fn start(threads: u32, workers: u64, queue: Value, more: Value) -> (Stack, Vec<Upstream>) {
-    let mut upstreams = Vec::new();
-    for id in 1..=workers {
-        let upstream = Upstream::start(id).await;
+    let upstreams = Upstream::start_all(workers).await;
+    for upstream in &upstreams {
         upstream.gate.send_replace(false);
-        upstreams.push(upstream);
     }
     let worker = |(id, upstream): (usize, &Upstream)| json!({"id": id + 1, "endpoint": upstream.address, "max_num_batched_tokens": 1000});
     let workers: Vec<Value> = upstreams.iter().enumerate().map(worker).collect();
