@@ -69,7 +69,8 @@ pub struct Request {
 #[must_use]
 pub fn score(candidates: &[Candidate], request: &Request, policy: &Policy) -> Vec<Scored> {
     let policy = policy.trusted(request.trust);
-    let least = least_prefill(candidates);
+    let queued = candidates.iter().map(|c| c.load.prefill_tokens);
+    let least = queued.min().unwrap_or(0);
     let score = |c: &Candidate| Scored {
         candidate: *c,
         cost: Price::new(c, request.demand, least, request.typical_ms, &policy),
@@ -80,13 +81,6 @@ pub fn score(candidates: &[Candidate], request: &Request, policy: &Policy) -> Ve
         return candidates.iter().map(score).collect();
     }
     scored
-}
-
-/// The fewest prefill tokens on any candidate.
-#[must_use]
-pub fn least_prefill(candidates: &[Candidate]) -> u32 {
-    let queued = candidates.iter().map(|c| c.load.prefill_tokens);
-    queued.min().unwrap_or(0)
 }
 
 /// Scores candidates and chooses one. Returns the chosen position in the returned list.

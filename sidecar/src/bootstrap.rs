@@ -115,7 +115,7 @@ pub async fn take_over(
         }
     }
     // Nobody needs them when the index is gone.
-    ask(&control, Control::Adopted).await.unwrap_or_default()
+    ask(control, Control::Adopted).await.unwrap_or_default()
 }
 
 /// Takes over the index of the peer at `url`, with what came before an error.

@@ -4,6 +4,7 @@ use hashbrown::HashMap;
 
 use super::booking::{ActiveLoad, Booking};
 
+/// An owner with bookings.
 #[derive(Debug, Default)]
 pub(super) struct Owner {
     pub(super) load: ActiveLoad,

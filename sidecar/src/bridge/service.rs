@@ -1,4 +1,4 @@
-//! The gRPC service, by hand.
+//! The stream that Envoy's bridge opens, as a gRPC method.
 
 use std::pin::Pin;
 use std::sync::Arc;

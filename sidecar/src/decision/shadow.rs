@@ -1,7 +1,7 @@
 //! What would have been chosen from the exact state, and why it was not.
 
 use kv_core::cost::Demand;
-use kv_core::decide::{self, Candidate, Price, RECORDED, Scored};
+use kv_core::decide::{self, Candidate, Price, RECORDED, Request, Scored};
 use kv_core::delay::Pace;
 use kv_core::id::{OwnerId, Tier};
 use kv_core::load::Load;
@@ -194,24 +194,20 @@ fn compares_alike(policy: &Policy, evidence: &Evidence) -> bool {
 
 /// All owners that take requests, at their exact cost.
 fn scored(field: &Field, evidence: &Evidence) -> Vec<Scored> {
-    let demand = demand(field, evidence);
-    let policy = &field.pool.policy;
     let mut candidates = field.candidates(&evidence.constraints);
     leave_out(&mut candidates, field, evidence);
     if !field.pool.families.is_empty() {
         take_overlaps_as_seen(&mut candidates, field, evidence);
     }
     take_pace_as_seen(&mut candidates, field, evidence);
-    if candidates.iter().any(|c| !c.load.is_saturated()) {
-        candidates.retain(|c| !c.load.is_saturated());
-    }
-    let least = decide::least_prefill(&candidates);
-    let typical_ms = typical_seen(evidence);
-    let score = |candidate: Candidate| Scored {
-        cost: Price::new(&candidate, demand, least, typical_ms, policy),
-        candidate,
+    let request = Request {
+        demand: demand(field, evidence),
+        trust: 1.0,
+        turn: 0,
+        typical_ms: typical_seen(evidence),
+        bound: None,
     };
-    candidates.into_iter().map(score).collect()
+    decide::score(&candidates, &request, &field.pool.policy)
 }
 
 /// An owner that takes so many requests and no more, or gets a part of its share yet, may have been
