@@ -108,6 +108,22 @@ async fn arrived(upstreams: &[Upstream], wanted: u64) {
     wait::until("requests at the workers", there).await;
 }
 
+/// Waits until the sidecar knows of so many requests at the workers: whom it lets go depends on it.
+async fn known(stack: &Stack, wanted: u64) {
+    let there = async || {
+        let workers = stack.sidecar.workers().await?;
+        let owners = workers["pools"][0]["owners"].as_array();
+        let waiting = owners.into_iter().flatten().map(|o| &o["load"]["waiting"]);
+        let count: u64 = waiting.filter_map(Value::as_u64).sum();
+        if count == wanted {
+            Ok(())
+        } else {
+            Err(workers.to_string())
+        }
+    };
+    wait::until("requests that the sidecar knows of", there).await;
+}
+
 fn open(upstreams: &[Upstream]) {
     for upstream in upstreams {
         upstream.gate.send_replace(true);
@@ -120,6 +136,7 @@ async fn requests_wait_and_go_by_tier_and_priority() {
     let sender = Sender::new(&stack);
     let mut tasks = vec![sender.send(1, &[])];
     arrived(&upstreams, 1).await;
+    known(&stack, 1).await;
     let later: [&[(&'static str, &str)]; 5] = [
         &[],
         &[("x-dynamo-request-priority", "0")],
