@@ -2,12 +2,16 @@
 
 import json
 import os
+import sys
 
 from fetch import program
 from processes import Failed, is_well
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
+sys.path.append(os.path.join(ROOT, "envoy", "demo"))
+import plain  # noqa: E402
+
 RELEASE = os.path.join(ROOT, "target", "release")
 ENVOY = os.path.join(ROOT, ".tools", "bin", "envoy")
 KV_ROUTER = os.path.join(RELEASE, "kv-router")
@@ -58,54 +62,9 @@ def envoy(run, bootstrap):
     run.start("envoy", [ENVOY, "--config-path", bootstrap, *alone])
 
 
-def plain(run, policy):
-    """Envoy alone."""
-
-    def address(port):
-        return {"socket_address": {"address": "127.0.0.1", "port_value": port}}
-
-    v3 = "type.googleapis.com/envoy.extensions.filters"
-    manager = {
-        "@type": f"{v3}.network.http_connection_manager.v3.HttpConnectionManager",
-        "stat_prefix": "http",
-        "route_config": {
-            "virtual_hosts": [
-                {
-                    "name": "engines",
-                    "domains": ["*"],
-                    "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "engines", "timeout": "0s"}}],
-                }
-            ]
-        },
-        "http_filters": [
-            {"name": "envoy.filters.http.router", "typed_config": {"@type": f"{v3}.http.router.v3.Router"}}
-        ],
-    }
-    limits = {f"max_{what}": 100_000 for what in ("connections", "pending_requests", "requests", "retries")}
-    endpoints = [{"endpoint": {"address": address(engine.port)}} for engine in run.engines]
-    connection_manager = {"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}
-    bootstrap = {
-        "static_resources": {
-            "listeners": [
-                {
-                    "name": "http",
-                    "address": address(run.port),
-                    "per_connection_buffer_limit_bytes": 64 << 20,
-                    "filter_chains": [{"filters": [connection_manager]}],
-                }
-            ],
-            "clusters": [
-                {
-                    "name": "engines",
-                    "type": "STATIC",
-                    "connect_timeout": "1s",
-                    "lb_policy": policy,
-                    "circuit_breakers": {"thresholds": [limits]},
-                    "load_assignment": {"cluster_name": "engines", "endpoints": [{"lb_endpoints": endpoints}]},
-                }
-            ],
-        }
-    }
+def envoy_alone(run, policy):
+    """Envoy by its own policy, as the demo compares with."""
+    bootstrap = plain.bootstrap(run.port, [engine.port for engine in run.engines], policy)
     envoy(run, run.write("envoy.json", json.dumps(bootstrap)))
 
 
@@ -157,8 +116,8 @@ def dynamo(run):
 ARMS = {
     "ours": (None, lambda run: ours(run, compat=False)),
     "ours-compat-dynamo": (None, lambda run: ours(run, compat=True)),
-    "envoy-round-robin": (None, lambda run: plain(run, "ROUND_ROBIN")),
-    "envoy-least-request": (None, lambda run: plain(run, "LEAST_REQUEST")),
+    "envoy-round-robin": (None, lambda run: envoy_alone(run, "ROUND_ROBIN")),
+    "envoy-least-request": (None, lambda run: envoy_alone(run, "LEAST_REQUEST")),
     "sglang-router": ("sglang", sglang),
     "vllm-router": ("vllm", vllm),
     "dynamo": ("dynamo", dynamo),

@@ -15,6 +15,7 @@ import tempfile
 
 import fetch
 from arms import ARMS, BLOCK_SIZE, KV_SIM, MODEL, PEERS, ROOT, check_built
+from mocker import word_level  # found where fetch looks
 from processes import Failed, Processes, answers, free_ports, is_well
 
 ENGINES = 8
@@ -98,44 +99,9 @@ class Run(Processes):
 
 def write_model(folder):
     """A model's folder with a tokenizer that reads words as the simulated engines do."""
-    os.makedirs(folder, exist_ok=True)
     letters = str.maketrans("0123456789", "abcdefghij")
-    vocabulary = {"q" + str(token).translate(letters): token for token in range(VOCABULARY)}
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
-        "post_processor": None,
-        "decoder": None,
-        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "qa"},
-    }
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "unk_token": "qa",
-        "bos_token": "qb",
-        "eos_token": "qc",
-        "model_max_length": BLOCKS * BLOCK_SIZE,
-        "chat_template": "{{ messages[0].content }}",
-    }
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": BLOCKS * BLOCK_SIZE,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    for name, content in (("tokenizer", tokenizer), ("tokenizer_config", settings), ("config", config)):
-        with open(os.path.join(folder, name + ".json"), "w", encoding="utf-8") as file:
-            json.dump(content, file)
+    words = ["q" + str(token).translate(letters) for token in range(VOCABULARY)]
+    word_level(folder, words, BLOCKS * BLOCK_SIZE)
 
 
 def measure(arm, workload, number, share):

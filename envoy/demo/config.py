@@ -3,6 +3,7 @@
 import json
 import os
 
+import plain
 from fleet import ROOT, RUN
 
 ENGINES = 4
@@ -56,64 +57,12 @@ workers:
 def write_plain_bootstrap(fleet):
     """Envoy's own least_request over the same engines, without the filter, with the same limits."""
     ports = fleet.ports
-    engines = [{"endpoint": {"address": address(ports[f"engine_{worker}"])}} for worker in range(1, ENGINES + 1)]
-    limits = {f"max_{what}": 100000 for what in ("connections", "pending_requests", "requests", "retries")}
-    connection_manager = {
-        "@type": "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
-        "stat_prefix": "least_request",
-        "route_config": {
-            "virtual_hosts": [
-                {
-                    "name": "engines",
-                    "domains": ["*"],
-                    "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "engines", "timeout": "0s"}}],
-                }
-            ]
-        },
-        "http_filters": [
-            {
-                "name": "envoy.filters.http.router",
-                "typed_config": {"@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router"},
-            }
-        ],
-    }
+    engines = [ports[f"engine_{worker}"] for worker in range(1, ENGINES + 1)]
     bootstrap = {
-        "admin": {"address": address(ports["least_request_admin"])},
-        "static_resources": {
-            "listeners": [
-                {
-                    "name": "http",
-                    "address": address(ports["least_request_http"]),
-                    "per_connection_buffer_limit_bytes": 64 << 20,
-                    "filter_chains": [
-                        {
-                            "filters": [
-                                {
-                                    "name": "envoy.filters.network.http_connection_manager",
-                                    "typed_config": connection_manager,
-                                }
-                            ]
-                        }
-                    ],
-                }
-            ],
-            "clusters": [
-                {
-                    "name": "engines",
-                    "type": "STATIC",
-                    "connect_timeout": "1s",
-                    "lb_policy": "LEAST_REQUEST",
-                    "circuit_breakers": {"thresholds": [limits]},
-                    "load_assignment": {"cluster_name": "engines", "endpoints": [{"lb_endpoints": engines}]},
-                }
-            ],
-        },
+        "admin": {"address": plain.address(ports["least_request_admin"])},
+        **plain.bootstrap(ports["least_request_http"], engines, "LEAST_REQUEST"),
     }
     write(PLAIN_BOOTSTRAP, json.dumps(bootstrap, indent=2) + "\n")
-
-
-def address(port):
-    return {"socket_address": {"address": "127.0.0.1", "port_value": port}}
 
 
 def quoted(path):

@@ -20,6 +20,7 @@ use axum::{Json, Router};
 use serde::Serialize;
 use tokio::sync::{mpsc, oneshot};
 
+use crate::ask::ask;
 use crate::decision::{DecisionsReport, Wanted};
 use crate::fleet::Front;
 use crate::fleet::lease::Lease;
@@ -77,12 +78,8 @@ impl Admin {
         &self,
         question: impl FnOnce(oneshot::Sender<T>) -> Control,
     ) -> Result<T, AdminError> {
-        let (reply, answer) = oneshot::channel();
-        self.control
-            .send(question(reply))
-            .await
-            .map_err(|_| AdminError::ShuttingDown)?;
-        answer.await.map_err(|_| AdminError::ShuttingDown)
+        let answer = ask(&self.control, question).await;
+        answer.ok_or(AdminError::ShuttingDown)
     }
 }
 

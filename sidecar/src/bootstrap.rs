@@ -9,9 +9,10 @@ use http_body_util::{BodyExt as _, Empty};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::time::timeout;
 
+use crate::ask::ask;
 use crate::config::Config;
 use crate::dump::Line;
 use crate::index::{Control, NotAdopted};
@@ -113,10 +114,8 @@ pub async fn take_over(
             Err(error) => tracing::warn!(%peer, %error, "can't take over the index of a peer"),
         }
     }
-    let (reply, resumes) = oneshot::channel();
     // Nobody needs them when the index is gone.
-    let _ = control.send(Control::Adopted(reply)).await;
-    resumes.await.unwrap_or_default()
+    ask(control, Control::Adopted).await.unwrap_or_default()
 }
 
 /// Takes over the index of the peer at `url`, with what came before an error.
@@ -125,7 +124,7 @@ async fn from_peer(
     token: Option<&str>,
     control: &mpsc::Sender<Control>,
 ) -> Result<(), BootstrapError> {
-    let answer = timeout(ANSWER, ask(url, token)).await;
+    let answer = timeout(ANSWER, get(url, token)).await;
     let mut body = answer.map_err(|_| BootstrapError::Timeout)??;
     let mut bytes = BytesMut::new();
     loop {
@@ -137,10 +136,8 @@ async fn from_peer(
         bytes.extend_from_slice(&part);
         while let Some(end) = bytes.iter().skip(searched).position(|byte| *byte == b'\n') {
             let line: Line = serde_json::from_slice(&bytes[..searched + end])?;
-            let (reply, adopted) = oneshot::channel();
-            let adopt = control.send(Control::Adopt { line, reply });
-            adopt.await.map_err(|_| BootstrapError::Gone)?;
-            if adopted.await.map_err(|_| BootstrapError::Gone)?? {
+            let adopted = ask(control, |reply| Control::Adopt { line, reply }).await;
+            if adopted.ok_or(BootstrapError::Gone)?? {
                 return Ok(());
             }
             bytes.advance(searched + end + 1);
@@ -152,7 +149,7 @@ async fn from_peer(
     }
 }
 
-async fn ask(url: &http::Uri, token: Option<&str>) -> Result<Incoming, BootstrapError> {
+async fn get(url: &http::Uri, token: Option<&str>) -> Result<Incoming, BootstrapError> {
     let refused = || BootstrapError::Url(url.clone());
     let authority = url.authority().ok_or_else(refused)?;
     let port = authority.port_u16().unwrap_or(80);

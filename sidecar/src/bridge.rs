@@ -14,6 +14,8 @@ use tokio::net::UnixListener;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::sync::CancellationToken;
+use tonic::Status;
+use tonic::body::Body;
 use tonic::transport::Server;
 
 use crate::index::Control;
@@ -59,21 +61,19 @@ impl Bridge {
         endpoints: Endpoints,
         cancel: CancellationToken,
     ) -> Result<(), tonic::transport::Error> {
-        let (aggregated, of_endpoints) =
-            xds::services(endpoints, Arc::clone(&metrics), cancel.clone());
+        let discovery = xds::routes(endpoints, Arc::clone(&metrics), cancel.clone());
         let service = service::Bridge::new(control, metrics, cancel.clone());
         let text = text::Text {
             reader,
             cancel: cancel.clone(),
         };
+        let unknown = async || Status::unimplemented("no such method").into_http::<Body>();
+        let methods = service.routes().merge(text.routes()).merge(discovery);
         let served = Server::builder()
             // A body comes in one go.
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
-            .add_service(service)
-            .add_service(text)
-            .add_service(aggregated)
-            .add_service(of_endpoints)
+            .add_routes(methods.fallback(unknown).into())
             .serve_with_incoming_shutdown(
                 UnixListenerStream::new(self.listener),
                 cancel.cancelled_owned(),

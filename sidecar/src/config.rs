@@ -388,6 +388,25 @@ impl Config {
         }
     }
 
+    /// The workers of all pools.
+    pub fn workers(&self) -> impl Iterator<Item = &Worker> {
+        self.pools.iter().flat_map(|pool| &pool.workers)
+    }
+
+    /// Takes a worker into a pool, unless there is no such pool or its id or endpoint is taken.
+    pub fn admit(&mut self, pool: &str, worker: Worker) {
+        let is_same = |other: &Worker| {
+            let has_its_place = worker.endpoint.is_some() && other.endpoint == worker.endpoint;
+            other.id == worker.id || has_its_place
+        };
+        if self.workers().any(is_same) {
+            return;
+        }
+        if let Some(pool) = self.pools.iter_mut().find(|p| p.name == pool) {
+            pool.workers.push(worker);
+        }
+    }
+
     /// Whether some pool trusts clients by their addresses.
     #[must_use]
     pub fn trusts_sources(&self) -> bool {

@@ -2,12 +2,14 @@
 //! name stands for. Both lie over the configuration as if its file had them; where the file has the
 //! same worker or endpoint, the file holds.
 //!
-//! - [`said`]: what a worker says when it registers; [`lease`]: who is registered, and until when.
+//! - [`said`]: what a worker says when it registers; [`lease`]: who is registered, and until when;
+//!   [`outcome`]: what that comes to.
 //! - [`names`]: the addresses behind DNS names.
 //! - [`subject`]: registration over NATS.
 
 pub mod lease;
 pub mod names;
+pub mod outcome;
 pub mod said;
 pub mod subject;
 
@@ -24,8 +26,9 @@ use crate::config::Config;
 use crate::envoy::{cluster, endpoints_of};
 use crate::metrics::{Kind, Metrics};
 use crate::xds::Assignments;
-use lease::{Lease, Leases, Outcome, RegisterError};
+use lease::{Lease, Leases};
 use names::{Name, Names};
+use outcome::{Outcome, RegisterError};
 use said::Said;
 
 /// Asks that one change of the workers takes up.

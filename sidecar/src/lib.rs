@@ -4,6 +4,7 @@
 //! and the worker table into Envoy, where the filter decides with them.
 
 pub mod admin;
+mod ask;
 pub mod bootstrap;
 pub mod bridge;
 pub mod check_events;

@@ -6,6 +6,8 @@
 //! milliseconds of any clock that doesn't go back.
 
 mod correction;
+mod news;
+mod outcome;
 mod prefix;
 mod proxy;
 mod view;
@@ -14,13 +16,13 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use kv_core::id::{OwnerId, Slot};
 use kv_core::ledger::{Continuity, Lanes};
-use kv_core::loads::{PoolLoads, WriteOff};
 use kv_core::report::{Booked, OwnerKey, Report, Step, Sum};
-use kv_core::tracker::{ActiveLoad, Booking, BookingId, Change, TrackError, Tracker, Tracking};
+use kv_core::tracker::{ActiveLoad, Booking, BookingId, Change, Tracker, Tracking};
 
-use correction::Passing;
+pub use news::News;
+pub use outcome::Outcome;
+use proxy::Proxy;
 pub use proxy::ProxyId;
-use proxy::{Proxy, Told};
 pub use view::{LoadReport, ProxyRequests, RawReport};
 
 /// Bookings at a time, over all proxies.
@@ -29,12 +31,6 @@ const MAX_BOOKINGS: usize = 1 << 18;
 const VM_SILENCE_MS: u64 = 5_000;
 /// How long a proxy may be without a stream.
 const PROXY_SILENCE_MS: u64 = 8_000;
-
-/// How long a correction of blocks has to last where one proxy alone books: its lanes are right by
-/// themselves. Where others book too, what they have booked is worth more at once.
-const LASTING_ALONE_MS: u64 = 150;
-/// How long nobody else must have booked anything for that.
-const ALONE_MS: u64 = 2_000;
 
 /// Load as the sidecar is configured to track it.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -76,62 +72,6 @@ pub struct Prompt {
     pub branches: Vec<u32>,
 }
 
-/// What a step came to, as a metric's label.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
-    /// It was booked.
-    Booked,
-    /// It was listed again in a complete report.
-    Kept,
-    /// It goes to another owner.
-    Moved,
-    /// Its first token came.
-    FirstToken,
-    /// Its prefill is done.
-    Prefilled,
-    /// Its answer has filled blocks.
-    Grown,
-    /// A worker failed it.
-    Failed,
-    /// It is about the VM and not a request.
-    OfVm,
-    /// It is over.
-    Freed,
-    /// Its worker said what it found in its cache.
-    Cached,
-    /// It waits for a worker to have room.
-    Queued,
-    /// It waits no more.
-    Unqueued,
-    /// It was not booked.
-    Unknown,
-    /// It could not be booked.
-    Refused(TrackError),
-}
-
-impl Outcome {
-    /// Label for metrics.
-    #[must_use]
-    pub fn kind(self) -> &'static str {
-        match self {
-            Self::Booked => "booked",
-            Self::Kept => "kept",
-            Self::Moved => "moved",
-            Self::FirstToken => "first_token",
-            Self::Prefilled => "prefilled",
-            Self::Grown => "grown",
-            Self::Failed => "failed",
-            Self::OfVm => "vm",
-            Self::Freed => "freed",
-            Self::Cached => "cached",
-            Self::Queued => "queued",
-            Self::Unqueued => "unqueued",
-            Self::Unknown => "unknown",
-            Self::Refused(error) => error.kind(),
-        }
-    }
-}
-
 /// What went because nobody claimed it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Swept {
@@ -145,22 +85,6 @@ pub struct Swept {
     pub expired: usize,
     /// Lanes that proxies are to take something out of that is nobody's.
     pub written_off: usize,
-}
-
-/// What a proxy is to be told.
-#[derive(Clone, Debug, PartialEq)]
-pub struct News {
-    /// The subscription that serves it.
-    pub stream: u64,
-    /// By position of the pool in the table.
-    pub pools: Vec<PoolLoads>,
-    /// What one of its VMs is to take out of the lanes.
-    pub write_off: WriteOff,
-    /// By pool, the classes in which requests wait, as bits.
-    pub backlogs: Vec<u64>,
-    /// Whether no other proxy is connected or has booked anything for a while, and nothing is
-    /// predicted from bookings.
-    pub is_alone: bool,
 }
 
 impl Accounts {
@@ -399,71 +323,6 @@ impl Accounts {
     /// Whether blocks are predicted from bookings, so that those have to be known soon.
     pub fn set_predicting(&mut self, predicts: bool) {
         self.predicts = predicts;
-    }
-
-    /// What is to be told to proxies whose corrections or live prefixes have changed.
-    pub fn news(&mut self, now_ms: u64) -> Vec<News> {
-        let mut news = Vec::new();
-        let may_wait = self.proxies.len() == 1 && !self.predicts;
-        self.is_unsettled = false;
-        for proxy in self.proxies.values_mut() {
-            let Some(stream) = proxy.stream else { continue };
-            let own = proxy.known_vms();
-            // What others had booked is to be taken back at once, too.
-            let mut bookings = self.tracker.bookings();
-            if bookings.any(|(id, ..)| !own.contains(&id.source)) {
-                proxy.crowded_ms = Some(now_ms);
-            }
-            let is_alone = proxy
-                .crowded_ms
-                .is_none_or(|at| now_ms.saturating_sub(at) >= ALONE_MS);
-            let is_right = proxy.knows_its_own && self.counts_distinct && is_alone;
-            let last_ms = match proxy.told {
-                Some(_) if is_right => LASTING_ALONE_MS,
-                _ => 0,
-            };
-            let mut prefixes = prefix::live(&self.tracker, &self.owners, &own).into_iter();
-            proxy
-                .passing
-                .resize_with(self.owners.len(), Passing::default);
-            let told = proxy.told.iter().flat_map(|told| &told.pools);
-            let told = told.map(|pool| &pool.corrections[..]);
-            let mut told = told.chain(std::iter::repeat(&[][..]));
-            let mut pools = Vec::new();
-            for ((pool, owners), passing) in (0..).zip(&self.owners).zip(&mut proxy.passing) {
-                let found = correction::of(&self.tracker, &proxy.ledger, pool, owners);
-                let told = told.next().unwrap_or_default();
-                let corrections = passing.lasting(&found, told, owners, (last_ms, now_ms));
-                self.is_unsettled |= corrections != found;
-                pools.push(PoolLoads {
-                    corrections,
-                    prefixes: prefixes.next().unwrap_or_default(),
-                });
-            }
-            let told = Told {
-                pools,
-                write_off: proxy.write_off.clone(),
-                backlogs: self.backlogs.clone(),
-                is_alone: is_alone && may_wait,
-            };
-            if proxy.told.as_ref() != Some(&told) {
-                proxy.told = Some(told.clone());
-                let Told {
-                    pools,
-                    write_off,
-                    backlogs,
-                    is_alone,
-                } = told;
-                news.push(News {
-                    stream,
-                    pools,
-                    write_off,
-                    backlogs,
-                    is_alone,
-                });
-            }
-        }
-        news
     }
 
     /// Whether more is to be told although nothing changes.

@@ -18,7 +18,7 @@ pub use message::{
     Address, Any, ClusterLoadAssignment, DiscoveryRequest, DiscoveryResponse, Endpoint, LbEndpoint,
     LocalityLbEndpoints, Node, SocketAddress, Status,
 };
-pub use service::{Aggregated, OfEndpoints, services};
+pub use service::routes;
 
 /// Type of the one resource.
 pub const ENDPOINTS_TYPE: &str =

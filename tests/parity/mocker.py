@@ -40,50 +40,58 @@ def fetch(env):
     open(done, "w").close()
 
 
-def model(folder):
+def word_level(folder, words, longest):
+    """Makes a model whose tokens are words: those for the unknown, the beginning and the end come
+    first. Prompts have at most `longest` tokens.
+    """
     os.makedirs(folder, exist_ok=True)
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
-    vocab.update({f"w{i}": i for i in range(3, 1000)})
+    vocabulary = {word: token for token, word in enumerate(words)}
+    unknown, beginning, end = words[:3]
     tokenizer = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": [],
         "normalizer": None,
-        "pre_tokenizer": {"type": "Whitespace"},
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
         "post_processor": None,
         "decoder": None,
-        "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": unknown},
     }
-    files = {
-        "tokenizer.json": tokenizer,
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "unk_token": "<unk>",
-            "bos_token": "<s>",
-            "eos_token": "</s>",
-            "model_max_length": 8192,
-            "chat_template": "{{ messages[0].content }}",
-        },
-        "config.json": {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "vocab_size": len(vocab),
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 8192,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "torch_dtype": "bfloat16",
-        },
-        "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2},
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": unknown,
+        "bos_token": beginning,
+        "eos_token": end,
+        "model_max_length": longest,
+        "chat_template": "{{ messages[0].content }}",
     }
-    for name, content in files.items():
-        with open(os.path.join(folder, name), "w") as out:
-            json.dump(content, out)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": len(words),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": longest,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "bfloat16",
+    }
+    for name, content in (("tokenizer", tokenizer), ("tokenizer_config", settings), ("config", config)):
+        write(folder, name, content)
+
+
+def model(folder):
+    word_level(folder, ["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, 1000))], 8192)
+    write(folder, "generation_config", {"bos_token_id": 1, "eos_token_id": 2})
+
+
+def write(folder, name, content):
+    with open(os.path.join(folder, name + ".json"), "w", encoding="utf-8") as file:
+        json.dump(content, file)
 
 
 if __name__ == "__main__":

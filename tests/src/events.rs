@@ -5,8 +5,28 @@ use std::sync::{Arc, Mutex};
 
 use async_nats::Client;
 use futures::StreamExt as _;
-use kv_core::event::{Envelope, EventData, KvCacheEvent, RouterEvent, SnapshotPart, StorageTier};
+use kv_core::event::{
+    Envelope, EventData, KvCacheEvent, RouterEvent, SnapshotPart, StorageTier, Stored, StoredBlock,
+};
+use kv_core::hash::{Hashing, Seed, sequence_hashes};
 use tokio::task::JoinHandle;
+
+/// That the complete blocks of a prompt are stored, as an engine tells which names blocks by all
+/// that is before them.
+#[must_use]
+pub fn stored(prompt: &[u32], block_size: usize, seed: Seed) -> EventData {
+    let names = sequence_hashes(prompt, Hashing::new(block_size, seed));
+    let blocks = prompt.chunks_exact(block_size).zip(names);
+    let block = |(tokens, block_hash)| StoredBlock {
+        block_hash,
+        tokens_hash: seed.block(tokens),
+        mm_extra_info: None,
+    };
+    EventData::Stored(Stored {
+        blocks: blocks.map(block).collect(),
+        ..Stored::default()
+    })
+}
 
 /// How a worker's events are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -13,4 +13,5 @@ pub mod rude;
 pub mod sidecar;
 pub mod stack;
 pub mod upstream;
+pub mod verdicts;
 pub mod wait;

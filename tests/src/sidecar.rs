@@ -57,6 +57,39 @@ impl Sidecar {
         self.client.get(self.admin, "/v1/workers").await
     }
 
+    /// Its metrics.
+    ///
+    /// # Errors
+    /// When it doesn't answer.
+    pub async fn metrics(&self) -> Result<String, String> {
+        let request = http::Request::get(crate::client::uri(self.admin, "/metrics"));
+        let request = request.body(http_body_util::Full::default());
+        let request = request.map_err(|e| e.to_string())?;
+        let answer = self.client.send(request).await?;
+        Ok(String::from_utf8_lossy(answer.body()).into_owned())
+    }
+
+    /// The value of a metric, named with its labels; 0 where it has none.
+    ///
+    /// # Panics
+    /// When it doesn't answer, or the value is not a whole number.
+    pub async fn metric(&self, name: &str) -> u64 {
+        let metrics = self.metrics().await.expect("metrics");
+        let mut lines = metrics.lines().filter_map(|line| line.strip_prefix(name));
+        let value = lines.find_map(|rest| rest.strip_prefix(' '));
+        value.map_or(0, |value| value.parse().expect("a whole number"))
+    }
+
+    /// What `kv_router_streams_total` counts.
+    ///
+    /// # Panics
+    /// When it doesn't answer.
+    pub async fn streams(&self, plane: &str, kind: &str) -> u64 {
+        let labels = format!("{{plane=\"{plane}\",kind=\"{kind}\"}}");
+        self.metric(&format!("kv_router_streams_total{labels}"))
+            .await
+    }
+
     /// Waits until it is ready.
     pub async fn ready(&self) {
         let ready = async || {

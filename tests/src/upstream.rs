@@ -34,7 +34,25 @@ struct Identity {
     requests: Arc<AtomicU64>,
 }
 
+/// Ids and addresses of workers with the ids 1, 2 and so on.
+#[must_use]
+pub fn workers(upstreams: &[Upstream]) -> Vec<(u64, SocketAddr)> {
+    (1..).zip(upstreams.iter().map(|u| u.address)).collect()
+}
+
 impl Upstream {
+    /// Starts workers with the ids 1 to `n`.
+    ///
+    /// # Panics
+    /// When no port is free.
+    pub async fn start_all(n: u64) -> Vec<Self> {
+        let mut all = Vec::new();
+        for id in 1..=n {
+            all.push(Self::start(id).await);
+        }
+        all
+    }
+
     /// Starts a worker with this id.
     ///
     /// # Panics

@@ -2,11 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use kv_core::event::{EventData, StorageTier, Stored, StoredBlock};
+use kv_core::event::StorageTier;
 use kv_core::hash::Seed;
-use kv_tests::events::{Encoding, Publisher};
+use kv_tests::events::{Encoding, Publisher, stored};
 use kv_tests::stack::{Setup, Stack};
-use kv_tests::upstream::Upstream;
+use kv_tests::upstream::{self, Upstream};
 use kv_tests::wait;
 use serde_json::{Value, json};
 
@@ -14,29 +14,8 @@ fn prompt(conversation: u32) -> Vec<u32> {
     (0..320).map(|i| conversation * 1000 + i).collect()
 }
 
-fn stored(prompt: &[u32]) -> EventData {
-    let blocks = prompt.chunks_exact(16).map(|tokens| StoredBlock {
-        block_hash: u64::from(tokens[0]),
-        tokens_hash: Seed::default().block(tokens),
-        mm_extra_info: None,
-    });
-    EventData::Stored(Stored {
-        parent_hash: None,
-        start_position: None,
-        blocks: blocks.collect(),
-    })
-}
-
-async fn upstreams(n: u64) -> Vec<Upstream> {
-    let mut upstreams = Vec::new();
-    for id in 1..=n {
-        upstreams.push(Upstream::start(id).await);
-    }
-    upstreams
-}
-
 async fn start(threads: u32, upstreams: &[Upstream]) -> (Stack, Publisher) {
-    let workers = (1..).zip(upstreams.iter().map(|u| u.address)).collect();
+    let workers = upstream::workers(upstreams);
     let stack = Stack::start(&Setup {
         threads,
         workers,
@@ -54,10 +33,10 @@ async fn chosen(stack: &Stack, tokens: &[u32]) -> (u64, Value) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn workers_join_and_leave_and_a_returning_one_is_asked_what_it_holds() {
-    let upstreams = upstreams(3).await;
+    let upstreams = Upstream::start_all(3).await;
     let (mut stack, mut publisher) = start(1, &upstreams).await;
     for worker in 1..=3 {
-        let data = stored(&prompt(worker));
+        let data = stored(&prompt(worker), 16, Seed::default());
         publisher
             .publish(
                 u64::from(worker),
@@ -86,7 +65,12 @@ async fn workers_join_and_leave_and_a_returning_one_is_asked_what_it_holds() {
 
     // While it was away it stored another prompt, which its snapshot tells.
     publisher
-        .publish(2, StorageTier::Device, stored(&prompt(8)), Encoding::Dynamo)
+        .publish(
+            2,
+            StorageTier::Device,
+            stored(&prompt(8), 16, Seed::default()),
+            Encoding::Dynamo,
+        )
         .await;
     stack.configure(|config| config["workers"] = all);
     stack.table_after(version).await;
@@ -116,7 +100,7 @@ async fn workers_join_and_leave_and_a_returning_one_is_asked_what_it_holds() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_broken_configuration_is_refused_and_the_old_one_stays() {
-    let upstreams = upstreams(2).await;
+    let upstreams = Upstream::start_all(2).await;
     let (mut stack, _publisher) = start(1, &upstreams).await;
     stack.configure(|config| config["router_temperature"] = json!(-1));
     let refused = async || {
@@ -136,10 +120,10 @@ async fn a_broken_configuration_is_refused_and_the_old_one_stays() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_sidecar_costs_no_request_and_comes_back_with_its_index() {
-    let upstreams = upstreams(3).await;
+    let upstreams = Upstream::start_all(3).await;
     let (mut stack, mut publisher) = start(2, &upstreams).await;
     for worker in 1..=3 {
-        let data = stored(&prompt(worker));
+        let data = stored(&prompt(worker), 16, Seed::default());
         publisher
             .publish(u64::from(worker), StorageTier::Device, data, Encoding::Json)
             .await;
@@ -153,7 +137,7 @@ async fn a_killed_sidecar_costs_no_request_and_comes_back_with_its_index() {
         assert_eq!(chosen, u64::from(worker), "{decision}");
     }
     // One more event while nobody listens; the engine's snapshot has it.
-    let data = stored(&prompt(7));
+    let data = stored(&prompt(7), 16, Seed::default());
     publisher
         .publish(2, StorageTier::Device, data, Encoding::Json)
         .await;
@@ -178,10 +162,15 @@ async fn a_killed_sidecar_costs_no_request_and_comes_back_with_its_index() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn nats_may_restart() {
-    let upstreams = upstreams(2).await;
+    let upstreams = Upstream::start_all(2).await;
     let (mut stack, mut publisher) = start(1, &upstreams).await;
     publisher
-        .publish(1, StorageTier::Device, stored(&prompt(1)), Encoding::Json)
+        .publish(
+            1,
+            StorageTier::Device,
+            stored(&prompt(1), 16, Seed::default()),
+            Encoding::Json,
+        )
         .await;
     stack.sidecar.settled(1).await;
     stack.nats.restart().await;
@@ -190,7 +179,12 @@ async fn nats_may_restart() {
     drop(publisher);
     stack.sidecar.ready().await;
     publisher_again
-        .publish(2, StorageTier::Device, stored(&prompt(2)), Encoding::Json)
+        .publish(
+            2,
+            StorageTier::Device,
+            stored(&prompt(2), 16, Seed::default()),
+            Encoding::Json,
+        )
         .await;
     let seen = async || {
         let (worker, decision) = chosen(&stack, &prompt(2)).await;
@@ -207,7 +201,7 @@ async fn nats_may_restart() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn without_the_stop_iteration_flag_requests_are_let_go() {
-    let upstreams = upstreams(2).await;
+    let upstreams = Upstream::start_all(2).await;
     let (mut stack, _publisher) = start(1, &upstreams).await;
     let flag = "allow_on_headers_stop_iteration: ";
     let forget = |filter: String| {

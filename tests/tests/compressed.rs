@@ -9,12 +9,12 @@ use flate2::Compression;
 use flate2::write::GzEncoder;
 use http::{Request, Response};
 use http_body_util::Full;
-use kv_core::event::{EventData, StorageTier, Stored, StoredBlock};
+use kv_core::event::StorageTier;
 use kv_core::hash::Seed;
 use kv_tests::client::uri;
-use kv_tests::events::{Encoding, Publisher};
+use kv_tests::events::{Encoding, Publisher, stored};
 use kv_tests::stack::{Setup, Stack};
-use kv_tests::upstream::{Upstream, checksum};
+use kv_tests::upstream::{self, Upstream, checksum};
 use kv_tests::wait;
 use serde_json::{Value, json};
 
@@ -22,11 +22,8 @@ use serde_json::{Value, json};
 const BODY_LIMIT: u64 = 4 << 20;
 
 async fn start() -> (Stack, Vec<Upstream>) {
-    let mut upstreams = Vec::new();
-    for id in 1..=2 {
-        upstreams.push(Upstream::start(id).await);
-    }
-    let workers = (1..).zip(upstreams.iter().map(|u| u.address)).collect();
+    let upstreams = Upstream::start_all(2).await;
+    let workers = upstream::workers(&upstreams);
     let setup = Setup {
         threads: 2,
         workers,
@@ -90,16 +87,7 @@ async fn a_compressed_chat_is_routed_by_its_prefix_and_reaches_its_worker_unpack
     let (stack, _upstreams) = start().await;
     let mut publisher = Publisher::connect(&stack.nats.url()).await;
     let prompt: Vec<u32> = (0..320).collect();
-    let blocks = prompt.chunks_exact(16).map(|tokens| StoredBlock {
-        block_hash: u64::from(tokens[0]),
-        tokens_hash: Seed::default().block(tokens),
-        mm_extra_info: None,
-    });
-    let stored = EventData::Stored(Stored {
-        parent_hash: None,
-        start_position: None,
-        blocks: blocks.collect(),
-    });
+    let stored = stored(&prompt, 16, Seed::default());
     publisher
         .publish(2, StorageTier::Device, stored, Encoding::Dynamo)
         .await;

@@ -143,10 +143,7 @@ async fn a_trusted_source_is_known_by_its_address() {
 
 /// Workers 1 to 3, 4 with two ranks, and 5 that nobody can reach.
 async fn constrained() -> (Stack, Vec<Upstream>) {
-    let mut upstreams = Vec::new();
-    for id in 1..=4 {
-        upstreams.push(Upstream::start(id).await);
-    }
+    let upstreams = Upstream::start_all(4).await;
     let gone = kv_tests::place::free_port();
     let at = |i: usize| json!(upstreams[i].address);
     let workers = json!([

@@ -8,9 +8,9 @@ use futures::stream::{self, StreamExt as _};
 use kv_sim::Limits;
 use kv_sim::engine::{Config, Engine};
 use kv_sim::publish::{Encoding, EventPlane};
-use kv_tests::client::{json_request, uri};
+use kv_tests::client::json_request;
 use kv_tests::stack::{Setup, Stack};
-use kv_tests::wait;
+use kv_tests::verdicts::Verdicts;
 use serde_json::{Value, json};
 
 /// Milliseconds by which delays may differ and still be alike.
@@ -125,23 +125,6 @@ fn check(record: &Value) {
     assert!(costs[0] <= least + BAND_MS + 1e-6, "{record}");
 }
 
-/// Decisions judged so far, by verdict.
-async fn verdicts(stack: &Stack) -> Result<BTreeMap<String, u64>, String> {
-    let request = http::Request::get(uri(stack.sidecar.admin, "/metrics"));
-    let request = request.body(http_body_util::Full::default());
-    let request = request.map_err(|e| e.to_string())?;
-    let answer = stack.client.send(request).await?;
-    let text = String::from_utf8_lossy(answer.body()).into_owned();
-    let lines = text
-        .lines()
-        .filter_map(|l| l.strip_prefix("kv_router_shadow_total{outcome=\""));
-    let pair = |line: &str| {
-        let (outcome, count) = line.split_once("\"} ")?;
-        Some((outcome.to_owned(), count.parse().ok()?))
-    };
-    Ok(lines.filter_map(pair).collect())
-}
-
 async fn decisions_are_the_least_of_what_they_rest_on(threads: u32) {
     const CONVERSATIONS: u32 = 30;
     const TURNS: u32 = 12;
@@ -161,22 +144,7 @@ async fn decisions_are_the_least_of_what_they_rest_on(threads: u32) {
         .await;
     // A report under way to a bridge that is replaced is lost, and its decisions with it.
     let least = u64::from(CONVERSATIONS * TURNS) * 98 / 100;
-    let all = async || {
-        let verdicts = verdicts(&stack).await?;
-        if verdicts.values().sum::<u64>() >= least {
-            Ok(verdicts)
-        } else {
-            Err(format!("{verdicts:?}"))
-        }
-    };
-    let verdicts = wait::until("all decisions judged", all).await;
-    let of = |verdict: &str| verdicts.get(verdict).copied().unwrap_or(0);
-    let all: u64 = verdicts.values().sum();
-    let agree = of("agree") + of("tie");
-    assert!(agree * 100 >= all * 95, "{verdicts:?}");
-    // What is left was decided on events or bookings that were on their way.
-    let explained = agree + of("load") + of("overlap") + of("overlap_and_load");
-    assert_eq!(explained, all, "{verdicts:?}");
+    Verdicts::of(&stack.sidecar, least).await.agree(95);
     stack.envoy.intended().await;
     stack.envoy.idle().await;
 }

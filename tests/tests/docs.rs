@@ -234,8 +234,8 @@ fn every_label_is_explained() {
         labels("sidecar/src/index/health.rs", "Ailment"),
     ];
     assert!(ailments[0].is_superset(&ailments[1]));
-    let mut steps = labels("sidecar/src/load.rs", "Outcome");
-    steps.extend(labels("core/src/tracker.rs", "TrackError"));
+    let mut steps = labels("sidecar/src/load/outcome.rs", "Outcome");
+    steps.extend(labels("core/src/tracker/booking.rs", "TrackError"));
     let named = |row: &&Vec<&str>| row[0].contains("kv_router_report_steps_total");
     let catalogue = rows(section(METRICS, "## Metrics of the sidecar"));
     let row = catalogue.iter().find(named).expect("the steps");

@@ -320,7 +320,7 @@ async fn lost_messages_and_restarts_leave_no_trace() {
     some(&mut rng, &engines);
     equal(&stack, &engines).await;
 
-    let count = async |plane: &str, kind: &str| streams(&stack, plane, kind).await;
+    let count = async |plane: &str, kind: &str| stack.sidecar.streams(plane, kind).await;
     assert!(count("zmq", "replay").await > 5, "messages were lost");
     // Once for each stream that nothing is known of, and for each restart.
     assert_eq!(count("zmq", "restarted").await, 4);
@@ -334,19 +334,8 @@ async fn lost_messages_and_restarts_leave_no_trace() {
     stack.sidecar.ready().await;
     some(&mut rng, &engines);
     equal(&stack, &engines).await;
-    assert_eq!(streams(&stack, "zmq", "gap").await, 0);
+    assert_eq!(stack.sidecar.streams("zmq", "gap").await, 0);
     stack.envoy.idle().await;
-}
-
-/// What `kv_router_streams_total` counts.
-async fn streams(stack: &Stack, plane: &str, kind: &str) -> u64 {
-    let request = http::Request::get(uri(stack.sidecar.admin, "/metrics"));
-    let request = request.body(Full::default()).expect("a request");
-    let answer = stack.client.send(request).await.expect("metrics");
-    let text = String::from_utf8_lossy(answer.body()).into_owned();
-    let name = format!("kv_router_streams_total{{plane=\"{plane}\",kind=\"{kind}\"}} ");
-    let value = text.lines().find_map(|line| line.strip_prefix(&name));
-    value.map_or(0, |value| value.parse().expect("a number"))
 }
 
 /// A post with a worker's token.

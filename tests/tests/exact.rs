@@ -9,7 +9,7 @@ use kv_core::overlap::Overlap;
 use kv_core::rng::Rng;
 use kv_tests::events::{Encoding, Publisher};
 use kv_tests::stack::{Setup, Stack};
-use kv_tests::upstream::Upstream;
+use kv_tests::upstream::{self, Upstream};
 use serde_json::{Value, json};
 
 const WORKERS: u64 = 6;
@@ -87,11 +87,8 @@ fn change(rng: &mut Rng) -> (u64, StorageTier, EventData) {
 }
 
 async fn decisions_match_the_naive_index(threads: u32) {
-    let mut upstreams = Vec::new();
-    for id in 1..=WORKERS {
-        upstreams.push(Upstream::start(id).await);
-    }
-    let workers = (1..).zip(upstreams.iter().map(|u| u.address)).collect();
+    let upstreams = Upstream::start_all(WORKERS).await;
+    let workers = upstream::workers(&upstreams);
     let stack = Stack::start(&Setup {
         threads,
         workers,

@@ -8,11 +8,11 @@ use std::time::Duration;
 
 use futures::StreamExt as _;
 use futures::stream::FuturesUnordered;
-use kv_core::event::{EventData, StorageTier, Stored, StoredBlock};
+use kv_core::event::StorageTier;
 use kv_core::hash::{Seed, chain};
 use kv_core::rng::Rng;
 use kv_tests::client::{Client, json_request, uri};
-use kv_tests::events::{Encoding, Publisher};
+use kv_tests::events::{Encoding, Publisher, stored};
 use kv_tests::place;
 use kv_tests::process::Process;
 use kv_tests::rude::{Manner, Rude};
@@ -300,19 +300,6 @@ fn prompt(worker: u64) -> Vec<u32> {
     (first..first + 320).collect()
 }
 
-fn stored(prompt: &[u32]) -> EventData {
-    let blocks = prompt.chunks_exact(16).map(|tokens| StoredBlock {
-        block_hash: u64::from(tokens[0]),
-        tokens_hash: Seed::default().block(tokens),
-        mm_extra_info: None,
-    });
-    EventData::Stored(Stored {
-        parent_hash: None,
-        start_position: None,
-        blocks: blocks.collect(),
-    })
-}
-
 /// Three workers of which each holds a prompt.
 async fn holders(module: std::path::PathBuf) -> (Stack, Vec<Rude>, Publisher) {
     let mut rude = Vec::new();
@@ -328,7 +315,7 @@ async fn holders(module: std::path::PathBuf) -> (Stack, Vec<Rude>, Publisher) {
     .await;
     let mut publisher = Publisher::connect(&stack.nats.url()).await;
     for worker in 1..=3 {
-        let data = stored(&prompt(worker));
+        let data = stored(&prompt(worker), 16, Seed::default());
         publisher
             .publish(worker, StorageTier::Device, data, Encoding::Json)
             .await;
@@ -400,7 +387,12 @@ async fn another_takes_over(stack: &Stack, publisher: &mut Publisher, chaos: &st
     reads_right(stack).await;
     // What comes after gets there.
     publisher
-        .publish(2, StorageTier::Device, stored(&prompt(9)), Encoding::Json)
+        .publish(
+            2,
+            StorageTier::Device,
+            stored(&prompt(9), 16, Seed::default()),
+            Encoding::Json,
+        )
         .await;
     let seen = async || {
         let (_, record) = decide(stack, &prompt(9)).await;

@@ -205,10 +205,7 @@ async fn workers_that_say_they_are_unwell_are_left_out_before_a_request_fails_do
         rude.manner.send_replace(Manner::Error);
     }
     let spared = async || {
-        let metrics = http::Request::get(kv_tests::client::uri(stack.sidecar.admin, "/metrics"));
-        let metrics = metrics.body(Default::default()).expect("a request");
-        let metrics = stack.client.send(metrics).await?;
-        let metrics = String::from_utf8_lossy(metrics.body()).into_owned();
+        let metrics = stack.sidecar.metrics().await?;
         let spared = "kv_router_worker_changes_total{kind=\"spared\"}";
         let accepting = accepting(&stack).await?;
         assert_eq!(accepting.len(), 3, "{accepting:?}");

@@ -10,7 +10,7 @@ use hyper_util::client::legacy::Client as Hyper;
 use hyper_util::rt::TokioExecutor;
 use kv_tests::client::{raw, uri};
 use kv_tests::stack::{Setup, Stack};
-use kv_tests::upstream::{Echo, Upstream};
+use kv_tests::upstream::{self, Echo, Upstream};
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio::time::{Duration, timeout};
@@ -24,11 +24,8 @@ struct Hostile {
 
 impl Hostile {
     async fn start(threads: u32) -> Self {
-        let mut upstreams = Vec::new();
-        for id in 1..=3 {
-            upstreams.push(Upstream::start(id).await);
-        }
-        let workers = (1..).zip(upstreams.iter().map(|u| u.address)).collect();
+        let upstreams = Upstream::start_all(3).await;
+        let workers = upstream::workers(&upstreams);
         let more = json!({"body_limit_bytes": BODY_LIMIT});
         let stack = Stack::start(&Setup {
             threads,

@@ -6,18 +6,15 @@ use std::sync::atomic::Ordering;
 use futures::future::join_all;
 use kv_tests::client::json_request;
 use kv_tests::stack::{Setup, Stack, collect_loads};
-use kv_tests::upstream::Upstream;
+use kv_tests::upstream::{self, Upstream};
 use kv_tests::wait;
 use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 
 async fn start(threads: u32, workers: u64, more: Value) -> (Stack, Vec<Upstream>) {
-    let mut upstreams = Vec::new();
-    for id in 1..=workers {
-        upstreams.push(Upstream::start(id).await);
-    }
-    let workers = (1..).zip(upstreams.iter().map(|u| u.address)).collect();
+    let upstreams = Upstream::start_all(workers).await;
+    let workers = upstream::workers(&upstreams);
     (
         Stack::start(&Setup {
             threads,

@@ -6,16 +6,13 @@ use http::Request;
 use http_body_util::Full;
 use kv_tests::client::{json_request, uri};
 use kv_tests::stack::{Setup, Stack};
-use kv_tests::upstream::Upstream;
+use kv_tests::upstream::{self, Upstream};
 use kv_tests::wait;
 use serde_json::{Value, json};
 
 async fn start(workers: u64, more: Value) -> (Stack, Vec<Upstream>) {
-    let mut upstreams = Vec::new();
-    for id in 1..=workers {
-        upstreams.push(Upstream::start(id).await);
-    }
-    let workers = (1..).zip(upstreams.iter().map(|u| u.address)).collect();
+    let upstreams = Upstream::start_all(workers).await;
+    let workers = upstream::workers(&upstreams);
     let stack = Stack::start(&Setup {
         threads: 2,
         workers,
@@ -104,10 +101,7 @@ async fn only_a_route_that_says_so_trusts_its_clients() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_divide_by_device() {
-    let mut upstreams = Vec::new();
-    for id in 1..=3 {
-        upstreams.push(Upstream::start(id).await);
-    }
+    let upstreams = Upstream::start_all(3).await;
     let worker = |(id, upstream): (u64, &Upstream)| {
         let device = if id == 3 { "cpu" } else { "accelerator" };
         json!({"id": id, "endpoint": upstream.address, "device": device})

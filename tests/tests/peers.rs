@@ -7,7 +7,7 @@ use http::Response;
 use kv_tests::client::json_request;
 use kv_tests::nats::Nats;
 use kv_tests::stack::{Setup, Stack};
-use kv_tests::upstream::Upstream;
+use kv_tests::upstream::{self, Upstream};
 use kv_tests::wait;
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
@@ -26,7 +26,7 @@ impl Installation {
         let dir = tempfile::tempdir().expect("a temporary directory");
         let nats = Nats::start(dir.path()).await;
         let upstreams = [Upstream::start(1).await, Upstream::start(2).await];
-        let workers = (1..).zip(upstreams.iter().map(|u| u.address)).collect();
+        let workers = upstream::workers(&upstreams);
         let setup = Setup {
             threads: 1,
             workers,
@@ -39,7 +39,7 @@ impl Installation {
         let (left, right) = (Stack::start(&setup).await, Stack::start(&setup).await);
         for stack in [&left, &right] {
             let knows = async || {
-                let metrics = metrics(stack).await?;
+                let metrics = stack.sidecar.metrics().await?;
                 let is_so = metrics.lines().any(|l| l == "kv_router_peers 1");
                 if is_so {
                     Ok(())
@@ -93,16 +93,6 @@ impl Installation {
 }
 
 type Answer = JoinHandle<Result<Response<Bytes>, String>>;
-
-async fn metrics(stack: &Stack) -> Result<String, String> {
-    let request = http::Request::get(kv_tests::client::uri(stack.sidecar.admin, "/metrics"));
-    let request = request.body(http_body_util::Full::default());
-    let answer = stack
-        .client
-        .send(request.map_err(|e| e.to_string())?)
-        .await?;
-    Ok(String::from_utf8_lossy(answer.body()).into_owned())
-}
 
 /// Waits until a sidecar knows of this many requests, by all proxies and peers.
 async fn knows(stack: &Stack, requests: u64) {

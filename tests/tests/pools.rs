@@ -1,30 +1,14 @@
 //! Several pools on one listener, by model, route, listener or client; LoRA adapters and cache salts
 //! keep their blocks apart.
 
-use kv_core::event::{EventData, StorageTier, Stored, StoredBlock};
+use kv_core::event::StorageTier;
 use kv_core::hash::Seed;
 use kv_tests::client::json_request;
 use kv_tests::envoy::Envoy;
-use kv_tests::events::{Encoding, Publisher};
+use kv_tests::events::{Encoding, Publisher, stored};
 use kv_tests::stack::{Setup, Stack};
 use kv_tests::upstream::Upstream;
 use serde_json::{Value, json};
-
-fn stored(prompt: &[u32], block_size: usize, seed: Seed) -> EventData {
-    let blocks = prompt
-        .chunks_exact(block_size)
-        .zip(0..)
-        .map(|(tokens, i)| StoredBlock {
-            block_hash: seed.0.wrapping_add(i),
-            tokens_hash: seed.block(tokens),
-            mm_extra_info: None,
-        });
-    EventData::Stored(Stored {
-        parent_hash: None,
-        start_position: None,
-        blocks: blocks.collect(),
-    })
-}
 
 fn overlap(decision: &Value, worker: u64) -> u64 {
     let candidates = decision["candidates"].as_array().expect("candidates");
@@ -37,10 +21,7 @@ fn overlap(decision: &Value, worker: u64) -> u64 {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_model_selects_the_pool_its_block_size_and_its_policy() {
-    let mut upstreams = Vec::new();
-    for id in 1..=4 {
-        upstreams.push(Upstream::start(id).await);
-    }
+    let upstreams = Upstream::start_all(4).await;
     let workers = |ids: std::ops::Range<usize>| -> Vec<Value> {
         ids.map(|i| json!({"id": i + 1, "endpoint": upstreams[i].address}))
             .collect()
@@ -150,10 +131,7 @@ async fn changed(stack: &Stack, name: &str, what: &str, with: &str) -> Envoy {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_route_a_listener_or_a_trusted_client_names_the_pool() {
-    let mut upstreams = Vec::new();
-    for id in 1..=3 {
-        upstreams.push(Upstream::start(id).await);
-    }
+    let upstreams = Upstream::start_all(3).await;
     let worker = |i: usize| json!([{"id": i + 1, "endpoint": upstreams[i].address}]);
     // Three pools for one model: only the first lists it.
     let more = json!({"pools": [

@@ -24,11 +24,9 @@ const TOKENS: u32 = 200;
 
 /// Workers whose gates are closed, and an Envoy whose requests wait when each has one.
 async fn start(threads: u32, workers: u64, queue: Value, more: Value) -> (Stack, Vec<Upstream>) {
-    let mut upstreams = Vec::new();
-    for id in 1..=workers {
-        let upstream = Upstream::start(id).await;
+    let upstreams = Upstream::start_all(workers).await;
+    for upstream in &upstreams {
         upstream.gate.send_replace(false);
-        upstreams.push(upstream);
     }
     let worker = |(id, upstream): (usize, &Upstream)| json!({"id": id + 1, "endpoint": upstream.address, "max_num_batched_tokens": 1000});
     let workers: Vec<Value> = upstreams.iter().enumerate().map(worker).collect();
@@ -110,6 +108,22 @@ async fn arrived(upstreams: &[Upstream], wanted: u64) {
     wait::until("requests at the workers", there).await;
 }
 
+/// Waits until the sidecar knows of so many requests at the workers: whom it lets go depends on it.
+async fn known(stack: &Stack, wanted: u64) {
+    let there = async || {
+        let workers = stack.sidecar.workers().await?;
+        let owners = workers["pools"][0]["owners"].as_array();
+        let waiting = owners.into_iter().flatten().map(|o| &o["load"]["waiting"]);
+        let count: u64 = waiting.filter_map(Value::as_u64).sum();
+        if count == wanted {
+            Ok(())
+        } else {
+            Err(workers.to_string())
+        }
+    };
+    wait::until("requests that the sidecar knows of", there).await;
+}
+
 fn open(upstreams: &[Upstream]) {
     for upstream in upstreams {
         upstream.gate.send_replace(true);
@@ -122,6 +136,7 @@ async fn requests_wait_and_go_by_tier_and_priority() {
     let sender = Sender::new(&stack);
     let mut tasks = vec![sender.send(1, &[])];
     arrived(&upstreams, 1).await;
+    known(&stack, 1).await;
     let later: [&[(&'static str, &str)]; 5] = [
         &[],
         &[("x-dynamo-request-priority", "0")],

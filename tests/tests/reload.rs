@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use kv_core::event::{EventData, StorageTier, Stored, StoredBlock};
+use kv_core::event::StorageTier;
 use kv_core::hash::Seed;
 use kv_tests::client::{Client, json_request};
-use kv_tests::events::{Encoding, Publisher};
+use kv_tests::events::{Encoding, Publisher, stored};
 use kv_tests::stack::{Setup, Stack};
-use kv_tests::upstream::Upstream;
+use kv_tests::upstream::{self, Upstream};
 use kv_tests::wait;
 use serde_json::{Value, json};
 
@@ -17,25 +17,9 @@ fn prompt(conversation: u32) -> Vec<u32> {
     (0..320).map(|i| conversation * 1000 + i).collect()
 }
 
-fn stored(prompt: &[u32], block_size: usize) -> EventData {
-    let blocks = prompt.chunks_exact(block_size).map(|tokens| StoredBlock {
-        block_hash: u64::from(tokens[0]) << 16 | block_size as u64,
-        tokens_hash: Seed::default().block(tokens),
-        mm_extra_info: None,
-    });
-    EventData::Stored(Stored {
-        parent_hash: None,
-        start_position: None,
-        blocks: blocks.collect(),
-    })
-}
-
 async fn start() -> (Stack, Vec<Upstream>) {
-    let mut upstreams = Vec::new();
-    for id in 1..=2 {
-        upstreams.push(Upstream::start(id).await);
-    }
-    let workers = (1..).zip(upstreams.iter().map(|u| u.address)).collect();
+    let upstreams = Upstream::start_all(2).await;
+    let workers = upstream::workers(&upstreams);
     let setup = Setup {
         threads: 2,
         workers,
@@ -81,18 +65,6 @@ fn overlap(decision: &Value, worker: u64) -> u64 {
         .expect("blocks")
 }
 
-/// A metric of the sidecar.
-async fn metric(stack: &Stack, name: &str) -> f64 {
-    let request = http::Request::get(kv_tests::client::uri(stack.sidecar.admin, "/metrics"));
-    let request = request.body(http_body_util::Full::default());
-    let answer = stack.client.send(request.expect("a request")).await;
-    let body = answer.expect("metrics").into_body();
-    let text = String::from_utf8_lossy(&body).into_owned();
-    let line = text.lines().find_map(|line| line.strip_prefix(name));
-    line.and_then(|value| value.trim().parse().ok())
-        .unwrap_or(0.0)
-}
-
 /// What Envoy counts when its configuration changes, and the files that it watches.
 async fn untouched(stack: &Stack) -> (BTreeMap<String, u64>, BTreeMap<String, String>) {
     let names = "(config_reload|listener_modified|cluster_modified|cluster_added|update_success)$";
@@ -135,7 +107,7 @@ async fn traffic(client: Client, port: u16, stop: Arc<AtomicBool>) -> (u32, Vec<
 async fn what_decides_changes_while_requests_run_and_envoy_is_left_alone() {
     let (mut stack, upstreams) = start().await;
     let mut publisher = Publisher::connect(&stack.nats.url()).await;
-    let known = stored(&prompt(1), 16);
+    let known = stored(&prompt(1), 16, Seed::default());
     publisher
         .publish(1, StorageTier::Device, known, Encoding::Dynamo)
         .await;
@@ -186,7 +158,7 @@ async fn what_decides_changes_while_requests_run_and_envoy_is_left_alone() {
         d["blocks"] == 10 && overlap(d, 1) == 0
     })
     .await;
-    let known = stored(&prompt(1), 32);
+    let known = stored(&prompt(1), 32, Seed::default());
     publisher
         .publish(1, StorageTier::Device, known, Encoding::Dynamo)
         .await;
@@ -263,12 +235,12 @@ async fn what_is_refused_or_needs_a_restart_is_told_and_the_rest_goes_on() {
     let pending = "kv_router_configuration_pending";
     let version = stack.table_version().await;
     stack.configure(|config| config["router_temperature"] = json!(-1));
-    let counted = async || match metric(&stack, refused).await {
-        1.0 => Ok(()),
+    let counted = async || match stack.sidecar.metric(refused).await {
+        1 => Ok(()),
         n => Err(n),
     };
     wait::until("the refusal", counted).await;
-    assert_eq!(metric(&stack, pending).await, 1.0);
+    assert_eq!(stack.sidecar.metric(pending).await, 1);
     let log = stack.sidecar.process.output();
     assert!(
         log.contains("router_temperature: must be at least 0"),
@@ -286,7 +258,7 @@ async fn what_is_refused_or_needs_a_restart_is_told_and_the_rest_goes_on() {
     })
     .await;
     decided(&stack, &prompt(1), "the mode", |d| d["reason"] == "random").await;
-    assert_eq!(metric(&stack, pending).await, 1.0);
+    assert_eq!(stack.sidecar.metric(pending).await, 1);
     let log = stack.sidecar.process.output();
     assert!(
         log.contains("a change of http_port needs a restart"),
@@ -294,8 +266,8 @@ async fn what_is_refused_or_needs_a_restart_is_told_and_the_rest_goes_on() {
     );
 
     stack.configure(|config| config["http_port"] = port);
-    let in_effect = async || match metric(&stack, pending).await {
-        0.0 => Ok(()),
+    let in_effect = async || match stack.sidecar.metric(pending).await {
+        0 => Ok(()),
         n => Err(n),
     };
     wait::until("a file that is in effect", in_effect).await;

@@ -5,18 +5,15 @@ use std::collections::BTreeMap;
 use http::HeaderName;
 use kv_tests::client::{Client, json_request};
 use kv_tests::stack::{Setup, Stack};
-use kv_tests::upstream::Upstream;
+use kv_tests::upstream::{self, Upstream};
 use kv_tests::wait;
 use serde_json::{Value, json};
 
 const SESSIONS: usize = 12;
 
 async fn start(workers: u64, threads: u32, more: Value) -> (Stack, Vec<Upstream>) {
-    let mut upstreams = Vec::new();
-    for id in 1..=workers {
-        upstreams.push(Upstream::start(id).await);
-    }
-    let workers = (1..).zip(upstreams.iter().map(|u| u.address)).collect();
+    let upstreams = Upstream::start_all(workers).await;
+    let workers = upstream::workers(&upstreams);
     let stack = Stack::start(&Setup {
         threads,
         workers,
@@ -68,12 +65,8 @@ async fn workers_of(port: u16, round: usize) -> BTreeMap<usize, u64> {
 
 /// Waits until the sidecar has bound so many sessions and Envoy holds what it knows.
 async fn bound(stack: &Stack, sessions: usize) {
-    let client = Client::default();
     let told = async || {
-        let request = http::Request::get(kv_tests::client::uri(stack.sidecar.admin, "/metrics"));
-        let request = request.body(http_body_util::Full::default());
-        let answer = client.send(request.map_err(|e| e.to_string())?).await?;
-        let text = String::from_utf8_lossy(answer.body()).into_owned();
+        let text = stack.sidecar.metrics().await?;
         let line = format!("kv_router_bound_sessions {sessions}");
         let index = stack.sidecar.index().await?;
         let is_told = text.lines().any(|l| l == line) && index["settled"] == true;

@@ -1,12 +1,11 @@
 //! The filter decides on approximations of the truth, and is checked against it all the time.
 
-use std::collections::BTreeMap;
-
 use futures::stream::{self, StreamExt as _};
 use kv_sim::engine::{Config, Engine};
 use kv_sim::publish::{Encoding, EventPlane};
 use kv_tests::client::json_request;
 use kv_tests::stack::{Setup, Stack};
+use kv_tests::verdicts::Verdicts;
 use kv_tests::wait;
 use serde_json::{Value, json};
 
@@ -68,37 +67,6 @@ fn is_least(record: &Value) -> bool {
     candidates[0]["worker"] == record["worker"] && costs[0] <= least + 1e-9
 }
 
-/// Decisions judged since `before`, by verdict.
-async fn verdicts(stack: &Stack) -> BTreeMap<String, u64> {
-    let request = http::Request::get(kv_tests::client::uri(stack.sidecar.admin, "/metrics"));
-    let request = request
-        .body(http_body_util::Full::default())
-        .expect("a request");
-    let answer = stack.client.send(request).await.expect("metrics");
-    let text = String::from_utf8_lossy(answer.body()).into_owned();
-    let lines = text
-        .lines()
-        .filter_map(|l| l.strip_prefix("kv_router_shadow_total{outcome=\""));
-    let pair = |line: &str| {
-        let (outcome, count) = line.split_once("\"} ")?;
-        Some((outcome.to_owned(), count.parse().ok()?))
-    };
-    lines.filter_map(pair).collect()
-}
-
-/// Waits until that many decisions have been judged.
-async fn judged(stack: &Stack, decisions: u64) -> BTreeMap<String, u64> {
-    let all = async || {
-        let verdicts = verdicts(stack).await;
-        if verdicts.values().sum::<u64>() >= decisions {
-            Ok(verdicts)
-        } else {
-            Err(verdicts)
-        }
-    };
-    wait::until("all decisions judged", all).await
-}
-
 async fn one_at_a_time(threads: u32) {
     let (stack, _engines) = start(threads, true).await;
     for request in 0..REQUESTS {
@@ -115,10 +83,8 @@ async fn one_at_a_time(threads: u32) {
         let (_, record) = stack.complete(&prompt(request)).await.expect("an answer");
         assert!(is_least(&record), "{record}");
     }
-    let verdicts = judged(&stack, REQUESTS as u64).await;
-    let agree = verdicts.get("agree").unwrap_or(&0) + verdicts.get("tie").unwrap_or(&0);
-    let all: u64 = verdicts.values().sum();
-    assert_eq!(agree, all, "{verdicts:?}");
+    let verdicts = Verdicts::of(&stack.sidecar, REQUESTS as u64).await;
+    verdicts.agree(100);
     stack.envoy.intended().await;
     stack.envoy.idle().await;
 }
@@ -140,14 +106,8 @@ async fn thirty_two_at_a_time(threads: u32) {
         .collect::<Vec<()>>()
         .await;
     // A report under way to a bridge that is replaced is lost, and its decisions with it.
-    let verdicts = judged(&stack, REQUESTS as u64 * 98 / 100).await;
-    let all: u64 = verdicts.values().sum();
-    let of = |verdict: &str| verdicts.get(verdict).copied().unwrap_or(0);
-    let agree = of("agree") + of("tie");
-    assert!(agree * 100 >= all * 98, "{verdicts:?}");
-    // What is left was decided on events or bookings that were on their way.
-    let explained = agree + of("load") + of("overlap") + of("overlap_and_load");
-    assert_eq!(explained, all, "{verdicts:?}");
+    let verdicts = Verdicts::of(&stack.sidecar, REQUESTS as u64 * 98 / 100).await;
+    verdicts.agree(98);
     stack.envoy.intended().await;
     stack.envoy.idle().await;
 }

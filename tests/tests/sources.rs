@@ -76,21 +76,6 @@ fn prompt(number: usize, blocks: usize) -> Vec<u32> {
     (0..blocks * BLOCK).map(token).collect()
 }
 
-async fn text(stack: &Stack, path: &str) -> Result<String, String> {
-    let request = Request::get(uri(stack.sidecar.admin, path));
-    let request = request.body(Full::default()).map_err(|e| e.to_string())?;
-    let answer = stack.client.send(request).await?;
-    Ok(String::from_utf8_lossy(answer.body()).into_owned())
-}
-
-/// What `kv_router_streams_total` counts.
-async fn streams(stack: &Stack, plane: &str, kind: &str) -> u64 {
-    let text = text(stack, "/metrics").await.expect("metrics");
-    let name = format!("kv_router_streams_total{{plane=\"{plane}\",kind=\"{kind}\"}} ");
-    let value = text.lines().find_map(|line| line.strip_prefix(&name));
-    value.map_or(0, |value| value.parse().expect("a number"))
-}
-
 /// A worker's rank in `/v1/workers`.
 async fn owner(stack: &Stack, worker: u64, rank: u64) -> Result<Value, String> {
     let workers = stack.sidecar.workers().await?;
@@ -132,7 +117,7 @@ async fn a_flood_at_one_door_neither_delays_nor_drops_others_events() {
     for number in 0..400 {
         assert!(flooding.store(&prompt(number, 150)), "room for a prompt");
     }
-    let throttled = async || match streams(&stack, "zmq", "throttled").await {
+    let throttled = async || match stack.sidecar.streams("zmq", "throttled").await {
         0 => Err(()),
         _ => Ok(()),
     };
@@ -161,8 +146,8 @@ async fn a_second_reader_of_a_polled_engine_is_noticed() {
     let trtllm = json!({"trtllm": {"url": url, "poll_ms": 5}});
     serve(&mut stack, vec![worker(&polled, &trtllm)]).await;
     equal(&stack, &polled).await;
-    assert_eq!(streams(&stack, "poll", "second_reader").await, 0);
-    assert_eq!(streams(&stack, "poll", "gap").await, 0);
+    assert_eq!(stack.sidecar.streams("poll", "second_reader").await, 0);
+    assert_eq!(stack.sidecar.streams("poll", "gap").await, 0);
     let mut number = 40;
     let stolen = async || {
         assert!(polled.store(&prompt(number, 1)), "room for a prompt");
@@ -170,13 +155,13 @@ async fn a_second_reader_of_a_polled_engine_is_noticed() {
         stack.client.send(read.map_err(|e| e.to_string())?).await?;
         assert!(polled.store(&prompt(number + 1, 1)), "room for a prompt");
         number += 2;
-        match streams(&stack, "poll", "second_reader").await {
+        match stack.sidecar.streams("poll", "second_reader").await {
             0 => Err("not noticed".to_owned()),
             _ => Ok(()),
         }
     };
     wait::until("the other reader to be noticed", stolen).await;
-    assert!(streams(&stack, "poll", "gap").await > 0);
+    assert!(stack.sidecar.streams("poll", "gap").await > 0);
     let owner = owner(&stack, 1, 0).await.expect("an owner");
     assert_eq!(owner["knowledge"], "partial", "{owner}");
 }

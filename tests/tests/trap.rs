@@ -6,7 +6,7 @@ use std::time::Duration;
 use kv_tests::client::uri;
 use kv_tests::place;
 use kv_tests::stack::{Setup, Stack};
-use kv_tests::upstream::Upstream;
+use kv_tests::upstream::{self, Upstream};
 use kv_tests::wait;
 use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -45,11 +45,8 @@ async fn all_decided(stack: &Stack) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_trapped_vm_is_replaced_and_its_load_forgotten() {
-    let mut upstreams = Vec::new();
-    for id in 1..=3 {
-        upstreams.push(Upstream::start(id).await);
-    }
-    let workers = (1..).zip(upstreams.iter().map(|u| u.address)).collect();
+    let upstreams = Upstream::start_all(3).await;
+    let workers = upstream::workers(&upstreams);
     let more = json!({"filter_wasm": place::chaos_filter()});
     let stack = Stack::start(&Setup {
         threads: 2,

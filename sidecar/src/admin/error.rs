@@ -5,7 +5,7 @@ use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 
 use super::{events, fleet};
-use crate::fleet::lease::RegisterError;
+use crate::fleet::outcome::RegisterError;
 use crate::index::NotDumped;
 use crate::ingest::post::PostError;
 

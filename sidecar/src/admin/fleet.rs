@@ -9,7 +9,7 @@ use tokio::sync::oneshot;
 
 use super::Admin;
 use super::error::AdminError;
-use crate::fleet::lease::{Outcome, RegisterError};
+use crate::fleet::outcome::{Outcome, RegisterError};
 use crate::fleet::said::Said;
 use crate::fleet::{Ask, Joined};
 
@@ -31,11 +31,7 @@ pub(super) async fn renew(
     if body.is_empty() {
         return answer(ask(&admin, |reply| Ask::Renew(id, reply)).await??);
     }
-    let said = Box::new(Said::read(&body)?);
-    if said.id() != id {
-        let said = said.id();
-        return Err(RegisterError::OtherWorker { said, expected: id }.into());
-    }
+    let said = Box::new(Said::read_of(&body, id)?);
     answer(ask(&admin, |reply| Ask::Join(said, reply)).await??)
 }
 
@@ -53,10 +49,8 @@ async fn ask<T>(
     question: impl FnOnce(oneshot::Sender<T>) -> Ask,
 ) -> Result<T, AdminError> {
     let fleet = admin.fleet.as_ref().ok_or(RegisterError::Off)?;
-    let (reply, answer) = oneshot::channel();
-    let asked = fleet.asks().send(question(reply)).await;
-    asked.map_err(|_| AdminError::ShuttingDown)?;
-    answer.await.map_err(|_| AdminError::ShuttingDown)
+    let answer = crate::ask::ask(fleet.asks(), question).await;
+    answer.ok_or(AdminError::ShuttingDown)
 }
 
 fn answer(joined: Joined) -> Result<(StatusCode, Json<Joined>), AdminError> {

@@ -1,24 +1,24 @@
-//! The gRPC service, by hand.
+//! The stream that Envoy's bridge opens, as a gRPC method.
 
-use std::convert::Infallible;
-use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
+use axum::Router;
+use axum::routing::any;
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use kv_core::report::Report;
 use kv_core::wire::{self, METHOD, SERVICE, Subscribe, Up, WINDOW};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::body::Body;
-use tonic::server::{Grpc, NamedService, StreamingService};
+use tonic::server::Grpc;
 use tonic::{Request, Response, Status, Streaming};
+use tower::service_fn;
 
 use super::Raw;
+use crate::ask::ask;
 use crate::index::{Control, Refusal};
 use crate::metrics::{Kind, Metrics};
 
@@ -28,7 +28,6 @@ const SUBSCRIBE_TIMEOUT: Duration = Duration::from_secs(5);
 const LONGEST_MESSAGE: usize = 8 << 20;
 
 type BatchStream = Pin<Box<dyn Stream<Item = Result<Bytes, Status>> + Send>>;
-type Answer<T, E> = Pin<Box<dyn Future<Output = Result<T, E>> + Send>>;
 
 /// The service: one method, a stream both ways.
 #[derive(Clone, Debug)]
@@ -36,10 +35,6 @@ pub(super) struct Bridge {
     control: mpsc::Sender<Control>,
     metrics: Arc<Metrics>,
     cancel: CancellationToken,
-}
-
-impl NamedService for Bridge {
-    const NAME: &'static str = SERVICE;
 }
 
 impl Bridge {
@@ -55,6 +50,16 @@ impl Bridge {
         }
     }
 
+    /// Its method.
+    pub(super) fn routes(self) -> Router {
+        let stream = |request| async move {
+            let open = service_fn(|up: Request<_>| self.clone().open(up.into_inner()));
+            let mut grpc = Grpc::new(Raw).max_decoding_message_size(LONGEST_MESSAGE);
+            grpc.streaming(open, request).await
+        };
+        Router::new().route(&format!("/{SERVICE}/{METHOD}"), any(stream))
+    }
+
     async fn open(self, mut up: Streaming<Bytes>) -> Result<Response<BatchStream>, Status> {
         let (who, version) = match self.first(&mut up).await {
             Ok(first) => first,
@@ -66,18 +71,14 @@ impl Bridge {
         };
         let (process, term, vm_id) = (who.process, who.term, who.vm_id.clone());
         let (out, batches) = mpsc::channel(WINDOW);
-        let (reply, taken) = oneshot::channel();
-        let gone = || Status::unavailable("shutting down");
-        self.control
-            .send(Control::Subscribe {
-                who,
-                version,
-                out,
-                reply,
-            })
-            .await
-            .map_err(|_| gone())?;
-        let id = match taken.await.map_err(|_| gone())? {
+        let subscribe = |reply| Control::Subscribe {
+            who,
+            version,
+            out,
+            reply,
+        };
+        let taken = ask(&self.control, subscribe).await;
+        let id = match taken.ok_or_else(|| Status::unavailable("shutting down"))? {
             Ok(id) => id,
             Err(refusal) => {
                 self.count(refusal.kind());
@@ -179,37 +180,5 @@ fn refused(refusal: &Refusal) -> Status {
         Refusal::Format(_) => Status::failed_precondition(refusal.to_string()),
         Refusal::Term(..) => Status::aborted(refusal.to_string()),
         Refusal::TooMany => Status::resource_exhausted(refusal.to_string()),
-    }
-}
-
-impl StreamingService<Bytes> for Bridge {
-    type Response = Bytes;
-    type ResponseStream = BatchStream;
-    type Future = Answer<Response<BatchStream>, Status>;
-
-    fn call(&mut self, request: Request<Streaming<Bytes>>) -> Self::Future {
-        Box::pin(self.clone().open(request.into_inner()))
-    }
-}
-
-impl tonic::codegen::Service<http::Request<Body>> for Bridge {
-    type Response = http::Response<Body>;
-    type Error = Infallible;
-    type Future = Answer<http::Response<Body>, Infallible>;
-
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        let service = self.clone();
-        Box::pin(async move {
-            let method = request.uri().path().rsplit('/').next();
-            if method != Some(METHOD) {
-                return Ok(Status::unimplemented("no such method").into_http());
-            }
-            let mut grpc = Grpc::new(Raw).max_decoding_message_size(LONGEST_MESSAGE);
-            Ok(grpc.streaming(service, request).await)
-        })
     }
 }

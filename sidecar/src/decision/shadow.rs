@@ -1,7 +1,7 @@
 //! What would have been chosen from the exact state, and why it was not.
 
 use kv_core::cost::Demand;
-use kv_core::decide::{self, Candidate, Price, RECORDED, Scored};
+use kv_core::decide::{self, Candidate, Price, RECORDED, Request, Scored};
 use kv_core::delay::Pace;
 use kv_core::id::{OwnerId, Tier};
 use kv_core::load::Load;
@@ -194,24 +194,20 @@ fn compares_alike(policy: &Policy, evidence: &Evidence) -> bool {
 
 /// All owners that take requests, at their exact cost.
 fn scored(field: &Field, evidence: &Evidence) -> Vec<Scored> {
-    let demand = demand(field, evidence);
-    let policy = &field.pool.policy;
     let mut candidates = field.candidates(&evidence.constraints);
     leave_out(&mut candidates, field, evidence);
     if !field.pool.families.is_empty() {
         take_overlaps_as_seen(&mut candidates, field, evidence);
     }
     take_pace_as_seen(&mut candidates, field, evidence);
-    if candidates.iter().any(|c| !c.load.is_saturated()) {
-        candidates.retain(|c| !c.load.is_saturated());
-    }
-    let least = decide::least_prefill(&candidates);
-    let typical_ms = typical_seen(evidence);
-    let score = |candidate: Candidate| Scored {
-        cost: Price::new(&candidate, demand, least, typical_ms, policy),
-        candidate,
+    let request = Request {
+        demand: demand(field, evidence),
+        trust: 1.0,
+        turn: 0,
+        typical_ms: typical_seen(evidence),
+        bound: None,
     };
-    candidates.into_iter().map(score).collect()
+    decide::score(&candidates, &request, &field.pool.policy)
 }
 
 /// An owner that takes so many requests and no more, or gets a part of its share yet, may have been
@@ -224,24 +220,28 @@ fn leave_out(candidates: &mut Vec<Candidate>, field: &Field, evidence: &Evidence
         };
         let is_warming = pool.slow_start_ms > 0 && owner.traits.since_ms > 0;
         let may_be_left_out = is_warming || owner.metadata.max_requests > 0;
-        !may_be_left_out
-            || evidence
-                .candidates
-                .iter()
-                .any(|seen| seen.owner == owner.id)
+        !may_be_left_out || seen_of(field, evidence, candidate).is_some()
     });
+}
+
+/// What the filter saw of a candidate, if it lists it.
+fn seen_of<'a>(
+    field: &Field,
+    evidence: &'a Evidence,
+    candidate: &Candidate,
+) -> Option<&'a Weighed> {
+    let owner = field.pool.owners.get(candidate.owner)?;
+    let mut listed = evidence.candidates.iter();
+    listed.find(|seen| seen.owner == owner.id)
 }
 
 /// Bookings name a prompt's blocks in Dynamo's family alone: where others count too, the filter's
 /// word is taken for the overlaps of the owners that it lists.
 fn take_overlaps_as_seen(candidates: &mut [Candidate], field: &Field, evidence: &Evidence) {
     for candidate in candidates {
-        let id = field.pool.owners.get(candidate.owner).map(|owner| owner.id);
-        let seen = evidence
-            .candidates
-            .iter()
-            .find(|seen| Some(seen.owner) == id);
-        candidate.overlap = seen.map_or(candidate.overlap, overlap);
+        if let Some(seen) = seen_of(field, evidence, candidate) {
+            candidate.overlap = overlap(seen);
+        }
     }
 }
 
@@ -249,9 +249,7 @@ fn take_overlaps_as_seen(candidates: &mut [Candidate], field: &Field, evidence: 
 /// exact load allows.
 fn take_pace_as_seen(candidates: &mut [Candidate], field: &Field, evidence: &Evidence) {
     for candidate in candidates {
-        let id = field.pool.owners.get(candidate.owner).map(|owner| owner.id);
-        let mut listed = evidence.candidates.iter();
-        let seen = listed.find(|seen| Some(seen.owner) == id);
+        let seen = seen_of(field, evidence, candidate);
         if let Some(seen) = seen.filter(|seen| seen.paced.is_some()) {
             candidate.pace = pace(seen);
         }
@@ -260,11 +258,7 @@ fn take_pace_as_seen(candidates: &mut [Candidate], field: &Field, evidence: &Evi
 
 /// Why a choice was made that is not the best.
 fn cause(field: &Field, evidence: &Evidence, own: &Scored, best: &Scored) -> Verdict {
-    let id = |s: &Scored| field.pool.owners.get(s.candidate.owner).map(|o| o.id);
-    let seen = |s: &Scored| {
-        let is_it = |weighed: &&Weighed| Some(weighed.owner) == id(s);
-        evidence.candidates.iter().find(is_it)
-    };
+    let seen = |s: &Scored| seen_of(field, evidence, &s.candidate);
     let (Some(seen_own), Some(seen_best)) = (seen(own), seen(best)) else {
         // A short list leaves nobody out.
         let is_whole = evidence.candidates.len() < RECORDED;

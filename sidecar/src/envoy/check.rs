@@ -249,7 +249,7 @@ impl Checker<'_> {
                 (None, None) => is_known = false,
             }
         }
-        for worker in self.config.pools.iter().flat_map(|p| &p.workers) {
+        for worker in self.config.workers() {
             let unknown = worker.endpoint.filter(|e| is_known && !hosts.contains(e));
             if let Some(endpoint) = unknown {
                 let id = worker.id;

@@ -104,14 +104,7 @@ impl Names {
     pub fn over(&self, mut config: Config) -> Config {
         for (name, found) in &self.names {
             for address in &found.addresses {
-                let worker = worker(&name.dns, *address);
-                let mut all = config.pools.iter().flat_map(|pool| &pool.workers);
-                if all.any(|w| w.endpoint == worker.endpoint || w.id == worker.id) {
-                    continue;
-                }
-                if let Some(pool) = config.pools.iter_mut().find(|p| p.name == name.pool) {
-                    pool.workers.push(worker);
-                }
+                config.admit(&name.pool, worker(&name.dns, *address));
             }
         }
         config

@@ -5,7 +5,7 @@ use kv_core::id::WorkerId;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::lease::RegisterError;
+use super::outcome::RegisterError;
 use crate::config::{self, Worker};
 
 /// The keys that the configuration's workers lack.
@@ -46,6 +46,18 @@ impl Said {
     pub fn read(bytes: &[u8]) -> Result<Self, RegisterError> {
         let body = |e: serde_json::Error| RegisterError::Body(e.to_string());
         Self::of(serde_json::from_slice(bytes).map_err(body)?)
+    }
+
+    /// Reads JSON of this very worker.
+    ///
+    /// # Errors
+    /// When it is not what a worker says, or another worker's.
+    pub fn read_of(bytes: &[u8], expected: WorkerId) -> Result<Self, RegisterError> {
+        let read = Self::read(bytes)?;
+        match read.id() {
+            id if id == expected => Ok(read),
+            said => Err(RegisterError::OtherWorker { said, expected }),
+        }
     }
 
     pub(super) fn of(text: Map<String, Value>) -> Result<Self, RegisterError> {

@@ -4,20 +4,24 @@
 //! A worker speaks for itself alone: its id is in the subject, which NATS permissions bind.
 
 use async_nats::{Client, Message, Subscriber};
-use futures::StreamExt as _;
-use serde_json::json;
+use futures::future::BoxFuture;
+use futures::{FutureExt as _, StreamExt as _, TryFutureExt as _};
+use serde_json::{Value, json};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
-use super::lease::RegisterError;
+use super::Ask;
+use super::outcome::RegisterError;
 use super::said::Said;
-use super::{Ask, Joined};
 use crate::config::Nats;
 use crate::ingest::nats::{NatsError, options};
 use crate::ingest::subject::Template;
 
 /// Longest message, in bytes.
 const LONGEST: usize = 64 << 10;
+
+/// What a worker is answered.
+type Reply = BoxFuture<'static, Result<Value, RegisterError>>;
 
 /// The subscription.
 pub struct Desk {
@@ -61,14 +65,10 @@ impl Desk {
             let (client, to) = (self.client.clone(), message.reply);
             // Waiting for one must not hold up the others.
             tokio::spawn(async move {
-                let answer = match reply.await.unwrap_or(Err(RegisterError::ShuttingDown)) {
-                    Ok(Some(joined)) => json!(joined),
-                    Ok(None) => json!({}),
-                    Err(error) => {
-                        tracing::warn!(%error, "a registration over nats is refused");
-                        json!({"error": {"kind": error.kind(), "message": error.to_string()}})
-                    }
-                };
+                let answer = reply.await.unwrap_or_else(|error| {
+                    tracing::warn!(%error, "a registration over nats is refused");
+                    json!({"error": {"kind": error.kind(), "message": error.to_string()}})
+                });
                 if let Some(to) = to {
                     // Nobody may be left to tell.
                     let _ = client.publish(to, answer.to_string().into()).await;
@@ -77,47 +77,37 @@ impl Desk {
         }
     }
 
-    /// Where the answer will come; `None` for a subject that names no worker.
-    async fn ask(
-        &self,
-        message: &Message,
-    ) -> Option<oneshot::Receiver<Result<Option<Joined>, RegisterError>>> {
+    /// The answer, when it comes; `None` for a subject that names no worker.
+    async fn ask(&self, message: &Message) -> Option<Reply> {
         let worker = self.template.worker(&message.subject)?;
-        let (reply, answer) = oneshot::channel();
         if message.payload.is_empty() {
-            let (told, left) = oneshot::channel();
-            self.asks.send(Ask::Leave(worker, told)).await.ok()?;
-            tokio::spawn(async move {
-                let left = left.await.unwrap_or(Err(RegisterError::ShuttingDown));
-                reply.send(left.map(|()| None))
-            });
-            return Some(answer);
+            let leave = move |reply| Ask::Leave(worker, reply);
+            return self.put(leave, |()| json!({})).await;
         }
         let said = if message.payload.len() > LONGEST {
             Err(RegisterError::Body(format!("above {LONGEST} bytes")))
         } else {
-            Said::read(&message.payload)
+            Said::read_of(&message.payload, worker)
         };
-        let said = said.and_then(|said| match said.id() {
-            id if id == worker => Ok(said),
-            id => Err(RegisterError::OtherWorker {
-                said: id,
-                expected: worker,
-            }),
-        });
-        match said {
-            Err(error) => {
-                let _ = reply.send(Err(error));
-            }
+        match said.map(Box::new) {
             Ok(said) => {
-                let (told, joined) = oneshot::channel();
-                self.asks.send(Ask::Join(Box::new(said), told)).await.ok()?;
-                tokio::spawn(async move {
-                    let joined = joined.await.unwrap_or(Err(RegisterError::ShuttingDown));
-                    reply.send(joined.map(Some))
-                });
+                let join = |reply| Ask::Join(said, reply);
+                self.put(join, |joined| json!(joined)).await
             }
+            Err(error) => Some(std::future::ready(Err(error)).boxed()),
         }
-        Some(answer)
+    }
+
+    /// Hands a question on: what is told of its answer, when that comes; `None` where nobody takes
+    /// questions.
+    async fn put<T: Send + 'static>(
+        &self,
+        question: impl FnOnce(oneshot::Sender<Result<T, RegisterError>>) -> Ask,
+        told: fn(T) -> Value,
+    ) -> Option<Reply> {
+        let (reply, answer) = oneshot::channel();
+        self.asks.send(question(reply)).await.ok()?;
+        let answer = answer.map(|answer| answer.unwrap_or(Err(RegisterError::ShuttingDown)));
+        Some(answer.map_ok(told).boxed())
     }
 }

@@ -229,27 +229,22 @@ impl Registry {
             }
         }));
         for (id, registered) in &self.workers {
-            let is_configured = |pool: &Pool| pool.workers.iter().any(|w| w.id == *id);
-            if base.pools.iter().any(is_configured) {
-                continue;
-            }
-            let name = match &registered.place {
+            let pool = match &registered.place {
                 Place::Pool(name) => name.clone(),
                 Place::Partition(number) => pool_name(*number),
             };
-            if let Some(pool) = config.pools.iter_mut().find(|pool| pool.name == name) {
-                pool.workers.push(Worker {
-                    id: *id,
-                    endpoint: None,
-                    role: Role::Aggregated,
-                    device: Device::default(),
-                    ranks: registered.ranks(),
-                    metadata: Metadata::default(),
-                    draining: false,
-                    source: Source::Indexer,
-                    events: Some(Events::Sockets(registered.sockets.clone())),
-                });
-            }
+            let worker = Worker {
+                id: *id,
+                endpoint: None,
+                role: Role::Aggregated,
+                device: Device::default(),
+                ranks: registered.ranks(),
+                metadata: Metadata::default(),
+                draining: false,
+                source: Source::Indexer,
+                events: Some(Events::Sockets(registered.sockets.clone())),
+            };
+            config.admit(&pool, worker);
         }
         config
     }

@@ -20,6 +20,7 @@ use super::dump;
 use super::metrics::IndexerMetrics;
 use super::query::{self, QueryError};
 use super::registry::{Ask, Listed, Registration, RegistryError, Unregistration};
+use crate::ask::ask;
 use crate::index::{Control, Partition};
 use crate::token::Token;
 
@@ -60,21 +61,14 @@ impl Face {
         &self,
         question: impl FnOnce(oneshot::Sender<T>) -> Control,
     ) -> Result<T, Gone> {
-        let (reply, answer) = oneshot::channel();
-        self.control.send(question(reply)).await.map_err(|_| Gone)?;
-        answer.await.map_err(|_| Gone)
+        ask(&self.control, question).await.ok_or(Gone)
     }
 
     async fn ask_registry<T>(
         &self,
         question: impl FnOnce(oneshot::Sender<T>) -> Ask,
     ) -> Result<T, Gone> {
-        let (reply, answer) = oneshot::channel();
-        self.registry
-            .send(question(reply))
-            .await
-            .map_err(|_| Gone)?;
-        answer.await.map_err(|_| Gone)
+        ask(&self.registry, question).await.ok_or(Gone)
     }
 
     /// Owners whose events come in.

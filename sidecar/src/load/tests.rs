@@ -1,5 +1,7 @@
 use kv_core::load::Leg;
+use kv_core::loads::PoolLoads;
 
+use super::news::LASTING_ALONE_MS;
 use super::*;
 
 const OWNER: OwnerKey = OwnerKey {

@@ -2,10 +2,11 @@
 
 use std::collections::HashMap;
 
-use kv_core::id::Slot;
-use kv_core::queue::{Limits, Order, Profile};
-use kv_core::table::{Metadata, Traits};
+use kv_core::id::{OwnerId, Role, Slot};
+use kv_core::queue::{Class, Limits, Order, Profile};
+use kv_core::table::{Metadata, Owner, Traits};
 
+use super::line::GRANT_NS;
 use super::*;
 use kv_core::queue::Full;
 

@@ -20,6 +20,7 @@ use super::answer::{
 use super::choice::{Then, takes};
 use super::request::{Asked, DEFAULT, Filter, Output};
 use super::{Ask, Booking, Catalog, Choice, Hashed, Question, SelectError, Served, Stage, workers};
+use crate::ask::ask;
 use crate::index::{Control, Field, random_u64};
 use crate::indexer::{self, failed};
 use crate::metrics::{Kind, Metrics};
@@ -68,13 +69,8 @@ impl Face {
         &self,
         question: impl FnOnce(oneshot::Sender<T>) -> Ask,
     ) -> Result<T, SelectError> {
-        let (reply, answer) = oneshot::channel();
-        let asked = Control::Select(question(reply));
-        self.control
-            .send(asked)
-            .await
-            .map_err(|_| SelectError::Gone)?;
-        answer.await.map_err(|_| SelectError::Gone)
+        let question = |reply| Control::Select(question(reply));
+        ask(&self.control, question).await.ok_or(SelectError::Gone)
     }
 
     /// Whether who sends these headers may see everything.

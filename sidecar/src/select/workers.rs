@@ -16,6 +16,7 @@ use super::record::{Lifecycle, Record, Traits, Worker};
 use super::request::Filter;
 use super::routes::{Face, refused};
 use super::{Catalog, SelectError, Served};
+use crate::ask::ask;
 use crate::indexer::{self, Registration, RegistryError, Unregistration};
 
 /// Where clients reach a worker of the table.
@@ -208,10 +209,7 @@ impl Face {
         &self,
         question: impl FnOnce(oneshot::Sender<T>) -> indexer::Ask,
     ) -> Result<T, SelectError> {
-        let (reply, answer) = oneshot::channel();
-        let asked = self.registry.send(question(reply)).await;
-        asked.map_err(|_| SelectError::Gone)?;
-        answer.await.map_err(|_| SelectError::Gone)
+        ask(&self.registry, question).await.ok_or(SelectError::Gone)
     }
 
     /// Lets the index read these ranks' events.

@@ -1,34 +1,38 @@
 //! The two gRPC services that Envoy may ask; both give the same.
 
 use std::collections::BTreeSet;
-use std::convert::Infallible;
-use std::future::Future;
+use std::future::ready;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 
+use axum::Router;
+use axum::routing::any;
 use bytes::Bytes;
 use futures::Stream;
 use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use tonic::body::Body;
-use tonic::server::{Grpc, NamedService, StreamingService};
+use tonic::server::Grpc;
 use tonic::{Request, Response, Status, Streaming};
+use tower::service_fn;
 
 use super::message::DiscoveryRequest;
 use super::{ENDPOINTS_TYPE, Endpoints, Taken};
 use crate::bridge::Raw;
 use crate::metrics::{Kind, Metrics};
 
+/// The method of `AggregatedDiscoveryService`.
+const AGGREGATED: &str =
+    "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources";
+/// The method of `EndpointDiscoveryService`.
+const OF_ENDPOINTS: &str = "/envoy.service.endpoint.v3.EndpointDiscoveryService/StreamEndpoints";
 /// Responses that an Envoy has not read; it is told the latest state, so few are enough.
 const UNREAD: usize = 4;
 /// Clusters that one stream may ask for.
 const MAX_NAMES: usize = 1024;
 
 type Responses = Pin<Box<dyn Stream<Item = Result<Bytes, Status>> + Send>>;
-type Answer<T, E> = Pin<Box<dyn Future<Output = Result<T, E>> + Send>>;
 
 /// What both services work with.
 #[derive(Clone, Debug)]
@@ -38,60 +42,26 @@ struct Desk {
     cancel: CancellationToken,
 }
 
-/// `AggregatedDiscoveryService`.
-#[derive(Clone, Debug)]
-pub struct Aggregated(Desk);
-
-/// `EndpointDiscoveryService`.
-#[derive(Clone, Debug)]
-pub struct OfEndpoints(Desk);
-
-impl NamedService for Aggregated {
-    const NAME: &'static str = "envoy.service.discovery.v3.AggregatedDiscoveryService";
-}
-
-impl NamedService for OfEndpoints {
-    const NAME: &'static str = "envoy.service.endpoint.v3.EndpointDiscoveryService";
-}
-
 /// Both services.
-#[must_use]
-pub fn services(
-    endpoints: Endpoints,
-    metrics: Arc<Metrics>,
-    cancel: CancellationToken,
-) -> (Aggregated, OfEndpoints) {
+pub fn routes(endpoints: Endpoints, metrics: Arc<Metrics>, cancel: CancellationToken) -> Router {
     let desk = Desk {
         endpoints,
         metrics,
         cancel,
     };
-    (Aggregated(desk.clone()), OfEndpoints(desk))
+    let stream = |request| async move {
+        let open = service_fn(|requests: Request<_>| {
+            ready(Ok(Response::new(desk.open(requests.into_inner()))))
+        });
+        Grpc::new(Raw).streaming(open, request).await
+    };
+    Router::new()
+        .route(AGGREGATED, any(stream.clone()))
+        .route(OF_ENDPOINTS, any(stream))
 }
 
 impl Desk {
-    async fn serve(
-        self,
-        method: &'static str,
-        request: http::Request<Body>,
-    ) -> Result<http::Response<Body>, Infallible> {
-        if request.uri().path().rsplit('/').next() != Some(method) {
-            return Ok(Status::unimplemented("no such method").into_http());
-        }
-        Ok(Grpc::new(Raw).streaming(self, request).await)
-    }
-
-    fn count(&self, kind: &'static str) {
-        self.metrics.discovery.get_or_create(&Kind { kind }).inc();
-    }
-}
-
-impl StreamingService<Bytes> for Desk {
-    type Response = Bytes;
-    type ResponseStream = Responses;
-    type Future = Answer<Response<Responses>, Status>;
-
-    fn call(&mut self, request: Request<Streaming<Bytes>>) -> Self::Future {
+    fn open(&self, requests: Streaming<Bytes>) -> Responses {
         let (out, responses) = mpsc::channel(UNREAD);
         let talk = Talk {
             id: self.endpoints.opened(),
@@ -102,32 +72,14 @@ impl StreamingService<Bytes> for Desk {
             out,
         };
         self.count("opened");
-        tokio::spawn(talk.run(request.into_inner()));
-        let responses: Responses = Box::pin(ReceiverStream::new(responses));
-        Box::pin(std::future::ready(Ok(Response::new(responses))))
+        tokio::spawn(talk.run(requests));
+        Box::pin(ReceiverStream::new(responses))
+    }
+
+    fn count(&self, kind: &'static str) {
+        self.metrics.discovery.get_or_create(&Kind { kind }).inc();
     }
 }
-
-macro_rules! service {
-    ($service:ident, $method:literal) => {
-        impl tonic::codegen::Service<http::Request<Body>> for $service {
-            type Response = http::Response<Body>;
-            type Error = Infallible;
-            type Future = Answer<http::Response<Body>, Infallible>;
-
-            fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-                Poll::Ready(Ok(()))
-            }
-
-            fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-                Box::pin(self.0.clone().serve($method, request))
-            }
-        }
-    };
-}
-
-service!(Aggregated, "StreamAggregatedResources");
-service!(OfEndpoints, "StreamEndpoints");
 
 /// One stream of an Envoy.
 struct Talk {

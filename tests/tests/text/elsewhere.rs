@@ -14,7 +14,7 @@ use kv_sim::engine::{Config, Engine};
 use kv_sim::publish::{Encoding, EventPlane};
 use kv_tests::client::json_request;
 use kv_tests::stack::{Setup, Stack};
-use kv_tests::upstream::{Upstream, checksum};
+use kv_tests::upstream::{self, Upstream, checksum};
 use kv_tests::wait;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -72,13 +72,10 @@ async fn held(stack: &Stack, path: &str, body: &Value, blocks: u64) -> (Value, V
 
 #[tokio::test(flavor = "multi_thread")]
 async fn without_tokenizer_and_events_a_conversation_stays_where_it_was() {
-    let mut upstreams = Vec::new();
-    for id in 1..=3 {
-        upstreams.push(Upstream::start(id).await);
-    }
+    let upstreams = Upstream::start_all(3).await;
     let stack = Stack::start(&Setup {
         threads: 2,
-        workers: (1..).zip(upstreams.iter().map(|u| u.address)).collect(),
+        workers: upstream::workers(&upstreams),
         more: json!({"kv_events": false}),
     })
     .await;

@@ -10,15 +10,15 @@ use std::process::Command;
 use bytes::Bytes;
 use http::Request;
 use http_body_util::Full;
-use kv_core::event::{EventData, StorageTier, Stored, StoredBlock};
+use kv_core::event::StorageTier;
 use kv_core::hash::Seed;
 use kv_core::rng::Rng;
 use kv_core::surface::Surface;
 use kv_router::text::{Model, Prompt};
 use kv_tests::client::{json_request, uri};
-use kv_tests::events::{Encoding, Publisher};
+use kv_tests::events::{Encoding, Publisher, stored};
 use kv_tests::stack::{Setup, Stack};
-use kv_tests::upstream::Upstream;
+use kv_tests::upstream::{self, Upstream};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -41,10 +41,7 @@ impl Texts {
 
     /// The same with a model of other files.
     async fn of(model: fn(&Path) -> PathBuf, threads: u32, tokenizer: Value) -> Self {
-        let mut upstreams = Vec::new();
-        for id in 1..=WORKERS {
-            upstreams.push(Upstream::start(id).await);
-        }
+        let upstreams = Upstream::start_all(WORKERS).await;
         let dir = TempDir::new().expect("a temporary directory");
         let folder = model(dir.path());
         let mut settings = json!({"path": folder});
@@ -52,7 +49,7 @@ impl Texts {
             panic!("settings must be a map");
         };
         all.extend(more);
-        let workers = (1..).zip(upstreams.iter().map(|u| u.address)).collect();
+        let workers = upstream::workers(&upstreams);
         let setup = Setup {
             threads,
             workers,
@@ -97,20 +94,6 @@ fn ids(model: &Model, surface: Surface, body: &Value) -> Vec<u32> {
         }
     };
     model.tokens.encoder().whole(&text).expect("ids")
-}
-
-fn stored(prompt: &[u32]) -> EventData {
-    let blocks = prompt.chunks_exact(BLOCK).zip(0u64..);
-    let blocks = blocks.map(|(tokens, at)| StoredBlock {
-        block_hash: u64::from(tokens[0]) << 32 | at,
-        tokens_hash: Seed::default().block(tokens),
-        mm_extra_info: None,
-    });
-    EventData::Stored(Stored {
-        parent_hash: None,
-        start_position: None,
-        blocks: blocks.collect(),
-    })
 }
 
 fn said(rng: &mut Rng, words: usize) -> String {
@@ -163,7 +146,7 @@ async fn a_conversation_is_routed_as_its_token_ids() {
             // The worker that is to serve the conversation has this turn, and the answer.
             messages.push(json!({"role": "assistant", "content": said(&mut rng, 20)}));
             let worker = 1 + conversation % WORKERS;
-            let held = stored(&ids);
+            let held = stored(&ids, BLOCK, Seed::default());
             publisher
                 .publish(worker, StorageTier::Device, held, Encoding::Json)
                 .await;
@@ -206,7 +189,12 @@ async fn other_apis_are_routed_as_their_token_ids() {
     for (surface, body) in cases {
         let ids = texts.ids(surface, &body);
         publisher
-            .publish(2, StorageTier::Device, stored(&ids), Encoding::Json)
+            .publish(
+                2,
+                StorageTier::Device,
+                stored(&ids, BLOCK, Seed::default()),
+                Encoding::Json,
+            )
             .await;
         texts.stack.sidecar.settled(publisher.published).await;
         let (answer, decision) = texts.send(surface.path(), &body).await;
@@ -230,7 +218,12 @@ async fn the_text_before_an_image_counts() {
     ]});
     let ids = texts.ids(Surface::Chat, &json!({"messages": [before]}));
     publisher
-        .publish(3, StorageTier::Device, stored(&ids), Encoding::Json)
+        .publish(
+            3,
+            StorageTier::Device,
+            stored(&ids, BLOCK, Seed::default()),
+            Encoding::Json,
+        )
         .await;
     texts.stack.sidecar.settled(publisher.published).await;
     let body = json!({"messages": [before, image]});
@@ -287,7 +280,12 @@ async fn while_others_keep_all_threads_busy_a_conversation_goes_where_its_beginn
     };
     let ids = texts.ids(Surface::Chat, &body("so?"));
     publisher
-        .publish(2, StorageTier::Device, stored(&ids), Encoding::Json)
+        .publish(
+            2,
+            StorageTier::Device,
+            stored(&ids, BLOCK, Seed::default()),
+            Encoding::Json,
+        )
         .await;
     texts.stack.sidecar.settled(publisher.published).await;
     // Its text can't be cut: a thread has it until it is done.
