@@ -267,7 +267,7 @@ async fn requests_go_on_when_nobody_reads() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn while_others_keep_all_threads_busy_a_conversation_goes_where_its_beginning_is() {
+async fn while_others_keep_all_threads_busy_a_conversation_is_found_by_its_beginning() {
     let settings = json!({"budget_ms": 300, "budget_ms_per_1000_words": 0});
     let texts = &Texts::start(2, settings).await;
     let mut publisher = Publisher::connect(&texts.stack.nats.url()).await;
@@ -305,13 +305,11 @@ async fn while_others_keep_all_threads_busy_a_conversation_goes_where_its_beginn
         }
     };
     let beginning = kv_tests::wait::until("a prompt that no thread reads", beginning).await;
-    assert_eq!(beginning["worker"], 2, "{beginning}");
-    let (_, held) = overlaps(&beginning).swap_remove(1);
-    assert!(
-        held.as_array()
-            .is_some_and(|held| held[0].as_u64() > Some(10)),
-        "{beginning}"
-    );
+    // Who gets it depends on what the others have booked.
+    let held = overlaps(&beginning);
+    let held = held.iter().map(|(_, held)| held[0].as_u64());
+    let held: Vec<u64> = held.map(Option::unwrap_or_default).collect();
+    assert!(held[1] > 10 && held[0] + held[2] == 0, "{beginning}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
