@@ -5,7 +5,9 @@ use std::time::Instant;
 
 use kv_core::rng::Rng;
 
-use crate::http::Connection;
+use crate::cpu;
+use crate::http::{Connection, together};
+use crate::spread::quantile;
 
 /// Words of the common language that prompts are made of.
 const WORDS: &str = "time person year way day thing man world life hand part child eye woman place \
@@ -25,7 +27,7 @@ pub struct Size {
 }
 
 /// The sizes that are measured.
-pub const SIZES: [Size; 3] = [
+const SIZES: [Size; 3] = [
     Size {
         words: 64,
         alone: 300,
@@ -100,10 +102,7 @@ impl Request {
 }
 
 /// Sends requests one after the other and returns what each took, in microseconds.
-///
-/// # Errors
-/// When one is not answered well.
-pub fn send(port: u16, request: &Request, count: usize) -> anyhow::Result<Vec<f64>> {
+fn send(port: u16, request: &Request, count: usize) -> anyhow::Result<Vec<f64>> {
     let mut connection = Connection::open(port)?;
     let mut buffer = Vec::new();
     let mut times = Vec::with_capacity(count);
@@ -114,4 +113,49 @@ pub fn send(port: u16, request: &Request, count: usize) -> anyhow::Result<Vec<f6
         times.push(since.elapsed().as_secs_f64() * 1e6);
     }
     Ok(times)
+}
+
+/// The sizes that are wanted: all, or the one that `KV_BENCH_WORDS` names.
+pub fn sizes() -> impl Iterator<Item = &'static Size> {
+    let only = std::env::var("KV_BENCH_WORDS").ok();
+    SIZES.iter().filter(move |size| {
+        only.as_ref()
+            .is_none_or(|only| *only == size.words.to_string())
+    })
+}
+
+/// What requests took that were sent one after the other, and then over several connections.
+#[derive(Debug)]
+pub struct Taken {
+    /// Median of those alone, in microseconds.
+    pub alone_us: f64,
+    /// CPU time of each process for one of those together, in microseconds.
+    pub cpu_us: Vec<f64>,
+    /// Rate of those together.
+    pub per_second: f64,
+}
+
+/// Sends requests to a port, and tells what these processes used for them.
+///
+/// # Errors
+/// When one is not answered well, or a process is gone.
+pub fn measure(
+    port: u16,
+    processes: &[u32],
+    size: &Size,
+    connections: usize,
+    request: &Request,
+) -> anyhow::Result<Taken> {
+    let mut alone = send(port, request, size.alone)?;
+    alone.sort_by(f64::total_cmp);
+    let each = (size.together / connections).max(1);
+    let (_, spent) = cpu::spent(processes, || {
+        together(connections, || send(port, request, each))
+    })?;
+    let sent = (connections * each) as f64;
+    Ok(Taken {
+        alone_us: quantile(&alone, 0.5),
+        cpu_us: spent.cpu_us.iter().map(|us| us / sent).collect(),
+        per_second: sent / spent.seconds,
+    })
 }

@@ -5,14 +5,12 @@
 use std::path::PathBuf;
 
 use anyhow::ensure;
-use kv_benches::chat::{Kind, Request, SIZES, Size, send};
+use kv_benches::chat::{Kind, Request, Taken, measure, sizes};
 use kv_benches::fleet::{Fleet, Options};
-use kv_benches::http::together;
 use kv_benches::report::{Report, Table};
-use kv_benches::spread::{Spread, quantile};
-use kv_benches::{cpu, plain, sink};
+use kv_benches::spread::Spread;
+use kv_benches::{plain, sink};
 use kv_core::rng::Rng;
-use kv_tests::envoy::Envoy;
 
 const WORKERS: usize = 4;
 const REPEATS: usize = 5;
@@ -26,27 +24,13 @@ struct Measured {
     per_second: Vec<f64>,
 }
 
-fn measure(
-    envoy: &Envoy,
-    sidecar: u32,
-    size: &Size,
-    connections: usize,
-    request: &Request,
-    to: Option<&mut Measured>,
-) -> anyhow::Result<()> {
-    let mut alone = send(envoy.port, request, size.alone)?;
-    alone.sort_by(f64::total_cmp);
-    let each = (size.together / connections).max(1);
-    let (_, spent) = cpu::spent(&[envoy.process.id(), sidecar], || {
-        together(connections, || send(envoy.port, request, each))
-    })?;
-    let Some(to) = to else { return Ok(()) };
-    let sent = (connections * each) as f64;
-    to.envoy_us.push(spent.cpu_us[0] / sent);
-    to.sidecar_us.push(spent.cpu_us[1] / sent);
-    to.alone_us.push(quantile(&alone, 0.5));
-    to.per_second.push(sent / spent.seconds);
-    Ok(())
+impl Measured {
+    fn add(&mut self, taken: &Taken) {
+        self.envoy_us.push(taken.cpu_us[0]);
+        self.sidecar_us.push(taken.cpu_us[1]);
+        self.alone_us.push(taken.alone_us);
+        self.per_second.push(taken.per_second);
+    }
 }
 
 #[tokio::main]
@@ -74,12 +58,7 @@ async fn main() -> anyhow::Result<()> {
     let ours = fleet.envoy(THREADS, |_| ()).await?;
     let sidecar = fleet.sidecar.id();
     let mut rng = Rng::new(1);
-    let only = std::env::var("KV_BENCH_WORDS").ok();
-    let is_wanted = |size: &&Size| {
-        only.as_ref()
-            .is_none_or(|only| *only == size.words.to_string())
-    };
-    for size in SIZES.iter().filter(is_wanted) {
+    for size in sizes() {
         let next = Request::new("m", size.words, Kind::NextTurn, &mut rng);
         let cold = Request::new("m", size.words, Kind::Cold, &mut rng);
         for connections in [1, 20, 64] {
@@ -93,8 +72,11 @@ async fn main() -> anyhow::Result<()> {
                 for i in 0..variants.len() {
                     let i = (i + repeat) % variants.len();
                     let (_, envoy, request) = variants[i];
-                    let to = (repeat > 0).then_some(&mut measured[i]);
-                    measure(envoy, sidecar, size, connections, request, to)?;
+                    let processes = [envoy.process.id(), sidecar];
+                    let taken = measure(envoy.port, &processes, size, connections, request)?;
+                    if repeat > 0 {
+                        measured[i].add(&taken);
+                    }
                 }
             }
             let title = format!(

@@ -7,11 +7,9 @@
 use std::fs;
 
 use anyhow::{Context as _, bail};
-use kv_benches::chat::{Kind, Request, SIZES, Size, send};
-use kv_benches::cpu;
-use kv_benches::http::together;
+use kv_benches::chat::{Kind, Request, Size, Taken, measure, sizes};
 use kv_benches::report::{Report, Table};
-use kv_benches::spread::{Spread, quantile};
+use kv_benches::spread::Spread;
 use kv_core::rng::Rng;
 use serde_json::Value;
 
@@ -50,24 +48,10 @@ struct Measured {
 }
 
 impl Measured {
-    fn add(
-        &mut self,
-        arm: &Arm,
-        size: &Size,
-        connections: usize,
-        request: &Request,
-    ) -> anyhow::Result<()> {
-        let mut alone = send(arm.port, request, size.alone)?;
-        alone.sort_by(f64::total_cmp);
-        let each = (size.together / connections).max(1);
-        let (_, spent) = cpu::spent(&arm.processes, || {
-            together(connections, || send(arm.port, request, each))
-        })?;
-        let sent = (connections * each) as f64;
-        self.alone_us.push(quantile(&alone, 0.5));
-        self.cpu_us.push(spent.cpu_us.iter().sum::<f64>() / sent);
-        self.per_second.push(sent / spent.seconds);
-        Ok(())
+    fn add(&mut self, taken: &Taken) {
+        self.alone_us.push(taken.alone_us);
+        self.cpu_us.push(taken.cpu_us.iter().sum());
+        self.per_second.push(taken.per_second);
     }
 }
 
@@ -81,14 +65,7 @@ fn main() -> anyhow::Result<()> {
     let arms: Vec<Arm> = arms;
     let mut report = Report::new("text-peers");
     let mut rng = Rng::new(1);
-    let only = std::env::var("KV_BENCH_WORDS").ok();
-    for size in &SIZES {
-        if only
-            .as_ref()
-            .is_some_and(|only| *only != size.words.to_string())
-        {
-            continue;
-        }
+    for size in sizes() {
         for (kind, said) in [(Kind::NextTurn, "next turn"), (Kind::Cold, "cold")] {
             for connections in [1, 20, 64] {
                 let title = format!("{} words, {said}, {connections} connection(s)", size.words);
@@ -117,18 +94,16 @@ fn compare(
     for repeat in 0..=REPEATS {
         for i in 0..arms.len() {
             let i = (i + repeat) % arms.len();
-            let mut unused = Measured::default();
             if measured[i].failed.is_some() {
                 continue;
             }
-            // The first one is for what they remember of the conversation.
-            let to = if repeat > 0 {
-                &mut measured[i]
-            } else {
-                &mut unused
-            };
-            let outcome = to.add(&arms[i], size, connections, &requests[i]);
-            measured[i].failed = outcome.err().map(|error| error.to_string());
+            let (arm, request) = (&arms[i], &requests[i]);
+            match measure(arm.port, &arm.processes, size, connections, request) {
+                Err(error) => measured[i].failed = Some(error.to_string()),
+                // The first one is for what they remember of the conversation.
+                Ok(taken) if repeat > 0 => measured[i].add(&taken),
+                Ok(_) => {}
+            }
         }
     }
     let columns = [
