@@ -77,6 +77,15 @@ impl Texts {
         (body, decision.unwrap_or(Value::Null))
     }
 
+    /// Lets a worker hold these ids, and waits until Envoy knows of it.
+    async fn hold(&self, publisher: &mut Publisher, worker: u64, ids: &[u32]) {
+        let held = stored(ids, BLOCK, Seed::default());
+        publisher
+            .publish(worker, StorageTier::Device, held, Encoding::Json)
+            .await;
+        self.stack.sidecar.settled(publisher.published).await;
+    }
+
     /// Token ids that the worker makes of a body.
     fn ids(&self, surface: Surface, body: &Value) -> Vec<u32> {
         ids(&self.model, surface, body)
@@ -146,11 +155,7 @@ async fn a_conversation_is_routed_as_its_token_ids() {
             // The worker that is to serve the conversation has this turn, and the answer.
             messages.push(json!({"role": "assistant", "content": said(&mut rng, 20)}));
             let worker = 1 + conversation % WORKERS;
-            let held = stored(&ids, BLOCK, Seed::default());
-            publisher
-                .publish(worker, StorageTier::Device, held, Encoding::Json)
-                .await;
-            texts.stack.sidecar.settled(publisher.published).await;
+            texts.hold(&mut publisher, worker, &ids).await;
         }
     }
     // Once its VM has a stream a question goes there.
@@ -188,15 +193,7 @@ async fn other_apis_are_routed_as_their_token_ids() {
     ];
     for (surface, body) in cases {
         let ids = texts.ids(surface, &body);
-        publisher
-            .publish(
-                2,
-                StorageTier::Device,
-                stored(&ids, BLOCK, Seed::default()),
-                Encoding::Json,
-            )
-            .await;
-        texts.stack.sidecar.settled(publisher.published).await;
+        texts.hold(&mut publisher, 2, &ids).await;
         let (answer, decision) = texts.send(surface.path(), &body).await;
         assert_eq!(decision["reason"], "kv", "{decision}");
         assert_eq!(answer["worker"], 2, "{decision}");
@@ -217,15 +214,7 @@ async fn the_text_before_an_image_counts() {
         {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}},
     ]});
     let ids = texts.ids(Surface::Chat, &json!({"messages": [before]}));
-    publisher
-        .publish(
-            3,
-            StorageTier::Device,
-            stored(&ids, BLOCK, Seed::default()),
-            Encoding::Json,
-        )
-        .await;
-    texts.stack.sidecar.settled(publisher.published).await;
+    texts.hold(&mut publisher, 3, &ids).await;
     let body = json!({"messages": [before, image]});
     let (answer, decision) = texts.send("/v1/chat/completions", &body).await;
     assert_eq!(decision["reason"], "kv_before_media", "{decision}");
@@ -279,15 +268,7 @@ async fn while_others_keep_all_threads_busy_a_conversation_is_found_by_its_begin
         json!({"messages": turns, "max_tokens": 1})
     };
     let ids = texts.ids(Surface::Chat, &body("so?"));
-    publisher
-        .publish(
-            2,
-            StorageTier::Device,
-            stored(&ids, BLOCK, Seed::default()),
-            Encoding::Json,
-        )
-        .await;
-    texts.stack.sidecar.settled(publisher.published).await;
+    texts.hold(&mut publisher, 2, &ids).await;
     // Its text can't be cut: a thread has it until it is done.
     let endless = json!({"messages": [{"role": "user", "content": "a".repeat(2 << 20)}]});
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
